@@ -1,0 +1,135 @@
+// Tier 1 on the CPU: fixed tiles in parallel, then their sums in order, so that the result does not
+// depend on the number of threads.
+#include "kernels/ipo_loss.h"
+
+#include <algorithm>
+
+#include "kernels/cpu/ipo_loss_simd.h"
+
+namespace ipo_ext::cpu {
+namespace {
+
+using math::SegmentSums;
+using math::TileSums;
+
+constexpr int64_t kTileSize = 2048;
+constexpr int64_t kTilesPerThread = 4;  // fewer do not pay for waking a thread
+
+template <typename E>
+struct Workspace {
+  TileSums<E>* slots;   // [segments.num_slots()]
+  double* tile_losses;  // [segments.num_tiles()]
+
+  static size_t bytes(const Segments& segments) {
+    return segments.num_slots() * sizeof(TileSums<E>) + segments.num_tiles() * sizeof(double);
+  }
+  explicit Workspace(const IpoLossArgs& args)
+      : slots(static_cast<TileSums<E>*>(args.workspace)),
+        tile_losses(reinterpret_cast<double*>(slots + args.segments.num_slots())) {}
+};
+
+template <typename E>
+using PieceSums = TileSums<E> (*)(const IpoLossArgs&, const math::LossParams<E>&, int64_t begin,
+                                  int64_t end);
+
+#if defined(__x86_64__)
+#define IPO_EXT_CHOOSE(function)                              \
+  __builtin_cpu_supports("x86-64-v4")   ? x86_64_v4::function \
+  : __builtin_cpu_supports("x86-64-v3") ? x86_64_v3::function \
+                                        : baseline::function
+#else
+#define IPO_EXT_CHOOSE(function) baseline::function
+#endif
+
+template <typename E>
+PieceSums<E> best_piece_sums();
+template <>
+PieceSums<float> best_piece_sums<float>() {
+  static const PieceSums<float> best = IPO_EXT_CHOOSE(piece_sums_f32);
+  return best;
+}
+template <>
+PieceSums<double> best_piece_sums<double>() {
+  static const PieceSums<double> best = IPO_EXT_CHOOSE(piece_sums_f64);
+  return best;
+}
+
+// The last segment that begins at or before `token`.
+int64_t segment_of(const Segments& segments, int64_t token) {
+  int64_t low = 0, high = segments.count;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (segments.begin(middle) <= token ? low : high) = middle;
+  }
+  return low;
+}
+
+template <typename E>
+void run_tile(const IpoLossArgs& args, const math::LossParams<E>& params, int64_t tile) {
+  const Segments& segments = args.segments;
+  const PieceSums<E> piece_sums = best_piece_sums<E>();
+  const Workspace<E> workspace(args);
+  const int64_t tile_begin = tile * segments.tile_size;
+  const int64_t tile_end = std::min(tile_begin + segments.tile_size, segments.tokens);
+
+  double loss = 0;
+  int64_t begin = tile_begin;
+  for (int64_t segment = segment_of(segments, tile_begin); begin < tile_end; ++segment) {
+    const int64_t end = std::min(segments.begin(segment + 1), tile_end);
+    if (end <= begin) continue;
+    const TileSums<E> sums = piece_sums(args, params, begin, end);
+    workspace.slots[Segments::slot(tile, segment)] = sums;
+    loss += sums.sums[math::sum::pg_loss] + sums.sums[math::sum::kl_loss];
+    begin = end;
+  }
+  workspace.tile_losses[tile] = loss;
+}
+
+template <typename E>
+void finish_segment(const IpoLossArgs& args, int64_t s) {
+  const Workspace<E> workspace(args);
+  SegmentSums total = math::empty_segment_sums();
+  for (int64_t slot = args.segments.first_slot(s); slot < args.segments.end_slot(s); ++slot) {
+    total = math::merge(total, math::to_segment_sums(workspace.slots[slot]));
+  }
+  store_segment<E>(args, total, s);
+}
+
+template <typename E>
+void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
+  const math::LossParams<E> params = params_for<E>(args);
+  const int64_t tiles = args.segments.num_tiles();
+  parallel_for(tiles, kTilesPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) run_tile<E>(args, params, tile);
+  });
+
+  const Workspace<E> workspace(args);
+  double loss = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) loss += workspace.tile_losses[tile];
+  *static_cast<E*>(args.loss) = static_cast<E>(normalized_loss(loss, args));
+  for (int64_t s = 0; s < args.segments.count; ++s) finish_segment<E>(args, s);
+}
+
+}  // namespace
+
+size_t workspace_bytes(const IpoLossArgs& args) {
+  Segments segments = args.segments;
+  segments.tile_size = kTileSize;
+  return args.compute_dtype == DType::kFloat64 ? Workspace<double>::bytes(segments)
+                                               : Workspace<float>::bytes(segments);
+}
+
+void ipo_loss(IpoLossArgs args, const ParallelFor& parallel_for) {
+  args.segments.tile_size = kTileSize;
+  args.compute_dtype == DType::kFloat64 ? run<double>(args, parallel_for)
+                                        : run<float>(args, parallel_for);
+}
+
+void metric_means(const MetricMeansArgs& args) {
+  for (int64_t s = 0; s < args.segments; ++s) {
+    args.compute_dtype == DType::kFloat64 ? metric_means_of_segment<double>(args, s)
+                                          : metric_means_of_segment<float>(args, s);
+  }
+}
+
+}  // namespace ipo_ext::cpu

@@ -1,0 +1,322 @@
+// Tier 1 on CUDA: gradient and tile sums in one pass over the tokens, then one small launch for the
+// loss and the metrics of every packed sequence. No atomics, no host synchronisation, no memory but
+// the caller's; bitwise equal run to run on any GPU, because tiles depend on the number of tokens
+// alone.
+#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/vector_load.cuh"
+#include "kernels/ipo_loss.h"
+
+namespace ipo_ext::cuda {
+namespace {
+
+using namespace ipo_ext::math;
+
+constexpr int kThreads = 256;
+constexpr int kTokensPerThread = 4;  // 16 bytes of fp32
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Device helpers
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <typename E>
+struct Workspace {
+  TileSums<E>* slots;   // [segments.num_slots()]
+  double* tile_losses;  // [segments.num_tiles()]
+
+  static size_t bytes(const Segments& segments) {
+    return segments.num_slots() * sizeof(TileSums<E>) + segments.num_tiles() * sizeof(double);
+  }
+  __device__ explicit Workspace(const IpoLossArgs& args)
+      : slots(static_cast<TileSums<E>*>(args.workspace)),
+        tile_losses(reinterpret_cast<double*>(slots + args.segments.num_slots())) {}
+};
+
+struct MergeTiles {
+  template <typename E>
+  __device__ __forceinline__ TileSums<E> operator()(const TileSums<E>& a,
+                                                    const TileSums<E>& b) const {
+    return merge(a, b);
+  }
+};
+
+struct MergeSegments {
+  __device__ __forceinline__ SegmentSums operator()(const SegmentSums& a,
+                                                    const SegmentSums& b) const {
+    return merge(a, b);
+  }
+};
+
+struct Add {
+  __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
+};
+
+// The last segment that begins at or before `token`, the same in all threads of the block, all of
+// which must call. Each round every thread probes one candidate, so 256 segments take one round of
+// loads and 65,536 take two.
+__device__ __forceinline__ int64_t block_segment_of(const Segments& segments, int64_t token) {
+  int64_t first = 0;
+  int64_t candidates = segments.count;
+  while (candidates > 1) {
+    const int64_t stride = (candidates + kThreads - 1) / kThreads;
+    const int64_t probe = threadIdx.x * stride;
+    const bool begun = probe < candidates && segments.begin(first + probe) <= token;
+    const int begun_probes = __syncthreads_count(begun);
+    const int64_t skipped = begun_probes > 0 ? (begun_probes - 1) * stride : 0;
+    first += skipped;
+    candidates = candidates - skipped < stride ? candidates - skipped : stride;
+  }
+  return first;
+}
+
+// kCount neighbouring tokens, those outside [begin, end) inactive and never read.
+template <typename E, int kCount>
+struct TokenGroup {
+  E trainer[kCount];
+  E inference[kCount];
+  E advantage[kCount];
+  E teacher[kCount];
+  E weight[kCount];
+  bool active[kCount];
+
+  // Tokens [index, index + kCount), all of which exist.
+  __device__ __forceinline__ void load(const IpoLossArgs& args, int64_t index) {
+    load_tokens(args.trainer_logprobs, index, trainer);
+    load_tokens(args.inference_logprobs, index, inference);
+    load_tokens(args.advantages, index, advantage);
+    if (args.teacher_logprobs.data != nullptr) load_tokens(args.teacher_logprobs, index, teacher);
+    if (args.loss_weights.data != nullptr) load_tokens(args.loss_weights, index, weight);
+    load_mask(args.loss_mask, index);
+  }
+
+  __device__ __forceinline__ void load_mask(const bool* mask, int64_t index) {
+    if constexpr (kCount == 4) {
+      const uint32_t bytes = __ldg(reinterpret_cast<const uint32_t*>(mask + index));
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) active[i] = (bytes >> (8 * i)) & 0xffu;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) active[i] = mask[index + i];
+    }
+  }
+
+  __device__ __forceinline__ Token<E> token(int i, const IpoLossArgs& args) const {
+    return {trainer[i],
+            inference[i],
+            advantage[i],
+            args.teacher_logprobs.data != nullptr ? teacher[i] : E(0),
+            args.loss_weights.data != nullptr ? weight[i] : E(1),
+            active[i]};
+  }
+};
+
+template <typename E, int kCount>
+__device__ __forceinline__ void store_gradients(void* gradient, int64_t index,
+                                                const E (&values)[kCount]) {
+  if constexpr (kCount == 4) {
+    E* to = static_cast<E*>(gradient) + index;
+    constexpr int kWords = sizeof(values) / sizeof(uint4);
+    uint4 words[kWords];
+    memcpy(words, values, sizeof(values));
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(to)[i] = words[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) static_cast<E*>(gradient)[index + i] = values[i];
+  }
+}
+
+// Adds tokens [index, index + kCount) to the thread's sums and writes their gradients.
+template <typename E, int kCount>
+__device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const LossParams<E>& params,
+                                               int64_t index, TileSums<E>& sums) {
+  TokenGroup<E, kCount> group;
+  group.load(args, index);
+  E gradients[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const Token<E> token = group.token(i, args);
+    const TokenLoss<E> loss = token_loss(token, params);
+    add_token(sums, token, loss, args.teacher_logprobs.data != nullptr);
+    gradients[i] = loss.gradient;
+  }
+  if (args.gradient != nullptr) store_gradients(args.gradient, index, gradients);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernels
+// ---------------------------------------------------------------------------------------------------------------------
+
+// One block a tile: each piece of a segment in it is summed to the piece's slot. kCount tokens a
+// load where a whole group lies in the piece, else one by one.
+template <typename E, int kCount>
+__global__ void __launch_bounds__(kThreads) ipo_loss_tiles(const IpoLossArgs args) {
+  using Storage = BlockReduceStorage<TileSums<E>, kThreads>;
+  Storage& storage = shared_storage<Storage>();
+  const Segments& segments = args.segments;
+  const LossParams<E> params = params_for<E>(args);
+  const Workspace<E> workspace(args);
+
+  const int64_t tile = blockIdx.x;
+  const int64_t tile_begin = tile * segments.tile_size;
+  const int64_t tile_end = tile_begin + segments.tile_size < segments.tokens
+                               ? tile_begin + segments.tile_size
+                               : segments.tokens;
+
+  double loss = 0;
+  int64_t begin = tile_begin;
+  for (int64_t segment = block_segment_of(segments, tile_begin);
+       begin < tile_end && segment < segments.count; ++segment) {
+    const int64_t segment_end = segments.begin(segment + 1);
+    const int64_t end = segment_end < tile_end ? segment_end : tile_end;
+    if (end <= begin) continue;
+
+    TileSums<E> sums = empty_tile_sums<E>();
+    const int64_t first_group = begin - begin % kCount;
+    for (int64_t index = first_group + threadIdx.x * kCount; index < end;
+         index += kThreads * kCount) {
+      if (index >= begin && index + kCount <= end) {
+        process_tokens<E, kCount>(args, params, index, sums);
+      } else if constexpr (kCount > 1) {
+        for (int64_t i = index < begin ? begin : index; i < index + kCount && i < end; ++i) {
+          process_tokens<E, 1>(args, params, i, sums);
+        }
+      }
+    }
+    sums = block_reduce<kThreads>(sums, MergeTiles(), storage);
+    if (threadIdx.x == 0) workspace.slots[Segments::slot(tile, segment)] = sums;
+    loss += sums.sums[sum::pg_loss] + sums.sums[sum::kl_loss];
+    begin = end;
+  }
+  if (threadIdx.x == 0) workspace.tile_losses[tile] = loss;
+}
+
+// Block 0: the loss from the tiles, and the check of cu_seqlens, which poisons the loss and every
+// gradient.
+template <typename E>
+__device__ void finish_loss(const IpoLossArgs& args,
+                            BlockReduceStorage<double, kThreads>& storage) {
+  const Segments& segments = args.segments;
+  const Workspace<E> workspace(args);
+
+  bool invalid = false;
+  if (segments.cu_seqlens != nullptr) {
+    for (int64_t s = threadIdx.x; s <= segments.count; s += kThreads)
+      invalid |= !segments.entry_is_valid(s);
+  }
+  const bool poisoned = __syncthreads_count(invalid) > 0;
+
+  double loss = 0;
+  for (int64_t tile = threadIdx.x; tile < segments.num_tiles(); tile += kThreads)
+    loss += workspace.tile_losses[tile];
+  loss = block_reduce<kThreads>(loss, Add(), storage);
+
+  const E nan = std::numeric_limits<E>::quiet_NaN();
+  if (threadIdx.x == 0)
+    *static_cast<E*>(args.loss) = poisoned ? nan : static_cast<E>(normalized_loss(loss, args));
+  if (poisoned && args.gradient != nullptr) {
+    for (int64_t i = threadIdx.x; i < segments.tokens; i += kThreads)
+      static_cast<E*>(args.gradient)[i] = nan;
+  }
+}
+
+template <typename E>
+__device__ void finish_segment(const IpoLossArgs& args, int64_t segment,
+                               BlockReduceStorage<SegmentSums, kThreads>& storage) {
+  const Workspace<E> workspace(args);
+  SegmentSums sums = empty_segment_sums();
+  const int64_t end = args.segments.end_slot(segment);
+  for (int64_t slot = args.segments.first_slot(segment) + threadIdx.x; slot < end;
+       slot += kThreads) {
+    sums = merge(sums, to_segment_sums(workspace.slots[slot]));
+  }
+  sums = block_reduce<kThreads>(sums, MergeSegments(), storage);
+  if (threadIdx.x == 0) store_segment<E>(args, sums, segment);
+}
+
+// Block 0 finishes the loss, block 1 + s segment s.
+template <typename E>
+__global__ void __launch_bounds__(kThreads) ipo_loss_finish(const IpoLossArgs args) {
+  union Storage {
+    BlockReduceStorage<double, kThreads> loss;
+    BlockReduceStorage<SegmentSums, kThreads> segment;
+  };
+  Storage& storage = shared_storage<Storage>();
+  if (blockIdx.x == 0) {
+    finish_loss<E>(args, storage.loss);
+  } else {
+    finish_segment<E>(args, blockIdx.x - 1, storage.segment);
+  }
+}
+
+template <typename E>
+__global__ void __launch_bounds__(kThreads) metric_means_kernel(const MetricMeansArgs args) {
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (s < args.segments) metric_means_of_segment<E>(args, s);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launchers
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Small batches: one group of tokens a thread, to spread over the multiprocessors. Large ones:
+// about 2048 tiles however many tokens, so that the second launch stays small. Counts of a tile fit
+// 32 bits by far.
+int64_t tile_size_for(int64_t tokens) {
+  constexpr int64_t kSmallest = kThreads * kTokensPerThread;
+  constexpr int64_t kTiles = 2048;
+  int64_t size = kSmallest;
+  while (size * kTiles < tokens) size *= 2;
+  return size;
+}
+
+Segments with_tiles(Segments segments) {
+  segments.tile_size = tile_size_for(segments.tokens);
+  return segments;
+}
+
+// Whether groups of four tokens can be loaded and stored as vectors.
+bool vectorizable(const IpoLossArgs& args) {
+  return is_aligned(args.trainer_logprobs) && is_aligned(args.inference_logprobs) &&
+         is_aligned(args.advantages) && is_aligned(args.teacher_logprobs) &&
+         is_aligned(args.loss_weights) && is_aligned({args.loss_mask, DType::kFloat32}) &&
+         is_aligned({args.gradient, DType::kFloat32});
+}
+
+template <typename E>
+cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
+  using TileStorage = BlockReduceStorage<TileSums<E>, kThreads>;
+  using FinishStorage = BlockReduceStorage<SegmentSums, kThreads>;
+  const int64_t tiles = args.segments.num_tiles();
+  if (tiles > 0) {
+    const auto kernel =
+        vectorizable(args) ? ipo_loss_tiles<E, kTokensPerThread> : ipo_loss_tiles<E, 1>;
+    const cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage), stream, args);
+    if (error != cudaSuccess) return error;
+  }
+  return launch(ipo_loss_finish<E>, 1 + args.segments.count, kThreads, sizeof(FinishStorage),
+                stream, args);
+}
+
+}  // namespace
+
+size_t workspace_bytes(const IpoLossArgs& args) {
+  const Segments segments = with_tiles(args.segments);
+  return args.compute_dtype == DType::kFloat64 ? Workspace<double>::bytes(segments)
+                                               : Workspace<float>::bytes(segments);
+}
+
+const char* ipo_loss(IpoLossArgs args, CUstream_st* stream) {
+  args.segments = with_tiles(args.segments);
+  return error_text(args.compute_dtype == DType::kFloat64 ? launch_ipo_loss<double>(args, stream)
+                                                          : launch_ipo_loss<float>(args, stream));
+}
+
+const char* metric_means(const MetricMeansArgs& args, CUstream_st* stream) {
+  if (args.segments == 0) return nullptr;
+  const int64_t blocks = (args.segments + kThreads - 1) / kThreads;
+  const auto kernel = args.compute_dtype == DType::kFloat64 ? metric_means_kernel<double>
+                                                            : metric_means_kernel<float>;
+  return error_text(launch(kernel, blocks, kThreads, 0, stream, args));
+}
+
+}  // namespace ipo_ext::cuda

@@ -1,0 +1,64 @@
+// Sums of any mergeable struct over a warp, then a block: shuffles in a fixed tree, no atomics, the
+// same bits every run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/cuda/platform.cuh"
+
+namespace ipo_ext::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Lane i receives the value of lane i + delta. All lanes of the warp must call.
+template <typename S>
+__device__ __forceinline__ S shuffle_down(const S& value, int delta) {
+  static_assert(sizeof(S) % sizeof(uint32_t) == 0, "a shuffle moves whole words");
+  constexpr int kWords = sizeof(S) / sizeof(uint32_t);
+  uint32_t words[kWords];
+  memcpy(words, &value, sizeof(S));
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = __shfl_down_sync(kFullWarp, words[i], delta);
+  S moved;
+  memcpy(&moved, words, sizeof(S));
+  return moved;
+}
+
+// The merged value of the warp, valid in lane 0. All lanes must call.
+template <typename S, typename Merge>
+__device__ __forceinline__ S warp_reduce(S value, Merge merge) {
+#pragma unroll
+  for (int delta = kWarpSize / 2; delta > 0; delta /= 2)
+    value = merge(value, shuffle_down(value, delta));
+  return value;
+}
+
+template <typename S, int kThreads>
+struct BlockReduceStorage {
+  S warps[kThreads / kWarpSize];
+};
+
+// The merged value of the block, valid in thread 0. All threads must call; `storage` may be used
+// again at once.
+template <int kThreads, typename S, typename Merge>
+__device__ __forceinline__ S block_reduce(S value, Merge merge,
+                                          BlockReduceStorage<S, kThreads>& storage) {
+  constexpr int kWarps = kThreads / kWarpSize;
+  static_assert(kThreads % kWarpSize == 0 && kWarps <= kWarpSize,
+                "whole warps, whose sums fit one warp");
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+
+  value = warp_reduce(value, merge);
+  if (lane == 0) storage.warps[warp] = value;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int other = 1; other < kWarps; ++other) value = merge(value, storage.warps[other]);
+  }
+  __syncthreads();  // before the next use of storage
+  return value;
+}
+
+}  // namespace ipo_ext::cuda

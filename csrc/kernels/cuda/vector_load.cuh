@@ -1,0 +1,75 @@
+// Loads of several neighbouring tokens at once, 16 bytes wide where their dtype fills them, widened
+// on arrival.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/cuda/platform.cuh"
+#include "kernels/token_input.h"
+
+namespace ipo_ext::cuda {
+
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using Type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using Type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using Type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using Type = uint4;
+};
+
+// kCount elements from data[index]; the address must be aligned to min(16, their bytes).
+template <typename Stored, int kCount>
+__device__ __forceinline__ void load_aligned(const void* data, int64_t index,
+                                             Stored (&out)[kCount]) {
+  constexpr int kBytes = sizeof(Stored) * kCount;
+  using Word = typename WordOf<(kBytes < 16 ? kBytes : 16)>::Type;
+  constexpr int kWords = kBytes / sizeof(Word);
+  const Word* from = reinterpret_cast<const Word*>(static_cast<const Stored*>(data) + index);
+  Word words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = __ldg(from + i);
+  memcpy(out, words, kBytes);
+}
+
+template <typename To, typename Stored, int kCount>
+__device__ __forceinline__ void load_converted(const void* data, int64_t index, To (&out)[kCount]) {
+  Stored stored[kCount];
+  load_aligned(data, index, stored);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] = convert<To>(stored[i]);
+}
+
+// Tokens [index, index + kCount) of any floating dtype; kCount of 1 needs no alignment.
+template <typename To, int kCount>
+__device__ __forceinline__ void load_tokens(const TokenInput& input, int64_t index,
+                                            To (&out)[kCount]) {
+  switch (input.dtype) {
+    case DType::kFloat16:
+      return load_converted<To, Float16>(input.data, index, out);
+    case DType::kBFloat16:
+      return load_converted<To, BFloat16>(input.data, index, out);
+    case DType::kFloat64:
+      return load_converted<To, double>(input.data, index, out);
+    default:
+      return load_converted<To, float>(input.data, index, out);
+  }
+}
+
+// Whether kCount tokens of `input` can be loaded at every multiple of kCount.
+inline bool is_aligned(const TokenInput& input) {
+  return reinterpret_cast<uintptr_t>(input.data) % 16 == 0;
+}
+
+}  // namespace ipo_ext::cuda

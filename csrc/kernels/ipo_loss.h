@@ -1,0 +1,121 @@
+// Tier 1: loss, gradient and every metric from per-token log-probabilities, in one pass over the
+// tokens.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "kernels/segments.h"
+#include "kernels/token_input.h"
+#include "math/metrics.h"
+#include "math/token_loss.h"
+
+struct CUstream_st;
+
+namespace ipo_ext {
+
+struct IpoLossArgs {
+  DType compute_dtype;            // kFloat32 or kFloat64, below "compute"
+  TokenInput trainer_logprobs;    // [tokens]
+  TokenInput inference_logprobs;  // [tokens]
+  TokenInput advantages;          // [tokens]
+  TokenInput teacher_logprobs;    // [tokens] or null
+  TokenInput loss_weights;        // [tokens] or null
+  const bool* loss_mask;          // [tokens]
+  ScalarInput normalizer;
+  math::LossParams<double> params;  // inv_normalizer is the kernels' to fill
+  Segments segments;                // tile_size is the launchers' to fill
+
+  void* loss;        // [] compute
+  void* gradient;    // [tokens] compute; null where none is wanted
+  void* means;       // [mean::kNumRows, segments] compute
+  double* sums;      // [kNumSumRows, segments]
+  double* extremes;  // [extreme::kNumRows, segments]
+  void* workspace;   // [workspace_bytes(args)], aligned to 16 bytes, uninitialised
+};
+
+struct MetricMeansArgs {
+  DType compute_dtype;
+  int64_t segments;
+  const double* sums;      // [kNumSumRows, segments]
+  const double* extremes;  // [extreme::kNumRows, segments]
+  void* means;             // [mean::kNumRows, segments] compute
+};
+
+template <typename E>
+IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
+  const math::LossParams<double>& params = args.params;
+  return {static_cast<E>(params.log_low),
+          static_cast<E>(params.log_high),
+          static_cast<E>(params.adv_tau),
+          static_cast<E>(params.kl_tau),
+          static_cast<E>(params.teacher_tau),
+          static_cast<E>(math::inverse_normalizer(load_scalar(args.normalizer)))};
+}
+
+// Loss of all segments from the fp64 sum of its terms; 0 for a normalizer of 0 whatever the sum.
+IPO_HOST_DEVICE double normalized_loss(double sum, const IpoLossArgs& args) {
+  const double inverse = math::inverse_normalizer(load_scalar(args.normalizer));
+  return inverse == 0 ? 0 : sum * inverse;
+}
+
+// Segment s's rows of `sums`, `extremes` and `means`.
+template <typename E>
+IPO_HOST_DEVICE void store_means(const math::SegmentSums& segment, int64_t s, int64_t segments,
+                                 void* means) {
+  const math::Means values = math::means_of(segment);
+  for (int row = 0; row < math::mean::kNumRows; ++row) {
+    static_cast<E*>(means)[row * segments + s] = static_cast<E>(values.rows[row]);
+  }
+}
+
+template <typename E>
+IPO_HOST_DEVICE void store_segment(const IpoLossArgs& args, const math::SegmentSums& segment,
+                                   int64_t s) {
+  const int64_t segments = args.segments.count;
+  for (int row = 0; row < math::kNumSumRows; ++row)
+    args.sums[row * segments + s] = segment.sums[row];
+  for (int row = 0; row < math::extreme::kNumRows; ++row) {
+    args.extremes[row * segments + s] = segment.extremes[row];
+  }
+  store_means<E>(segment, s, segments, args.means);
+}
+
+template <typename E>
+IPO_HOST_DEVICE void metric_means_of_segment(const MetricMeansArgs& args, int64_t s) {
+  math::SegmentSums segment;
+  for (int row = 0; row < math::kNumSumRows; ++row)
+    segment.sums[row] = args.sums[row * args.segments + s];
+  for (int row = 0; row < math::extreme::kNumRows; ++row) {
+    segment.extremes[row] = args.extremes[row * args.segments + s];
+  }
+  store_means<E>(segment, s, args.segments, args.means);
+}
+
+namespace cpu {
+
+// Calls body(begin, end) for parts of [0, count) on the caller's threads; ops/ supplies torch's.
+using ParallelFor = std::function<void(int64_t count, int64_t grain,
+                                       const std::function<void(int64_t, int64_t)>& body)>;
+
+size_t workspace_bytes(const IpoLossArgs& args);
+
+// The caller has checked that cu_seqlens is a partition.
+void ipo_loss(IpoLossArgs args, const ParallelFor& parallel_for);
+void metric_means(const MetricMeansArgs& args);
+
+}  // namespace cpu
+
+namespace cuda {
+
+size_t workspace_bytes(const IpoLossArgs& args);
+
+// Two launches on `stream`, no host synchronisation. They return null, or CUDA's words for what
+// failed. A cu_seqlens that is no partition makes the loss and every gradient NaN and leaves the
+// metrics undefined.
+const char* ipo_loss(IpoLossArgs args, CUstream_st* stream);
+const char* metric_means(const MetricMeansArgs& args, CUstream_st* stream);
+
+}  // namespace cuda
+}  // namespace ipo_ext

@@ -1,0 +1,101 @@
+// exp(x), at most 1 ULP, and exp(x) - 1 - x without cancellation, from one polynomial: no branch,
+// no table, no libm call, so that it runs in every SIMD lane and on the device alike.
+#pragma once
+
+#include "math/lanes.h"
+
+namespace ipo_ext::math {
+
+template <typename E>
+struct ExponentialConstants;
+
+template <>
+struct ExponentialConstants<float> {
+  static constexpr int kMantissaBits = 23;
+  static constexpr uint32_t kBias = 127;
+  static constexpr float kLog2E = 1.44269504088896340736f;
+  static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLn2High = 0.693359375f;    // few bits, so that n * kLn2High is exact
+  static constexpr float kLn2Low = -2.12194440e-4f;
+  static constexpr float kLowest = -104.0f;              // exp is 0 below
+  static constexpr float kHighest = 88.72283172607422f;  // exp is infinite above
+
+  // (exp(f) - 1 - f) / f^2 for |f| <= ln(2) / 2: Cephes' minimax polynomial.
+  template <typename T>
+  static IPO_HOST_DEVICE T tail(T f) {
+    T q = 1.9875691500e-4f * f + 1.3981999507e-3f;
+    q = q * f + 8.3334519073e-3f;
+    q = q * f + 4.1665795894e-2f;
+    q = q * f + 1.6666665459e-1f;
+    return q * f + 5.0000001201e-1f;
+  }
+};
+
+template <>
+struct ExponentialConstants<double> {
+  static constexpr int kMantissaBits = 52;
+  static constexpr uint64_t kBias = 1023;
+  static constexpr double kLog2E = 1.44269504088896340736;
+  static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2High = 6.93147180369123816490e-01;
+  static constexpr double kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kLowest = -746.0;
+  static constexpr double kHighest = 709.782712893384;
+
+  // The same by Taylor: the first term left out is below 2^-57.
+  template <typename T>
+  static IPO_HOST_DEVICE T tail(T f) {
+    T q = 1.0 / 6227020800.0 * f + 1.0 / 479001600.0;
+    q = q * f + 1.0 / 39916800.0;
+    q = q * f + 1.0 / 3628800.0;
+    q = q * f + 1.0 / 362880.0;
+    q = q * f + 1.0 / 40320.0;
+    q = q * f + 1.0 / 5040.0;
+    q = q * f + 1.0 / 720.0;
+    q = q * f + 1.0 / 120.0;
+    q = q * f + 1.0 / 24.0;
+    q = q * f + 1.0 / 6.0;
+    return q * f + 0.5;
+  }
+};
+
+// The largest x whose exp(x) is finite.
+template <typename E>
+constexpr E kMaxLog = ExponentialConstants<E>::kHighest;
+
+template <typename T>
+struct Exponential {
+  T exp;                  // exp(x), x clamped to kMaxLog; NaN for NaN
+  T exp_minus_1_minus_x;  // finite for -max <= x <= 80
+};
+
+// With x = n ln(2) + f: exp(x) = 2^n (1 + f + f^2 tail(f)).
+template <typename T>
+IPO_HOST_DEVICE Exponential<T> exponential(T x) {
+  using E = Element<T>;
+  using C = ExponentialConstants<E>;
+  using Int = typename Lanes<T>::Int;
+  using Unsigned = typename Lanes<T>::Unsigned;
+
+  const T above = select<T>(x < C::kLowest, splat<T>(C::kLowest), x);
+  const T bounded = select<T>(above > C::kHighest, splat<T>(C::kHighest), above);
+  const T rounded = bounded * C::kLog2E + C::kRoundMagic;
+  const T n = rounded - C::kRoundMagic;
+  const T f = (bounded - n * C::kLn2High) - n * C::kLn2Low;
+  const T tail = f * f * C::tail(f);
+
+  // 2^n in two factors: n alone can leave the exponent's range where exp(x) does not. Unsigned: a
+  // NaN's n is anything.
+  const Unsigned exponent =
+      bit_cast<Unsigned>(rounded) - bit_cast<Unsigned>(splat<T>(C::kRoundMagic));
+  const Unsigned half = bit_cast<Unsigned>(bit_cast<Int>(exponent) >> 1);
+  const T scale_a = bit_cast<T>((half + C::kBias) << C::kMantissaBits);
+  const T scale_b = bit_cast<T>((exponent - half + C::kBias) << C::kMantissaBits);
+  const T scale = scale_a * scale_b;
+
+  // For n = 0 the bracket is exactly 0: near x = 0 the tail's full relative accuracy remains.
+  return {((f + tail) + E(1)) * scale_a * scale_b,
+          scale * tail + ((scale * f - x) + (scale - E(1)))};
+}
+
+}  // namespace ipo_ext::math

@@ -1,0 +1,77 @@
+// The vocabulary in which the math is written once: T is a float or double on the device, and on
+// the host also a SIMD vector of them (simd.h). Selections go through masks, never through
+// branches.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define IPO_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+// Always inlined: the host compiles this room once for each instruction set, and a copy that the
+// linker shared between them would run on machines that it was not built for.
+#define IPO_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace ipo_ext::math {
+
+// What a lane type T is made of, and the three operations that scalars and vectors spell
+// differently.
+template <typename T>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using Element = float;
+  using Mask = bool;
+  using Int = int32_t;
+  using Unsigned = uint32_t;
+  using Count = uint32_t;
+  using Wide = double;
+  static IPO_HOST_DEVICE Mask and_not(Mask a, Mask b) { return a & !b; }
+  static IPO_HOST_DEVICE Count ones(Mask mask) { return mask; }
+  static IPO_HOST_DEVICE Wide widen(Element value) { return value; }
+};
+
+template <>
+struct Lanes<double> {
+  using Element = double;
+  using Mask = bool;
+  using Int = int64_t;
+  using Unsigned = uint64_t;
+  using Count = uint32_t;
+  using Wide = double;
+  static IPO_HOST_DEVICE Mask and_not(Mask a, Mask b) { return a & !b; }
+  static IPO_HOST_DEVICE Count ones(Mask mask) { return mask; }
+  static IPO_HOST_DEVICE Wide widen(Element value) { return value; }
+};
+
+template <typename T>
+using Element = typename Lanes<T>::Element;
+template <typename T>
+using Mask = typename Lanes<T>::Mask;
+template <typename T>
+using Wide = typename Lanes<T>::Wide;
+
+template <typename To, typename From>
+IPO_HOST_DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// The same value in every lane.
+template <typename T>
+IPO_HOST_DEVICE T splat(Element<T> value) {
+  return T{} + value;
+}
+
+// mask ? yes : no, in every lane.
+template <typename T>
+IPO_HOST_DEVICE T select(Mask<T> mask, T yes, T no) {
+  return mask ? yes : no;
+}
+
+}  // namespace ipo_ext::math

@@ -1,0 +1,224 @@
+// The metrics: what a token adds to each sum, how sums merge, and the means made of them. Sums are
+// fp64 and counts exact, so that segments, micro-batches and ranks combine without bias.
+#pragma once
+
+#include <limits>
+
+#include "math/lanes.h"
+#include "math/token_loss.h"
+
+namespace ipo_ext::math {
+
+// Rows of the operator's `sums`: counts first, then real-valued sums. Python reads the names from
+// these lists.
+#define IPO_EXT_COUNT_ROWS(X)  \
+  X(active)                    \
+  X(kept)                      \
+  X(masked_low)                \
+  X(masked_high)               \
+  X(nonfinite)                 \
+  X(masked_advantage_positive) \
+  X(masked_advantage_negative)
+
+#define IPO_EXT_SUM_ROWS(X) \
+  X(mismatch_kl_kept)       \
+  X(mismatch_kl_masked)     \
+  X(pg_loss)                \
+  X(kl_loss)                \
+  X(ratio)                  \
+  X(ratio_squared)          \
+  X(teacher_kl)             \
+  X(entropy)
+
+// Rows of the operator's `extremes`.
+#define IPO_EXT_EXTREME_ROWS(X) \
+  X(log_ratio_min)              \
+  X(log_ratio_max)
+
+// Rows of the operator's `means`: what users read.
+#define IPO_EXT_MEAN_ROWS(X)   \
+  X(mismatch_kl)               \
+  X(masked_mismatch_kl)        \
+  X(unmasked_mismatch_kl)      \
+  X(is_masked)                 \
+  X(is_masked_low)             \
+  X(is_masked_high)            \
+  X(teacher_kl)                \
+  X(pg_loss)                   \
+  X(kl_loss)                   \
+  X(nonfinite)                 \
+  X(masked_advantage_positive) \
+  X(masked_advantage_negative) \
+  X(ess)                       \
+  X(log_ratio_min)             \
+  X(log_ratio_max)             \
+  X(entropy)
+
+#define IPO_EXT_ENUMERATOR(name) name,
+namespace count {
+enum Row : int { IPO_EXT_COUNT_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
+}
+namespace sum {
+enum Row : int { IPO_EXT_SUM_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
+}
+namespace extreme {
+enum Row : int { IPO_EXT_EXTREME_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
+}
+namespace mean {
+enum Row : int { IPO_EXT_MEAN_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
+}
+#undef IPO_EXT_ENUMERATOR
+
+constexpr int kNumSumRows = count::kNumRows + sum::kNumRows;
+
+// Sums over the tokens of a tile, T a scalar or, while a SIMD loop runs, a vector.
+template <typename T>
+struct TileSums {
+  Wide<T> sums[sum::kNumRows];
+  typename Lanes<T>::Count counts[count::kNumRows];
+  T log_ratio_min;  // +inf over nothing
+  T log_ratio_max;  // -inf over nothing
+};
+
+template <typename T>
+IPO_HOST_DEVICE TileSums<T> empty_tile_sums() {
+  TileSums<T> empty = {};
+  empty.log_ratio_min = splat<T>(std::numeric_limits<Element<T>>::infinity());
+  empty.log_ratio_max = splat<T>(-std::numeric_limits<Element<T>>::infinity());
+  return empty;
+}
+
+template <typename T>
+IPO_HOST_DEVICE T smaller(T a, T b) {
+  return select<T>(a < b, a, b);
+}
+
+template <typename T>
+IPO_HOST_DEVICE T larger(T a, T b) {
+  return select<T>(a > b, a, b);
+}
+
+// A ratio that overflows counts in `nonfinite` (and in the band's sides) and adds 0 to everything
+// else.
+template <typename T>
+IPO_HOST_DEVICE void add_token(TileSums<T>& tile, const Token<T>& token, const TokenLoss<T>& loss,
+                               bool has_teacher) {
+  using E = Element<T>;
+  using L = Lanes<T>;
+  const Mask<T> counted = loss.active & loss.finite;
+  const Mask<T> masked = L::and_not(counted, loss.kept);
+
+  tile.counts[count::active] += L::ones(loss.active);
+  tile.counts[count::kept] += L::ones(loss.kept);
+  tile.counts[count::masked_low] += L::ones(loss.below);
+  tile.counts[count::masked_high] += L::ones(loss.above);
+  tile.counts[count::nonfinite] += L::ones(L::and_not(loss.active, loss.finite));
+  tile.counts[count::masked_advantage_positive] += L::ones(masked & (token.advantage > E(0)));
+  tile.counts[count::masked_advantage_negative] += L::ones(masked & (token.advantage < E(0)));
+
+  const Wide<T> ratio = L::widen(select<T>(loss.kept, loss.ratio, T{}));
+  tile.sums[sum::mismatch_kl_kept] += L::widen(select<T>(loss.kept, loss.mismatch_kl, T{}));
+  tile.sums[sum::mismatch_kl_masked] += L::widen(select<T>(masked, loss.mismatch_kl, T{}));
+  tile.sums[sum::pg_loss] += L::widen(loss.pg_loss);
+  tile.sums[sum::kl_loss] += L::widen(loss.kl_loss);
+  tile.sums[sum::ratio] += ratio;
+  tile.sums[sum::ratio_squared] += ratio * ratio;
+  if (has_teacher) {
+    tile.sums[sum::teacher_kl] +=
+        L::widen(select<T>(counted, token.teacher_logprob - token.trainer_logprob, T{}));
+  }
+
+  // A finite x counts even where its ratio overflows.
+  const Mask<T> measurable = loss.active & (loss.log_ratio >= -std::numeric_limits<E>::max()) &
+                             (loss.log_ratio <= std::numeric_limits<E>::max());
+  tile.log_ratio_min =
+      smaller(select<T>(measurable, loss.log_ratio, tile.log_ratio_min), tile.log_ratio_min);
+  tile.log_ratio_max =
+      larger(select<T>(measurable, loss.log_ratio, tile.log_ratio_max), tile.log_ratio_max);
+}
+
+template <typename E>
+IPO_HOST_DEVICE TileSums<E> merge(TileSums<E> a, const TileSums<E>& b) {
+  for (int row = 0; row < sum::kNumRows; ++row) a.sums[row] += b.sums[row];
+  for (int row = 0; row < count::kNumRows; ++row) a.counts[row] += b.counts[row];
+  a.log_ratio_min = smaller(a.log_ratio_min, b.log_ratio_min);
+  a.log_ratio_max = larger(a.log_ratio_max, b.log_ratio_max);
+  return a;
+}
+
+// Sums over a whole segment, all in fp64: what the operator returns.
+struct SegmentSums {
+  double sums[kNumSumRows];
+  double extremes[extreme::kNumRows];  // +inf and -inf over nothing
+};
+
+IPO_HOST_DEVICE SegmentSums empty_segment_sums() {
+  SegmentSums empty = {};
+  empty.extremes[extreme::log_ratio_min] = std::numeric_limits<double>::infinity();
+  empty.extremes[extreme::log_ratio_max] = -std::numeric_limits<double>::infinity();
+  return empty;
+}
+
+IPO_HOST_DEVICE SegmentSums merge(SegmentSums a, const SegmentSums& b) {
+  for (int row = 0; row < kNumSumRows; ++row) a.sums[row] += b.sums[row];
+  a.extremes[extreme::log_ratio_min] =
+      smaller(a.extremes[extreme::log_ratio_min], b.extremes[extreme::log_ratio_min]);
+  a.extremes[extreme::log_ratio_max] =
+      larger(a.extremes[extreme::log_ratio_max], b.extremes[extreme::log_ratio_max]);
+  return a;
+}
+
+template <typename E>
+IPO_HOST_DEVICE SegmentSums to_segment_sums(const TileSums<E>& tile) {
+  SegmentSums segment;
+  for (int row = 0; row < count::kNumRows; ++row) segment.sums[row] = tile.counts[row];
+  for (int row = 0; row < sum::kNumRows; ++row)
+    segment.sums[count::kNumRows + row] = tile.sums[row];
+  segment.extremes[extreme::log_ratio_min] = tile.log_ratio_min;
+  segment.extremes[extreme::log_ratio_max] = tile.log_ratio_max;
+  return segment;
+}
+
+// A mean over nothing is 0.
+IPO_HOST_DEVICE double ratio_or_zero(double numerator, double denominator) {
+  return denominator == 0 ? 0 : numerator / denominator;
+}
+
+struct Means {
+  double rows[mean::kNumRows];
+};
+
+IPO_HOST_DEVICE Means means_of(const SegmentSums& segment) {
+  const double* counts = segment.sums;
+  const double* sums = segment.sums + count::kNumRows;
+  const double active = counts[count::active];
+  const double kept = counts[count::kept];
+  const double masked = active - kept;
+  const double lowest = segment.extremes[extreme::log_ratio_min];
+  const double highest = segment.extremes[extreme::log_ratio_max];
+
+  Means means;
+  means.rows[mean::mismatch_kl] =
+      ratio_or_zero(sums[sum::mismatch_kl_kept] + sums[sum::mismatch_kl_masked], active);
+  means.rows[mean::masked_mismatch_kl] = ratio_or_zero(sums[sum::mismatch_kl_masked], masked);
+  means.rows[mean::unmasked_mismatch_kl] = ratio_or_zero(sums[sum::mismatch_kl_kept], kept);
+  means.rows[mean::is_masked] = ratio_or_zero(masked, active);
+  means.rows[mean::is_masked_low] = ratio_or_zero(counts[count::masked_low], active);
+  means.rows[mean::is_masked_high] = ratio_or_zero(counts[count::masked_high], active);
+  means.rows[mean::teacher_kl] = ratio_or_zero(sums[sum::teacher_kl], active);
+  means.rows[mean::pg_loss] = ratio_or_zero(sums[sum::pg_loss], active);
+  means.rows[mean::kl_loss] = ratio_or_zero(sums[sum::kl_loss], active);
+  means.rows[mean::nonfinite] = ratio_or_zero(counts[count::nonfinite], active);
+  means.rows[mean::masked_advantage_positive] =
+      ratio_or_zero(counts[count::masked_advantage_positive], masked);
+  means.rows[mean::masked_advantage_negative] =
+      ratio_or_zero(counts[count::masked_advantage_negative], masked);
+  means.rows[mean::ess] =
+      ratio_or_zero(sums[sum::ratio] * sums[sum::ratio], kept * sums[sum::ratio_squared]);
+  means.rows[mean::log_ratio_min] = lowest <= highest ? lowest : 0;
+  means.rows[mean::log_ratio_max] = lowest <= highest ? highest : 0;
+  means.rows[mean::entropy] = ratio_or_zero(sums[sum::entropy], active);
+  return means;
+}
+
+}  // namespace ipo_ext::math

@@ -1,0 +1,83 @@
+// SIMD vectors for the host, as wide as the instruction set this file is compiled for: GNU vector
+// types, no intrinsics.
+#pragma once
+
+#include "math/lanes.h"
+
+namespace ipo_ext::math {
+
+#if defined(__AVX512F__)
+constexpr int kSimdBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kSimdBytes = 32;
+#else
+constexpr int kSimdBytes = 16;
+#endif
+
+typedef float FloatVector __attribute__((vector_size(kSimdBytes)));
+typedef double DoubleVector __attribute__((vector_size(kSimdBytes)));
+typedef float HalfFloatVector __attribute__((vector_size(kSimdBytes / 2)));
+typedef int32_t Int32Vector __attribute__((vector_size(kSimdBytes)));
+typedef int64_t Int64Vector __attribute__((vector_size(kSimdBytes)));
+typedef uint32_t Uint32Vector __attribute__((vector_size(kSimdBytes)));
+typedef uint64_t Uint64Vector __attribute__((vector_size(kSimdBytes)));
+
+// The fp64 values of a FloatVector: two registers, because one type of twice the width would live
+// in memory.
+struct DoublePair {
+  DoubleVector low, high;
+  IPO_HOST_DEVICE DoublePair& operator+=(const DoublePair& other) {
+    low += other.low;
+    high += other.high;
+    return *this;
+  }
+  friend IPO_HOST_DEVICE DoublePair operator*(const DoublePair& a, const DoublePair& b) {
+    return {a.low * b.low, a.high * b.high};
+  }
+};
+
+template <>
+struct Lanes<FloatVector> {
+  using Element = float;
+  using Mask = Int32Vector;  // -1 or 0
+  using Int = Int32Vector;
+  using Unsigned = Uint32Vector;
+  using Count = Int32Vector;
+  using Wide = DoublePair;
+  static IPO_HOST_DEVICE Mask and_not(Mask a, Mask b) { return a & ~b; }
+  static IPO_HOST_DEVICE Count ones(Mask mask) { return -mask; }
+  static IPO_HOST_DEVICE Wide widen(FloatVector value) {
+    HalfFloatVector halves[2];
+    memcpy(halves, &value, sizeof(value));
+    return {__builtin_convertvector(halves[0], DoubleVector),
+            __builtin_convertvector(halves[1], DoubleVector)};
+  }
+};
+
+template <>
+struct Lanes<DoubleVector> {
+  using Element = double;
+  using Mask = Int64Vector;
+  using Int = Int64Vector;
+  using Unsigned = Uint64Vector;
+  using Count = Int64Vector;
+  using Wide = DoubleVector;
+  static IPO_HOST_DEVICE Mask and_not(Mask a, Mask b) { return a & ~b; }
+  static IPO_HOST_DEVICE Count ones(Mask mask) { return -mask; }
+  static IPO_HOST_DEVICE Wide widen(DoubleVector value) { return value; }
+};
+
+template <typename E>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using Type = FloatVector;
+};
+template <>
+struct VectorOf<double> {
+  using Type = DoubleVector;
+};
+template <typename E>
+using Vector = typename VectorOf<E>::Type;
+
+}  // namespace ipo_ext::math

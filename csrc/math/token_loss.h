@@ -1,0 +1,108 @@
+// What one token pays: its loss, the derivative, and the band that decides whether it pays at all.
+// Never multiplies by a mask: a token that is not kept selects exact zeros, so nothing it holds can
+// reach a result.
+#pragma once
+
+#include <limits>
+
+#include "math/exponential.h"
+#include "math/lanes.h"
+
+namespace ipo_ext::math {
+
+// Settings of the loss, E the compute dtype's scalar. The bounds are logarithms, rounded and
+// clamped by the caller so that no x between them is infinite or has an infinite exp (docs/math.md,
+// "The band").
+template <typename E>
+struct LossParams {
+  E log_low;
+  E log_high;
+  E adv_tau;
+  E kl_tau;
+  E teacher_tau;
+  E inv_normalizer;  // see inverse_normalizer
+};
+
+// 1 / normalizer for the gradient and the loss: 0 stands for "loss 0, gradients 0" (a normalizer of
+// 0), NaN for "poison every gradient" (a normalizer that is no count: negative or NaN).
+IPO_HOST_DEVICE double inverse_normalizer(double normalizer) {
+  if (normalizer == 0) return 0;
+  return normalizer > 0 ? 1 / normalizer : std::numeric_limits<double>::quiet_NaN();
+}
+
+template <typename T>
+struct Token {
+  T trainer_logprob;
+  T inference_logprob;
+  T advantage;
+  T teacher_logprob;  // anything without a teacher
+  T weight;           // 1 without weights
+  Mask<T> active;     // the loss mask
+};
+
+template <typename T>
+struct TokenLoss {
+  Mask<T> active;
+  Mask<T> kept;
+  Mask<T> finite;  // neither the log-ratio nor the ratio overflows
+  Mask<T> above;   // active and above the band, an infinite ratio included
+  Mask<T> below;   // active and below the band
+  T log_ratio;
+  T ratio;
+  T mismatch_kl;  // r - 1 - x, with x clamped to kMismatchClamp
+  T pg_loss;      // exactly 0 unless kept, like the next two
+  T kl_loss;
+  T gradient;  // d loss / d trainer_logprob, divided by the normalizer
+};
+
+// Beyond it the mismatch says "broken", not how much; sums of it still fit fp32.
+constexpr double kMismatchClamp = 80;
+constexpr double kMismatchAtClamp = 5.54062238439351e34;  // exp(80) - 1 - 80
+
+template <typename T>
+IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token,
+                                        const LossParams<Element<T>>& params) {
+  using E = Element<T>;
+  const T x = token.trainer_logprob - token.inference_logprob;
+  const Exponential<T> exponential_x = exponential(x);
+  const T r = exponential_x.exp;
+
+  const Mask<T> kept = token.active & (x >= params.log_low) & (x <= params.log_high);
+  const Mask<T> above = token.active & (x > params.log_high);
+  const Mask<T> below = token.active & (x < params.log_low);
+  const Mask<T> finite = (x >= -std::numeric_limits<E>::max()) & (x <= kMaxLog<E>);
+  const T mismatch_kl = select<T>(x > E(kMismatchClamp), splat<T>(E(kMismatchAtClamp)),
+                                  exponential_x.exp_minus_1_minus_x);
+
+  // A term whose tau is 0 is not evaluated: whatever its input holds is harmless.
+  const T own = params.adv_tau != 0 ? params.adv_tau * token.advantage : T{};
+  const T distilled = params.teacher_tau != 0
+                          ? params.teacher_tau * (token.teacher_logprob - token.trainer_logprob)
+                          : T{};
+  const T advantage = own + distilled;
+  const T tau_x = params.kl_tau != 0 ? params.kl_tau * x : T{};
+
+  // The formula and its derivative (docs/math.md): d(-A r)/dx = -A r, d(tau x^2)/dx = 2 tau x.
+  const T pg_loss = token.weight * (-advantage * r);
+  const T kl_loss = token.weight * (tau_x * x);
+  const T derivative = token.weight * (-advantage * r + E(2) * tau_x);
+
+  const T poison = splat<T>(params.inv_normalizer * E(0));  // 0, or NaN
+  const T gradient = params.inv_normalizer != 0
+                         ? select<T>(kept, derivative * params.inv_normalizer, poison)
+                         : T{};
+
+  return {token.active,
+          kept,
+          finite,
+          above,
+          below,
+          x,
+          r,
+          mismatch_kl,
+          select<T>(kept, pg_loss, T{}),
+          select<T>(kept, kl_loss, T{}),
+          gradient};
+}
+
+}  // namespace ipo_ext::math

@@ -1,0 +1,63 @@
+// The two backends behind one operator: where the kernels run, and what a contract fault does
+// there.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "kernels/ipo_loss.h"
+#include "ops/tensors.h"
+
+// Only CUDA builds of torch have it.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace ipo_ext {
+
+struct CpuBackend {
+  // Values of tensors can be looked at: a contract fault raises.
+  static constexpr bool kFaultsRaise = true;
+
+  static size_t workspace_bytes(const IpoLossArgs& args) { return cpu::workspace_bytes(args); }
+
+  static void ipo_loss(const IpoLossArgs& args, const Tensor&) {
+    cpu::ipo_loss(
+        args, [](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+          torch::stable::parallel_for(0, count, grain, body);
+        });
+  }
+
+  static void metric_means(const MetricMeansArgs& args, const Tensor&) { cpu::metric_means(args); }
+};
+
+struct CudaBackend {
+  // Looking would need a synchronisation: a contract fault makes the loss and every gradient NaN.
+  static constexpr bool kFaultsRaise = false;
+
+  static size_t workspace_bytes(const IpoLossArgs& args) { return cuda::workspace_bytes(args); }
+
+  static void ipo_loss(const IpoLossArgs& args, const Tensor& on) {
+    check_launch("ipo_loss", on, [&](CUstream_st* stream) { return cuda::ipo_loss(args, stream); });
+  }
+
+  static void metric_means(const MetricMeansArgs& args, const Tensor& on) {
+    check_launch("metric_means", on,
+                 [&](CUstream_st* stream) { return cuda::metric_means(args, stream); });
+  }
+
+ private:
+  // Runs `launch` on the tensor's device and the caller's current stream there.
+  template <typename Launch>
+  static void check_launch(const char* op, const Tensor& on, const Launch& launch) {
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    void* stream = nullptr;
+    if (on.is_cuda()) {
+      guard.emplace(on.get_device_index());
+      STABLE_TORCH_ERROR_CODE_CHECK(
+          aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+    }
+    const char* error = launch(static_cast<CUstream_st*>(stream));
+    IPO_EXT_CHECK(error == nullptr, "ipo_ext::", op, ": CUDA launch failed: ", error);
+  }
+};
+
+}  // namespace ipo_ext

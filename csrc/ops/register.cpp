@@ -1,0 +1,33 @@
+// Registers the operators with torch: the schemas once, a kernel for each backend that this build
+// has.
+#include <torch/csrc/stable/library.h>
+
+#include "ops/ipo_loss.h"
+
+// Tests build this file once more, with the CUDA kernels emulated on the CPU under a namespace of
+// their own.
+#ifndef IPO_EXT_NAMESPACE
+#define IPO_EXT_NAMESPACE ipo_ext
+#endif
+#ifndef IPO_EXT_CUDA_DISPATCH_KEY
+#define IPO_EXT_CUDA_DISPATCH_KEY CUDA
+#define IPO_EXT_WITH_CPU
+#endif
+
+STABLE_TORCH_LIBRARY(IPO_EXT_NAMESPACE, m) {
+  m.def(ipo_ext::kIpoLossSchema);
+  m.def(ipo_ext::kMetricMeansSchema);
+}
+
+#define IPO_EXT_REGISTER(key, Backend)                                  \
+  STABLE_TORCH_LIBRARY_IMPL(IPO_EXT_NAMESPACE, key, m) {                \
+    m.impl("ipo_loss", TORCH_BOX(&ipo_ext::ipo_loss<Backend>));         \
+    m.impl("metric_means", TORCH_BOX(&ipo_ext::metric_means<Backend>)); \
+  }
+
+#ifdef IPO_EXT_WITH_CPU
+IPO_EXT_REGISTER(CPU, ipo_ext::CpuBackend)
+#endif
+#ifdef IPO_EXT_WITH_CUDA
+IPO_EXT_REGISTER(IPO_EXT_CUDA_DISPATCH_KEY, ipo_ext::CudaBackend)
+#endif

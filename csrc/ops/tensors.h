@@ -1,0 +1,99 @@
+// From torch's tensors to the kernels' views. Checks only what memory safety needs: the words for
+// users are Python's (ipo_ext/_checks.py), which has looked at every argument before.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "kernels/token_input.h"
+#include "ops/check.h"
+
+namespace ipo_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::Long:
+      return DType::kInt64;
+    default:
+      IPO_EXT_CHECK(false, name, ": unsupported dtype");
+  }
+  return DType::kFloat32;
+}
+
+inline bool is_floating(DType dtype) { return dtype != DType::kInt32 && dtype != DType::kInt64; }
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+// Memory-safety checks of one per-token tensor against the trainer's log-probabilities.
+inline void check_per_token(const Tensor& tensor, const Tensor& trainer_logprobs,
+                            const char* name) {
+  IPO_EXT_CHECK(tensor.numel() == trainer_logprobs.numel(), name, ": expected ",
+                trainer_logprobs.numel(), " tokens, got ", tensor.numel());
+  IPO_EXT_CHECK(same_device(tensor, trainer_logprobs), name,
+                ": expected the device of trainer_logprobs");
+}
+
+// A per-token tensor as a kernel reads it; holds the contiguous copy where one was needed.
+class PerToken {
+ public:
+  PerToken(const Tensor& tensor, const Tensor& trainer_logprobs, const char* name)
+      : tensor_(as_contiguous(tensor)), input_{tensor_->const_data_ptr(), dtype_of(tensor, name)} {
+    check_per_token(tensor, trainer_logprobs, name);
+    IPO_EXT_CHECK(is_floating(input_.dtype), name, ": expected a floating dtype");
+  }
+  PerToken(const std::optional<Tensor>& tensor, const Tensor& trainer_logprobs, const char* name) {
+    if (tensor.has_value()) *this = PerToken(*tensor, trainer_logprobs, name);
+  }
+  TokenInput input() const { return input_; }
+
+ private:
+  std::optional<Tensor> tensor_;
+  TokenInput input_;
+};
+
+// A normalizer on the CPU is read here even for a CUDA batch: no copy, no synchronisation.
+inline ScalarInput scalar_input(const std::optional<Tensor>& tensor, const Tensor& trainer_logprobs,
+                                const char* name) {
+  if (!tensor.has_value()) return {};
+  IPO_EXT_CHECK(tensor->numel() == 1, name, ": expected one element, got ", tensor->numel());
+  const ScalarInput input = {tensor->const_data_ptr(), dtype_of(*tensor, name), 1};
+  if (same_device(*tensor, trainer_logprobs)) return input;
+  IPO_EXT_CHECK(tensor->is_cpu(), name, ": expected the device of trainer_logprobs, or the CPU");
+  return {nullptr, DType::kFloat64, load_scalar(input)};
+}
+
+inline Tensor empty(std::vector<int64_t> sizes, ScalarType dtype, const Tensor& like) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// [rows, segments] for a packed batch, else [rows].
+inline Tensor empty_rows(int64_t rows, int64_t segments, bool packed, ScalarType dtype,
+                         const Tensor& like) {
+  return packed ? empty({rows, segments}, dtype, like) : empty({rows}, dtype, like);
+}
+
+}  // namespace ipo_ext
