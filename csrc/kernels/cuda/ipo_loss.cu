@@ -114,7 +114,7 @@ __device__ __forceinline__ void store_gradients(void* gradient, int64_t index,
                                                 const E (&values)[kCount]) {
   if constexpr (kCount == 4) {
     E* to = static_cast<E*>(gradient) + index;
-    constexpr int kWords = sizeof(values) / sizeof(uint4);
+    constexpr int kWords = kCount * sizeof(E) / sizeof(uint4);
     uint4 words[kWords];
     memcpy(words, values, sizeof(values));
 #pragma unroll

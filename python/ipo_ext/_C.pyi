@@ -1,0 +1,7 @@
+VERSION: str
+TORCH_AT_BUILD: str
+CUDA_COMPILER: str
+CUDA_ARCHITECTURES: tuple[str, ...]
+SUM_ROWS: tuple[str, ...]
+EXTREME_ROWS: tuple[str, ...]
+MEAN_ROWS: tuple[str, ...]

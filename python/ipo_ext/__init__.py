@@ -1,0 +1,19 @@
+"""The IPO+KL policy loss for reinforcement learning of language models, as fused PyTorch operators."""
+
+from ipo_ext import reference
+from ipo_ext._C import VERSION as __version__
+from ipo_ext.config import IPOConfig
+from ipo_ext.functional import ipo_loss
+from ipo_ext.metrics import IPOMetrics
+from ipo_ext.modules import IPOLoss
+from ipo_ext.output import IPOOutput
+
+__all__ = [
+    "IPOConfig",
+    "IPOLoss",
+    "IPOMetrics",
+    "IPOOutput",
+    "__version__",
+    "ipo_loss",
+    "reference",
+]

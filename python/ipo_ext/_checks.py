@@ -1,0 +1,124 @@
+"""Shapes, dtypes and devices of every argument, checked once: the API and the operators' fakes share these functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from ipo_ext import _C
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NORMALIZER = (*FLOATING, torch.int32, torch.int64)
+
+
+def compute_dtype(trainer_logprobs: torch.Tensor, inference_logprobs: torch.Tensor) -> torch.dtype:
+    """float64 if either log-probability is, else float32."""
+    if torch.float64 in (trainer_logprobs.dtype, inference_logprobs.dtype):
+        return torch.float64
+    return torch.float32
+
+
+def check_per_token_loss(
+    trainer_logprobs: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    teacher_logprobs: torch.Tensor | None,
+    loss_weights: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    normalizer: torch.Tensor | None,
+    teacher_tau: float,
+) -> None:
+    """Raises unless the arguments of tier 1 agree."""
+    _check_tensor("trainer_logprobs", trainer_logprobs, FLOATING)
+    check_device_supported("trainer_logprobs", trainer_logprobs)
+    for name, tensor, dtypes in (
+        ("inference_logprobs", inference_logprobs, FLOATING),
+        ("advantages", advantages, FLOATING),
+        ("loss_mask", loss_mask, (torch.bool,)),
+        ("teacher_logprobs", teacher_logprobs, FLOATING),
+        ("loss_weights", loss_weights, FLOATING),
+    ):
+        if tensor is None and name in ("teacher_logprobs", "loss_weights"):
+            continue
+        _check_tensor(name, tensor, dtypes)
+        _check_like(name, tensor, trainer_logprobs)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, trainer_logprobs)
+    if normalizer is not None:
+        check_normalizer(normalizer, trainer_logprobs)
+    if teacher_tau > 0 and teacher_logprobs is None:
+        raise ValueError(
+            f"teacher_logprobs: expected a tensor because config.teacher_tau is {teacher_tau!r}, "
+            "got None; pass the teacher's log-probabilities or set teacher_tau to 0"
+        )
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
+    _check_tensor("cu_seqlens", cu_seqlens, (torch.int32,))
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"cu_seqlens: expected shape [segments + 1], got {_shape(cu_seqlens)}; "
+            "it holds the first token of each packed sequence, then the number of tokens"
+        )
+    _check_device("cu_seqlens", cu_seqlens, trainer_logprobs)
+
+
+def check_normalizer(normalizer: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
+    _check_tensor("normalizer", normalizer, NORMALIZER)
+    if normalizer.dim() != 0:
+        raise ValueError(f"normalizer: expected a 0-dim tensor, got shape {_shape(normalizer)}")
+    if normalizer.device.type != "cpu":
+        _check_device("normalizer", normalizer, trainer_logprobs)
+
+
+def check_constants(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> None:
+    """Raises if a tensor to which no gradient flows asks for one."""
+    for name, tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor that does not require grad, because no gradient flows "
+                f"to it; pass {name}.detach()"
+            )
+
+
+def check_device_supported(name: str, tensor: torch.Tensor) -> None:
+    kind = tensor.device.type
+    if kind == "cuda" and not _C.CUDA_ARCHITECTURES:
+        raise ValueError(
+            f"{name}: expected a CPU tensor, got device {tensor.device}: this build of ipo_ext has "
+            "no CUDA operators. Reinstall it with nvcc on the PATH and IPO_EXT_CUDA=ON"
+        )
+    if kind not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name}: expected a CPU or CUDA tensor, got device {tensor.device}")
+
+
+def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        hint = f"; convert it: {name}.bool()" if dtypes == (torch.bool,) else ""
+        raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}{hint}")
+
+
+def _check_like(name: str, tensor: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
+    if tensor.shape != trainer_logprobs.shape:
+        raise ValueError(
+            f"{name}: expected shape {_shape(trainer_logprobs)} like trainer_logprobs, "
+            f"got {_shape(tensor)}"
+        )
+    _check_device(name, tensor, trainer_logprobs)
+
+
+def _check_device(name: str, tensor: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
+    if tensor.device != trainer_logprobs.device:
+        raise ValueError(
+            f"{name}: expected device {trainer_logprobs.device} like trainer_logprobs, "
+            f"got {tensor.device}"
+        )
+
+
+def _shape(tensor: torch.Tensor) -> list[int]:
+    return list(tensor.shape)

@@ -1,0 +1,24 @@
+"""What every tier returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+
+class IPOOutput(NamedTuple):
+    """Loss, metrics and, where a tier computes them, per-token log-probabilities and entropies.
+
+    Attributes:
+        loss: 0-dim, in the compute dtype (float64 if either log-probability is, else float32).
+        metrics: name to tensor, ``[]``, or ``[segments]`` with ``cu_seqlens``; an ``IPOMetrics``.
+        logprobs: per token, float32, detached; None in tier 1.
+        entropy: per token, float32, detached; None in tier 1.
+    """
+
+    loss: torch.Tensor
+    metrics: Mapping[str, torch.Tensor]
+    logprobs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None

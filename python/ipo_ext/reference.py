@@ -1,0 +1,146 @@
+"""The loss written to be read: eager torch, one line a definition. The oracle that the kernels are tested against."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ipo_ext.config import IPOConfig
+from ipo_ext.output import IPOOutput
+
+_DEFAULT = IPOConfig()
+_MISMATCH_CLAMP = 80.0  # log-ratios beyond it count as it in the mismatch KL
+
+
+def ipo_loss(
+    trainer_logprobs: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    teacher_logprobs: torch.Tensor | None = None,
+    loss_weights: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    config: IPOConfig = _DEFAULT,
+    dtype: torch.dtype | None = None,
+) -> IPOOutput:
+    """As ``ipo_ext.ipo_loss``, in eager torch and differentiable any number of times.
+
+    Args:
+        dtype: what to compute in, default the kernels' compute dtype. The mask is decided in the
+            kernels' compute dtype whatever ``dtype`` is, so that a float64 reference of float32
+            inputs keeps the same tokens.
+    """
+    band_dtype = torch.promote_types(
+        torch.promote_types(trainer_logprobs.dtype, inference_logprobs.dtype), torch.float32
+    )
+    dtype = dtype or band_dtype
+    low, high = _log_bounds(config, band_dtype)
+    band_x = trainer_logprobs.detach().to(band_dtype) - inference_logprobs.to(band_dtype)
+    finite = band_x.isfinite() & (band_x <= _largest_log(band_dtype))
+    active = loss_mask
+    keep = active & (band_x >= low) & (band_x <= high)
+
+    # Replace what a dropped token holds before any arithmetic: torch.where after it would still
+    # differentiate the branch that was not taken, and 0 * inf is NaN.
+    def only(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.where(mask, values, torch.zeros_like(values)).to(dtype)
+
+    x = only(keep, trainer_logprobs) - only(keep, inference_logprobs)
+    ratio = x.exp()
+    advantage = torch.zeros_like(x)
+    if config.adv_tau != 0:
+        advantage = advantage + config.adv_tau * only(keep, advantages)
+    if config.teacher_tau != 0:
+        assert teacher_logprobs is not None, "teacher_tau > 0 needs teacher_logprobs"
+        distance = only(keep, teacher_logprobs) - only(keep, trainer_logprobs)
+        advantage = advantage + config.teacher_tau * distance.detach()
+    weight = only(keep, loss_weights) if loss_weights is not None else keep.to(dtype)
+
+    pg_loss = only(keep, -weight * advantage * ratio)
+    kl_loss = only(keep, weight * config.kl_tau * x**2)
+    loss = (pg_loss + kl_loss).sum()
+    if isinstance(normalizer, torch.Tensor):
+        loss = torch.where(normalizer == 0, loss * 0, loss / torch.where(normalizer == 0, 1, normalizer))
+    elif normalizer is not None:
+        loss = loss / normalizer
+
+    # The metrics, each a numerator and a denominator per token.
+    with torch.no_grad():
+        counted = active & finite
+        masked = active & ~keep
+        counted_masked = masked & finite
+        any_x = (only(counted, trainer_logprobs) - only(counted, inference_logprobs)).clamp(
+            max=_MISMATCH_CLAMP
+        )
+        mismatch = torch.special.expm1(any_x) - any_x
+        shares = {
+            "mismatch_kl": (mismatch * counted, active),
+            "masked_mismatch_kl": (mismatch * counted_masked, masked),
+            "unmasked_mismatch_kl": (mismatch * keep, keep),
+            "is_masked": (masked, active),
+            "is_masked_low": (active & (band_x < low), active),
+            "is_masked_high": (active & (band_x > high), active),
+            "pg_loss": (pg_loss, active),
+            "kl_loss": (kl_loss, active),
+            "nonfinite": (active & ~finite, active),
+            "masked_advantage_positive": (counted_masked & (advantages > 0), masked),
+            "masked_advantage_negative": (counted_masked & (advantages < 0), masked),
+        }
+        if teacher_logprobs is not None:
+            distance = only(counted, teacher_logprobs) - only(counted, trainer_logprobs)
+            shares["teacher_kl"] = (distance, active)
+        kept_ratio = only(keep, ratio)
+        measured = active & band_x.isfinite()
+
+        def of_tokens(part: slice) -> dict[str, torch.Tensor]:
+            def total(values: torch.Tensor) -> torch.Tensor:
+                return values.flatten()[part].to(torch.float64).sum()
+
+            metrics = {
+                name: _mean(total(numerator), total(denominator))
+                for name, (numerator, denominator) in shares.items()
+            }
+            metrics["ess"] = _mean(total(kept_ratio) ** 2, total(keep) * total(kept_ratio.double() ** 2))
+            log_ratios = band_x.flatten()[part][measured.flatten()[part]].double()
+            nothing = torch.zeros(1, dtype=torch.float64, device=log_ratios.device)
+            log_ratios = log_ratios if log_ratios.numel() else nothing
+            metrics["log_ratio_min"] = log_ratios.min()
+            metrics["log_ratio_max"] = log_ratios.max()
+            return {name: value.to(dtype) for name, value in metrics.items()}
+
+        if cu_seqlens is None:
+            return IPOOutput(loss, of_tokens(slice(None)))
+        ends = cu_seqlens.tolist()
+        segments = [of_tokens(slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+        names = of_tokens(slice(0, 0))
+        empty = loss.new_zeros(0)
+        return IPOOutput(
+            loss,
+            {
+                name: torch.stack([metrics[name] for metrics in segments]) if segments else empty
+                for name in names
+            },
+        )
+
+
+def _mean(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """numerator / denominator, 0 over nothing."""
+    return torch.where(denominator == 0, 0.0, numerator / denominator)
+
+
+def _largest_log(dtype: torch.dtype) -> float:
+    """The largest number of ``dtype`` whose exp is finite in ``dtype``."""
+    bound = torch.tensor(math.log(torch.finfo(dtype).max), dtype=dtype)
+    if bound.exp().isinf():
+        bound = torch.nextafter(bound, torch.zeros_like(bound))
+    return bound.item()
+
+
+def _log_bounds(config: IPOConfig, dtype: torch.dtype) -> tuple[float, float]:
+    """The bounds on the log-ratio: fp64 logarithms, rounded to ``dtype``, kept in its finite range."""
+    ends = torch.tensor([config.dppo_mask_low, config.dppo_mask_high], dtype=torch.float64).log()
+    ends = ends.clamp(-torch.finfo(dtype).max, _largest_log(dtype)).to(dtype)
+    return ends[0].item(), ends[1].item()

@@ -1,0 +1,50 @@
+"""The backends that a test body runs on, and what differs between them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from simt import operators as simt
+
+from ipo_ext import _C, _operators
+
+
+def available() -> list[str]:
+    """cpu and simt everywhere; cuda where the build and the machine have it."""
+    cuda = bool(_C.CUDA_ARCHITECTURES) and torch.cuda.is_available()
+    return ["cpu", "simt", *(["cuda"] if cuda else [])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """Where tensors live and which operators run. simt follows CUDA's rules, on CPU tensors."""
+
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.name == "cuda" else "cpu")
+
+    @property
+    def faults_raise(self) -> bool:
+        """Whether a contract fault raises (CPU) or poisons the loss and every gradient (CUDA)."""
+        return self.name == "cpu"
+
+    @property
+    def namespace(self) -> str:
+        return simt.NAMESPACE if self.name == "simt" else "ipo_ext"
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[Backend]:
+        """Points the Python API at this backend's operators."""
+        if self.name == "simt":
+            simt.load()
+        before = _operators._namespace
+        _operators._namespace = self.namespace
+        try:
+            yield self
+        finally:
+            _operators._namespace = before

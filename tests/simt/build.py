@@ -1,0 +1,137 @@
+"""Compile C++ and CUDA sources against the SIMT harness, and cache what was built.
+
+Plain subprocess calls to $CXX (g++): it avoids needing CMake, ninja or nvcc to run the kernels.
+Objects are keyed by the contents of everything they include and by the flags, so that a second
+run compiles nothing, and a change compiles only what it reaches.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HARNESS = Path("tests/simt")
+HARNESS_SOURCES = tuple(
+    HARNESS / name for name in ("simt.cpp", "report.cpp", "runtime.cpp", "memory.cpp", "fibre.cpp")
+)
+
+# A misaligned access calls a handler of the harness: a report with its line, no runtime needed.
+COMPILE_FLAGS = (
+    *("-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-ffp-contract=off", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"),
+)
+LINK_FLAGS = ("-rdynamic", "-lpthread", "-ldl")
+
+# For `sanitize=`: passed to the compiler and the linker.
+ADDRESS_AND_UNDEFINED = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+)
+
+
+class BuildError(RuntimeError):
+    pass
+
+
+def build(
+    name: str,
+    sources: Iterable[Path | str],
+    *,
+    include: Sequence[Path | str] = (),
+    flags: Sequence[str] = (),
+    link: Sequence[str] = (),
+    sanitize: Sequence[str] = (),
+    shared: bool = False,
+    root: Path = ROOT,
+) -> Path:
+    """Build `name` from `sources` (relative to `root`) and the harness; return its path.
+
+    Sources ending in .cu are compiled as C++. A `.so` with `shared`, an executable without.
+    """
+    compile_flags = [*COMPILE_FLAGS, *sanitize, f"-I{HARNESS / 'include'}"]
+    compile_flags += [f"-I{folder}" for folder in include] + list(flags)
+    link_flags = [*sanitize, *(["-shared"] if shared else []), *link, *LINK_FLAGS]
+    paths = [Path(source) for source in (*HARNESS_SOURCES, *sources)]
+    compile_one = functools.partial(_compile, flags=compile_flags, root=root)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, paths))
+
+    key = _digest([str(path) for path in objects], link_flags)
+    output = _cache(root) / f"simt-{key}" / name
+    if not output.exists():
+        _say(f"linking {name}")
+        _run([_compiler(), *map(str, objects), *link_flags], output, root)
+    return output
+
+
+def _compile(source: Path, *, flags: Sequence[str], root: Path) -> Path:
+    command = [_compiler(), *flags]
+    command += ["-x", "c++"] if source.suffix == ".cu" else []
+    key = _digest([_compiler_version(), *command, str(source)], _inputs(command, source, root))
+    output = _cache(root) / "simt-objects" / f"{source.stem}-{key}.o"
+    if not output.exists():
+        start = time.monotonic()
+        _run([*command, "-c", str(source)], output, root)
+        _say(f"compiled {source} in {time.monotonic() - start:.1f} s")
+    return output
+
+
+def _inputs(command: Sequence[str], source: Path, root: Path) -> Iterable[bytes]:
+    """The contents of the source and of every header it includes, system headers aside."""
+    rule = _output([*command, "-MM", str(source)], root)
+    for name in rule.replace("\\\n", " ").split(":", 1)[1].split():
+        yield (root / name).read_bytes()
+
+
+def _run(command: Sequence[str], output: Path, root: Path) -> None:
+    """Run a command that writes `output`, which appears only when it is complete."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
+    _output([*command, "-o", str(partial)], root)
+    partial.replace(output)
+
+
+def _output(command: Sequence[str], root: Path) -> str:
+    # Relative paths, and hence __FILE__ in fault reports, start at the repository's root.
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BuildError(f"{shlex.join(command)}\n{done.stderr}")
+    if done.stderr:
+        _say(done.stderr.rstrip())
+    return done.stdout
+
+
+def _digest(*groups: Iterable[str | bytes]) -> str:
+    digest = hashlib.sha256()
+    for group in groups:
+        for item in group:
+            data = item.encode() if isinstance(item, str) else item
+            digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:16]
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+@functools.cache
+def _compiler_version() -> str:
+    return _output([_compiler(), "--version"], ROOT)
+
+
+def _cache(root: Path) -> Path:
+    return root / "build"
+
+
+def _say(text: str) -> None:
+    print(f"[simt] {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,58 @@
+"""The real operators with the CUDA kernels emulated on the CPU, as torch.ops.ipo_ext_simt."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from simt import build
+
+NAMESPACE = "ipo_ext_simt"
+KERNELS = ("csrc/kernels/cuda/ipo_loss.cu",)
+TORCH = Path(torch.__file__).parent
+
+
+def build_operators(root: Path = build.ROOT, sanitize: Sequence[str] = ()) -> Path:
+    """Compiles csrc/ops and the CUDA kernels of `root` for the harness; a library torch can load."""
+    return build.build(
+        f"ipo_ext_simt{sysconfig.get_config_var('SHLIB_SUFFIX')}",
+        ["csrc/ops/register.cpp", *KERNELS],
+        include=["csrc"],
+        flags=[
+            f"-isystem{TORCH / 'include'}",
+            "-DTORCH_TARGET_VERSION=0x020b000000000000",
+            f"-DIPO_EXT_NAMESPACE={NAMESPACE}",
+            "-DIPO_EXT_CUDA_DISPATCH_KEY=CPU",
+            "-DIPO_EXT_WITH_CUDA",
+        ],
+        link=[f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"],
+        sanitize=sanitize,
+        shared=True,
+        root=root,
+    )
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Loads and registers the operators once; returns the harness's C interface.
+
+    IPO_EXT_SIMT_LIBRARY names a library built elsewhere (under sanitizers, say) to load instead.
+    """
+    from ipo_ext import _operators
+
+    library = os.environ.get("IPO_EXT_SIMT_LIBRARY") or str(build_operators())
+    torch.ops.load_library(library)
+    _operators.register(NAMESPACE)
+    harness = ctypes.CDLL(library)
+    harness.simt_set_schedule.argtypes = [ctypes.c_uint64]
+    harness.simt_launches.restype = ctypes.c_uint64
+    harness.simt_guarded_alloc.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+    harness.simt_guarded_alloc.restype = ctypes.c_void_p
+    harness.simt_guarded_free.argtypes = [ctypes.c_void_p]
+    harness.simt_guarded_free.restype = ctypes.c_bool
+    return harness
