@@ -58,7 +58,7 @@ inline void check_per_token(const Tensor& tensor, const Tensor& trainer_logprobs
 }
 
 // A per-token tensor as a kernel reads it; holds the contiguous copy where one was needed.
-class PerToken {
+class __attribute__((visibility("hidden"))) PerToken {
  public:
   PerToken(const Tensor& tensor, const Tensor& trainer_logprobs, const char* name)
       : tensor_(as_contiguous(tensor)), input_{tensor_->const_data_ptr(), dtype_of(tensor, name)} {

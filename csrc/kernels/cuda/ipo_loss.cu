@@ -12,7 +12,10 @@ namespace {
 using namespace ipo_ext::math;
 
 constexpr int kThreads = 256;
-constexpr int kTokensPerThread = 4;  // 16 bytes of fp32
+
+// Tokens that a thread loads and stores at once: 16 bytes in the compute dtype.
+template <typename E>
+constexpr int kTokensPerLoad = 16 / sizeof(E);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Device helpers
@@ -89,13 +92,13 @@ struct TokenGroup {
   }
 
   __device__ __forceinline__ void load_mask(const bool* mask, int64_t index) {
-    if constexpr (kCount == 4) {
-      const uint32_t bytes = __ldg(reinterpret_cast<const uint32_t*>(mask + index));
+    if constexpr (kCount == 1) {
+      active[0] = mask[index];
+    } else {
+      using Word = typename WordOf<kCount>::Type;
+      const Word bytes = __ldg(reinterpret_cast<const Word*>(mask + index));
 #pragma unroll
       for (int i = 0; i < kCount; ++i) active[i] = (bytes >> (8 * i)) & 0xffu;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) active[i] = mask[index + i];
     }
   }
 
@@ -112,16 +115,14 @@ struct TokenGroup {
 template <typename E, int kCount>
 __device__ __forceinline__ void store_gradients(void* gradient, int64_t index,
                                                 const E (&values)[kCount]) {
-  if constexpr (kCount == 4) {
-    E* to = static_cast<E*>(gradient) + index;
-    constexpr int kWords = kCount * sizeof(E) / sizeof(uint4);
-    uint4 words[kWords];
-    memcpy(words, values, sizeof(values));
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(to)[i] = words[i];
+  E* to = static_cast<E*>(gradient) + index;
+  if constexpr (kCount == 1) {
+    *to = values[0];
   } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) static_cast<E*>(gradient)[index + i] = values[i];
+    static_assert(sizeof(values) == sizeof(uint4), "one vector store");
+    uint4 word;
+    memcpy(&word, values, sizeof(word));
+    __stwb(reinterpret_cast<uint4*>(to), word);  // a plain assignment is split into four stores
   }
 }
 
@@ -262,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) metric_means_kernel(const MetricMean
 // about 2048 tiles however many tokens, so that the second launch stays small. Counts of a tile fit
 // 32 bits by far.
 int64_t tile_size_for(int64_t tokens) {
-  constexpr int64_t kSmallest = kThreads * kTokensPerThread;
+  constexpr int64_t kSmallest = kThreads * kTokensPerLoad<float>;
   constexpr int64_t kTiles = 2048;
   int64_t size = kSmallest;
   while (size * kTiles < tokens) size *= 2;
@@ -274,7 +275,7 @@ Segments with_tiles(Segments segments) {
   return segments;
 }
 
-// Whether groups of four tokens can be loaded and stored as vectors.
+// Whether groups of tokens can be loaded and stored as vectors.
 bool vectorizable(const IpoLossArgs& args) {
   return is_aligned(args.trainer_logprobs) && is_aligned(args.inference_logprobs) &&
          is_aligned(args.advantages) && is_aligned(args.teacher_logprobs) &&
@@ -289,7 +290,7 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
   const int64_t tiles = args.segments.num_tiles();
   if (tiles > 0) {
     const auto kernel =
-        vectorizable(args) ? ipo_loss_tiles<E, kTokensPerThread> : ipo_loss_tiles<E, 1>;
+        vectorizable(args) ? ipo_loss_tiles<E, kTokensPerLoad<E>> : ipo_loss_tiles<E, 1>;
     const cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage), stream, args);
     if (error != cudaSuccess) return error;
   }

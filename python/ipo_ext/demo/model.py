@@ -22,7 +22,8 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.attend(self.attention_norm(hidden))
-        return hidden + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(hidden))))
+        update: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(hidden))))
+        return hidden + update
 
     def attend(self, hidden: Tensor) -> Tensor:
         """Causal multi-head attention: [B, T, H] -> [B, T, H]."""
@@ -31,7 +32,8 @@ class Block(nn.Module):
             self.qkv(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.attention_out(mixed.transpose(1, 2).flatten(2))
+        update: Tensor = self.attention_out(mixed.transpose(1, 2).flatten(2))
+        return update
 
 
 class Policy(nn.Module):
@@ -51,14 +53,14 @@ class Policy(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Hidden states before the head: int64 [B, T] -> [B, T, H] in the weights' dtype."""
         positions = torch.arange(tokens.shape[1])
-        hidden = self.token_embedding(tokens) + self.position_embedding(positions)
-        for block in self.blocks:
+        hidden: Tensor = self.token_embedding(tokens) + self.position_embedding(positions)
+        for block in (*self.blocks, self.norm):
             hidden = block(hidden)
-        return self.norm(hidden)
+        return hidden
 
 
 def token_logprobs(policy: Policy, tokens: Tensor) -> Tensor:
     """log p(tokens[:, t + 1] | tokens[:, : t + 1]): int64 [B, T] -> fp32 [B, T - 1]."""
-    logits = policy.lm_head(policy(tokens[:, :-1])).float()
+    logits: Tensor = policy.lm_head(policy(tokens[:, :-1])).float()
     labels = tokens[:, 1:]
     return logits.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)

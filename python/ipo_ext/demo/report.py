@@ -1,4 +1,4 @@
-"""What a run shows: live progress, a table, a picture and JSON; rich and matplotlib are optional."""
+"""What a run shows: live progress, table, picture, JSON; rich and matplotlib are optional."""
 
 from __future__ import annotations
 
@@ -96,9 +96,7 @@ class RichReporter:
         self.progress.stop()
 
     def on_step(self, record: StepRecord) -> None:
-        self.progress.update(
-            self.bars[record.arm], completed=record.step, latest=describe(record)
-        )
+        self.progress.update(self.bars[record.arm], completed=record.step, latest=describe(record))
 
     def table(self, results: Sequence[ArmResult]) -> None:
         from rich.table import Table

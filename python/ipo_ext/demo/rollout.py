@@ -1,7 +1,7 @@
-"""Rollouts from a separate inference copy: frozen weights rounded to low precision, bf16 arithmetic.
+"""Rollouts from a separate inference copy: frozen, rounded to low precision, computing in bf16.
 
-Nothing is injected. The copy reports the log-probabilities that it sampled from, and they differ from
-the trainer's because its weights are older, coarser, and multiplied in another precision.
+Nothing is injected. The copy reports the log-probabilities that it sampled from, and they differ
+from the trainer's because its weights are older, coarser, and multiplied in another precision.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def round_weight(weight: Tensor, rounding: str) -> Tensor:
     """What `weight`, fp32 [out, in], reads back as from storage with a scale for each group."""
     if rounding == "bf16":
         return weight.bfloat16().float()
-    groups = weight.unflatten(1, (-1, SCALE_GROUP))
+    groups = weight.reshape(weight.shape[0], -1, SCALE_GROUP)
     scale = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / LARGEST_VALUE[rounding]
     scaled = groups / scale
     stored = scaled.to(torch.float8_e4m3fn).float() if rounding == "fp8" else scaled.round()
-    return (stored * scale).flatten(1)
+    return (stored * scale).reshape_as(weight)
 
 
 @torch.no_grad()

@@ -34,15 +34,14 @@ WARMUP_CHECK = 10
 class Settings:
     """What a run depends on, besides the machine's floating point.
 
-    The defaults make the ratios as wide as a real asynchronous run can see, on a model that trains
-    in seconds. int4 weights alone put about 2 % of the tokens outside the band; eight steps on one
-    copy, at this learning rate, add to both sides and make the unmasked gradient unstable. bf16 and
-    fewer steps drop almost nothing, and the arms coincide.
+    The defaults are chosen for ratios that leave the band on both sides. int4 weights do so from
+    the first step; up to seven steps of staleness, at this learning rate, add to it as the run goes
+    on. With bf16 weights and a fresh copy almost nothing is dropped and the arms coincide.
 
-    The optimiser is plain SGD with momentum, without gradient clipping, in both arms: Adam divides
-    a spike by its own size and clipping cuts it, and so both hide much of what an unbounded ratio
-    does. With Adam, or with batches several times as large, the arms are close on this task, and
-    with too high a learning rate both fail.
+    Both arms use plain SGD with momentum and no gradient clipping. Adam divides a spike in the
+    gradient by its own size, and clipping cuts it: either hides much of what an unbounded ratio
+    does. With Adam the arms are close on this task, and now and then the unmasked one is ahead;
+    with several times the learning rate both fail.
     """
 
     seed: int = 0
@@ -123,13 +122,11 @@ class ArmResult:
 
     def mean_over_tokens(self, name: str) -> float:
         """The mean over every loss token of the run of a per-token quantity in StepRecord."""
-        total = sum(getattr(record, name) * record.tokens for record in self.history)
+        total: float = sum(getattr(record, name) * record.tokens for record in self.history)
         return total / sum(record.tokens for record in self.history)
 
 
-def run(
-    settings: Settings, on_step: Callable[[StepRecord], None] | None = None
-) -> list[ArmResult]:
+def run(settings: Settings, on_step: Callable[[StepRecord], None] | None = None) -> list[ArmResult]:
     """Warms one policy up, then trains a copy of it in every arm; calls `on_step` as it goes."""
     with _threads(settings.threads):
         policy = warm_up(settings)
@@ -160,7 +157,8 @@ def warm_up(settings: Settings) -> Policy:
         tokens = torch.cat((task.prompts(operands), responses), dim=1)
         logprobs = token_logprobs(policy, tokens)[:, -task.RESPONSE_LENGTH :]
         optimizer.zero_grad()
-        (-logprobs[task.response_mask(responses)].mean()).backward()
+        loss = -logprobs[task.response_mask(responses)].mean()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return policy
 
@@ -190,7 +188,7 @@ def train_arm(
 
         output = policy_loss(policy, rollouts, settings.group, config)
         optimizer.zero_grad()
-        output.loss.backward()
+        output.loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
         result.history.append(_record(arm, step + 1, rollouts, output))

@@ -128,6 +128,10 @@ T __ldcg(const T* address) {
   return *address;
 }
 template <typename T>
+void __stwb(T* address, T value) {
+  *address = value;
+}
+template <typename T>
 void __stcs(T* address, T value) {
   *address = value;
 }
