@@ -1,4 +1,4 @@
-"""One optimiser step over packed micro-batches: a global normalizer, metrics that add up without bias."""
+"""One step over packed micro-batches: a global normalizer, metrics that add up without bias."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def main() -> None:
     drift = torch.nn.Parameter(torch.zeros(()))  # stands for the policy's weights
     config = IPOConfig(dppo_mask_low=0.2, dppo_mask_high=5.0, kl_tau=1e-3)
 
-    # The number of loss tokens of the whole step, over all micro-batches (and ranks): every token then weighs the same
-    # whatever micro-batch it fell in.
+    # The number of loss tokens of the whole step, over all micro-batches (and ranks): every token
+    # then weighs the same whatever micro-batch it fell in.
     normalizer = sum(batch["loss_mask"].sum() for batch in batches)
 
     metrics = []
@@ -35,7 +35,10 @@ def main() -> None:
         trainer_logprobs = batch["inference_logprobs"] + drift + noise
         out = ipo_loss(trainer_logprobs, **batch, normalizer=normalizer, config=config)
         out.loss.backward()
-        print("dropped, by sequence:", [round(share, 3) for share in out.metrics["is_masked"].tolist()])
+        print(
+            "dropped, by sequence:",
+            [round(share, 3) for share in out.metrics["is_masked"].tolist()],
+        )
         metrics.append(out.metrics.total())
 
     step = sum(metrics[1:], start=metrics[0])

@@ -1,4 +1,4 @@
-"""Registers, shared memory and spills of every CUDA kernel, from nvcc's own report; exits 1 on a spill."""
+"""Registers and spills of every CUDA kernel, from nvcc's own report; exits 1 on a spill."""
 
 from __future__ import annotations
 

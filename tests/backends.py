@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from simt import operators as simt
 
 from ipo_ext import _C, _operators
+from simt import operators as simt
 
 
 def available() -> list[str]:

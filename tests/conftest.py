@@ -1,4 +1,4 @@
-"""One test body for every backend: the fixture `backend` runs it on cpu, simt and, where there is one, cuda."""
+"""One test body for every backend: the fixture `backend` runs it on cpu, simt and cuda."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+
 from backends import Backend, available
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)

@@ -1,4 +1,4 @@
-"""The IPO+KL policy loss for reinforcement learning of language models, as fused PyTorch operators."""
+"""The IPO+KL policy loss for RL of language models, as fused PyTorch operators."""
 
 from ipo_ext import reference
 from ipo_ext._C import VERSION as __version__

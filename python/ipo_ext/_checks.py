@@ -1,4 +1,4 @@
-"""Shapes, dtypes and devices of every argument, checked once: the API and the operators' fakes share these functions."""
+"""Shapes, dtypes and devices of every argument: one check, shared by the API and the fakes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from ipo_ext import _C
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BOOLEAN = (torch.bool,)
 NORMALIZER = (*FLOATING, torch.int32, torch.int64)
 
 
@@ -33,17 +34,13 @@ def check_per_token_loss(
     """Raises unless the arguments of tier 1 agree."""
     _check_tensor("trainer_logprobs", trainer_logprobs, FLOATING)
     check_device_supported("trainer_logprobs", trainer_logprobs)
-    for name, tensor, dtypes in (
-        ("inference_logprobs", inference_logprobs, FLOATING),
-        ("advantages", advantages, FLOATING),
-        ("loss_mask", loss_mask, (torch.bool,)),
-        ("teacher_logprobs", teacher_logprobs, FLOATING),
-        ("loss_weights", loss_weights, FLOATING),
-    ):
-        if tensor is None and name in ("teacher_logprobs", "loss_weights"):
-            continue
-        _check_tensor(name, tensor, dtypes)
-        _check_like(name, tensor, trainer_logprobs)
+    _check_per_token("inference_logprobs", inference_logprobs, FLOATING, trainer_logprobs)
+    _check_per_token("advantages", advantages, FLOATING, trainer_logprobs)
+    _check_per_token("loss_mask", loss_mask, BOOLEAN, trainer_logprobs)
+    if teacher_logprobs is not None:
+        _check_per_token("teacher_logprobs", teacher_logprobs, FLOATING, trainer_logprobs)
+    if loss_weights is not None:
+        _check_per_token("loss_weights", loss_weights, FLOATING, trainer_logprobs)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, trainer_logprobs)
     if normalizer is not None:
@@ -99,11 +96,17 @@ def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) ->
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         expected = " or ".join(map(str, dtypes))
-        hint = f"; convert it: {name}.bool()" if dtypes == (torch.bool,) else ""
+        hint = f"; convert it: {name}.bool()" if dtypes == BOOLEAN else ""
         raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}{hint}")
 
 
-def _check_like(name: str, tensor: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
+def _check_per_token(
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    trainer_logprobs: torch.Tensor,
+) -> None:
+    _check_tensor(name, tensor, dtypes)
     if tensor.shape != trainer_logprobs.shape:
         raise ValueError(
             f"{name}: expected shape {_shape(trainer_logprobs)} like trainer_logprobs, "

@@ -1,10 +1,11 @@
-"""The Python half of the operators: shapes for tracing (fakes) and the autograd formula of a direct call."""
+"""The Python half of the operators: shapes for tracing (fakes) and the autograd formulas."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.autograd import forward_ad
 
 from ipo_ext import _C, _checks
 
@@ -70,12 +71,30 @@ def _metric_means_fake(sums: torch.Tensor, extremes: torch.Tensor, float64: bool
     return sums.new_empty((len(_C.MEAN_ROWS), *sums.shape[1:]), dtype=dtype)
 
 
+_NO_SECOND_DERIVATIVE = (
+    "ipo_ext: the loss cannot be differentiated twice. Its gradient is made in the forward "
+    "pass and is a constant from then on; use ipo_ext.reference for higher derivatives"
+)
+_NO_FORWARD_MODE = (
+    "ipo_ext: the loss has no forward-mode derivative (jvp, jacfwd, hessian). Use reverse mode, "
+    "backward() or torch.func.grad, or ipo_ext.reference, which supports both"
+)
+
+
 class ScaleGradient(torch.autograd.Function):
-    """``gradient * factor``, refusing to be differentiated: the loss has no second derivative."""
+    """``gradient * factor``, refusing to be differentiated: the loss has no second derivative.
+
+    ``trainer_logprobs`` only gives the result its dtype and a place in the graph, so that a second
+    derivative arrives at ``backward`` instead of being silently 0.
+    """
+
+    generate_vmap_rule = True  # torch.func.jacrev maps over the factor
 
     @staticmethod
-    def forward(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return (gradient * factor).to(dtype)
+    def forward(
+        gradient: torch.Tensor, factor: torch.Tensor, trainer_logprobs: torch.Tensor
+    ) -> torch.Tensor:
+        return (gradient * factor).to(trainer_logprobs.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -83,27 +102,24 @@ class ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        raise NotImplementedError(
-            "ipo_ext: the loss cannot be differentiated twice. Its gradient is made in the forward "
-            "pass and is a constant from then on; use ipo_ext.reference for higher derivatives"
-        )
+        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
 
 
 def _ipo_loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     trainer_logprobs, with_gradient = inputs[0], inputs[-1]
     _, gradient, *metrics = output
     ctx.mark_non_differentiable(gradient, *metrics)
-    ctx.dtype = trainer_logprobs.dtype
     ctx.with_gradient = with_gradient
     ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(gradient)
+    ctx.save_for_backward(gradient, trainer_logprobs)
 
 
 def _ipo_loss_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     if not ctx.with_gradient:
-        raise RuntimeError("ipo_ext::ipo_loss: expected with_gradient=True to run backward, got False")
-    (gradient,) = ctx.saved_tensors
-    scaled = ScaleGradient.apply(gradient, grad_loss, ctx.dtype)
+        raise RuntimeError(
+            "ipo_ext::ipo_loss: expected with_gradient=True to run backward, got False"
+        )
+    scaled = ScaleGradient.apply(ctx.saved_tensors[0], grad_loss, ctx.saved_tensors[1])
     return (scaled, *(None for _ in range(ctx.num_inputs - 1)))
 
 
@@ -123,8 +139,24 @@ class IPOLossFunction(torch.autograd.Function):
 
     setup_context = staticmethod(_ipo_loss_setup_context)
     backward = staticmethod(_ipo_loss_backward)
-
     vmap = staticmethod(_refuse_vmap)
+
+
+class IPOLossUnderForwardMode(IPOLossFunction):
+    """Refuses tangents. A class of its own: torch.compile traces no Function that has a ``jvp``."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+
+def run_ipo_loss(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    """Calls the operator by the way that differentiates, or refuses to, as the inputs ask for it."""
+    if forward_ad._current_level >= 0:  # on its own, the operator would say that nothing flows
+        return cast("tuple[torch.Tensor, ...]", IPOLossUnderForwardMode.apply(*inputs))
+    with_gradient = inputs[-1]
+    function = IPOLossFunction.apply if with_gradient else library().ipo_loss
+    return cast("tuple[torch.Tensor, ...]", function(*inputs))
 
 
 register(_namespace)

@@ -53,12 +53,12 @@ class IPOConfig:
             raise ValueError(f"dppo_mask_low: expected a finite number >= 0, got {low!r}")
         if not (low <= high and high > 0):
             raise ValueError(
-                f"dppo_mask_high: expected a number > 0 and >= dppo_mask_low ({low!r}), got {high!r}"
+                f"dppo_mask_high: expected a number > 0, >= dppo_mask_low ({low!r}), got {high!r}"
             )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> IPOConfig:
-        """The config of a ``trainer.loss`` section; an unknown field is a ValueError, never ignored."""
+        """The config of a ``trainer.loss`` section; an unknown field is a ValueError."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in mapping.items():
             if name not in known:

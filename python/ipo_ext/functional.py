@@ -28,8 +28,8 @@ def ipo_loss(
 ) -> IPOOutput:
     r"""The IPO+KL loss from per-token log-probabilities (tier 1).
 
-    Per active token, with ``x = trainer_logprob - inference_logprob`` and ``r = exp(x)``: kept where
-    x and r are finite and ``log(dppo_mask_low) <= x <= log(dppo_mask_high)``; a kept token pays
+    Per active token, with ``x = trainer_logprob - inference_logprob`` and ``r = exp(x)``: kept
+    where x and r are finite and ``log(dppo_mask_low) <= x <= log(dppo_mask_high)``; a kept token pays
     ``w * (-A' * r + kl_tau * x**2)``, every other token exactly 0, whatever it holds. Source:
     PrimeIntellect-ai/prime-rl pull request 2423; docs/math.md derives it.
 
@@ -89,9 +89,10 @@ def ipo_loss(
         )
     )
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
-    run = _operators.IPOLossFunction.apply if with_gradient else _operators.library().ipo_loss
-    log_low, log_high = config.log_bounds(_checks.compute_dtype(trainer_logprobs, inference_logprobs))
-    loss, _, means, sums, extremes = run(
+    log_low, log_high = config.log_bounds(
+        _checks.compute_dtype(trainer_logprobs, inference_logprobs)
+    )
+    loss, _, means, sums, extremes = _operators.run_ipo_loss(
         trainer_logprobs,
         inference_logprobs,
         advantages,
@@ -113,7 +114,9 @@ def ipo_loss(
 
 def _normalizer_tensor(normalizer: float, like: torch.Tensor) -> torch.Tensor:
     if not 0 < normalizer < math.inf:
-        raise ValueError(f"normalizer: expected a finite number > 0 or a tensor, got {normalizer!r}")
+        raise ValueError(
+            f"normalizer: expected a finite number > 0 or a tensor, got {normalizer!r}"
+        )
     if torch.compiler.is_compiling():
         # A number that the graph computes with: as a constant, each new value would recompile.
         return like.new_ones((), dtype=torch.float64) * normalizer

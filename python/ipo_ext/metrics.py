@@ -1,4 +1,4 @@
-"""Metrics as sums that combine without bias over segments, micro-batches and ranks, and the means made of them."""
+"""Metrics as sums, which combine without bias, and the means made of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The loss written to be read: eager torch, one line a definition. The oracle that the kernels are tested against."""
+"""The loss written to be read, in eager torch: the oracle that the kernels are tested against."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -63,7 +64,8 @@ def ipo_loss(
     kl_loss = only(keep, weight * config.kl_tau * x**2)
     loss = (pg_loss + kl_loss).sum()
     if isinstance(normalizer, torch.Tensor):
-        loss = torch.where(normalizer == 0, loss * 0, loss / torch.where(normalizer == 0, 1, normalizer))
+        nothing = normalizer == 0
+        loss = torch.where(nothing, loss * 0, loss / torch.where(nothing, 1, normalizer))
     elif normalizer is not None:
         loss = loss / normalizer
 
@@ -103,7 +105,9 @@ def ipo_loss(
                 name: _mean(total(numerator), total(denominator))
                 for name, (numerator, denominator) in shares.items()
             }
-            metrics["ess"] = _mean(total(kept_ratio) ** 2, total(keep) * total(kept_ratio.double() ** 2))
+            metrics["ess"] = _mean(
+                total(kept_ratio) ** 2, total(keep) * total(kept_ratio.double() ** 2)
+            )
             log_ratios = band_x.flatten()[part][measured.flatten()[part]].double()
             nothing = torch.zeros(1, dtype=torch.float64, device=log_ratios.device)
             log_ratios = log_ratios if log_ratios.numel() else nothing
@@ -114,7 +118,7 @@ def ipo_loss(
         if cu_seqlens is None:
             return IPOOutput(loss, of_tokens(slice(None)))
         ends = cu_seqlens.tolist()
-        segments = [of_tokens(slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+        segments = [of_tokens(slice(a, b)) for a, b in itertools.pairwise(ends)]
         names = of_tokens(slice(0, 0))
         empty = loss.new_zeros(0)
         return IPOOutput(
@@ -140,7 +144,7 @@ def _largest_log(dtype: torch.dtype) -> float:
 
 
 def _log_bounds(config: IPOConfig, dtype: torch.dtype) -> tuple[float, float]:
-    """The bounds on the log-ratio: fp64 logarithms, rounded to ``dtype``, kept in its finite range."""
+    """The band's bounds: fp64 logarithms, rounded to ``dtype`` within its finite range."""
     ends = torch.tensor([config.dppo_mask_low, config.dppo_mask_high], dtype=torch.float64).log()
     ends = ends.clamp(-torch.finfo(dtype).max, _largest_log(dtype)).to(dtype)
     return ends[0].item(), ends[1].item()

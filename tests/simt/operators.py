@@ -18,7 +18,7 @@ TORCH = Path(torch.__file__).parent
 
 
 def build_operators(root: Path = build.ROOT, sanitize: Sequence[str] = ()) -> Path:
-    """Compiles csrc/ops and the CUDA kernels of `root` for the harness; a library torch can load."""
+    """Compiles csrc/ops and the CUDA kernels of `root` for the harness, as a library for torch."""
     return build.build(
         f"ipo_ext_simt{sysconfig.get_config_var('SHLIB_SUFFIX')}",
         ["csrc/ops/register.cpp", *KERNELS],

@@ -13,7 +13,7 @@ from .train import ArmResult, Settings, StepRecord, run
 
 __all__ = ["ArmResult", "Settings", "StepRecord", "main", "run"]
 
-SMOKE = Settings(warmup_steps=60, steps=12)
+SMOKE = Settings(steps=16)
 
 DESCRIPTION = """\
 Trains a small causal transformer on additions, from scratch, on CPU, in about a minute: a

@@ -112,8 +112,8 @@ class RichReporter:
 def headline(settings: Settings) -> str:
     """What is about to run, in one line."""
     return (
-        f"additions: {settings.warmup_steps} warm-up steps, then {settings.steps} steps in each of "
-        f"{len(ARMS)} arms; inference copy: {settings.rounding} weights, renewed every "
+        f"additions: warm-up to reward {settings.warmup_reward}, then {settings.steps} steps in each "
+        f"of {len(ARMS)} arms; inference copy: {settings.rounding} weights, renewed every "
         f"{settings.staleness} steps; seed {settings.seed}"
     )
 
