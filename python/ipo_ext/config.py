@@ -51,9 +51,9 @@ class IPOConfig:
         low, high = self.dppo_mask_low, self.dppo_mask_high
         if not 0 <= low < math.inf:
             raise ValueError(f"dppo_mask_low: expected a finite number >= 0, got {low!r}")
-        if not (low <= high and high > 0):
+        if not low <= high:
             raise ValueError(
-                f"dppo_mask_high: expected a number > 0, >= dppo_mask_low ({low!r}), got {high!r}"
+                f"dppo_mask_high: expected a number >= dppo_mask_low ({low!r}), got {high!r}"
             )
 
     @classmethod
@@ -77,8 +77,10 @@ class IPOConfig:
 
     @functools.cached_property
     def _log_bounds(self) -> dict[torch.dtype, tuple[float, float]]:
-        low = -math.inf if self.dppo_mask_low == 0 else math.log(self.dppo_mask_low)
-        high = math.log(self.dppo_mask_high)
+        low, high = (
+            math.log(ratio) if ratio > 0 else -math.inf
+            for ratio in (self.dppo_mask_low, self.dppo_mask_high)
+        )
         return {
             dtype: (_round_to(low, dtype), _round_to(high, dtype))
             for dtype in (torch.float32, torch.float64)

@@ -29,8 +29,8 @@ def ipo_loss(
     r"""The IPO+KL loss from per-token log-probabilities (tier 1).
 
     Per active token, with ``x = trainer_logprob - inference_logprob`` and ``r = exp(x)``: kept
-    where x and r are finite and ``log(dppo_mask_low) <= x <= log(dppo_mask_high)``; a kept token pays
-    ``w * (-A' * r + kl_tau * x**2)``, every other token exactly 0, whatever it holds. Source:
+    where x and r are finite and ``log(dppo_mask_low) <= x <= log(dppo_mask_high)``; a kept token
+    pays ``w * (-A' * r + kl_tau * x**2)``, every other token exactly 0, whatever it holds. Source:
     PrimeIntellect-ai/prime-rl pull request 2423; docs/math.md derives it.
 
     Everything is computed in float64 if either log-probability is float64, else in float32.
