@@ -22,10 +22,12 @@ struct IpoLossArgs {
   TokenInput advantages;          // [tokens]
   TokenInput teacher_logprobs;    // [tokens] or null
   TokenInput loss_weights;        // [tokens] or null
+  TokenInput entropy;             // [tokens] or null; only measured
   const bool* loss_mask;          // [tokens]
   ScalarInput normalizer;
   math::LossParams<double> params;  // inv_normalizer is the kernels' to fill
   Segments segments;                // tile_size is the launchers' to fill
+  const int32_t* fault = nullptr;   // [1], CUDA: not 0 poisons the loss; null: nothing is wrong
 
   void* loss;        // [] compute
   void* gradient;    // [tokens] compute; null where none is wanted
@@ -52,6 +54,10 @@ IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
           static_cast<E>(params.kl_tau),
           static_cast<E>(params.teacher_tau),
           static_cast<E>(math::inverse_normalizer(load_scalar(args.normalizer)))};
+}
+
+IPO_HOST_DEVICE math::TokenExtras extras_of(const IpoLossArgs& args) {
+  return {args.teacher_logprobs.data != nullptr, args.entropy.data != nullptr};
 }
 
 // Loss of all segments from the fp64 sum of its terms; 0 for a normalizer of 0 whatever the sum.

@@ -51,23 +51,66 @@ IPO_HOST_DEVICE To convert(Float16 value) {
   return math::bit_cast<float>((overflows ? magnitude | 0x7f800000u : finite) | sign);
 }
 
-IPO_HOST_DEVICE double load_scalar(const ScalarInput& scalar) {
-  if (scalar.data == nullptr) return scalar.value;
-  switch (scalar.dtype) {
+// To nearest, ties to even; NaN stays NaN.
+template <typename Stored>
+IPO_HOST_DEVICE Stored narrow(double value) {
+  return static_cast<Stored>(value);
+}
+template <typename Stored>
+IPO_HOST_DEVICE Stored narrow(float value);
+template <>
+IPO_HOST_DEVICE float narrow<float>(float value) {
+  return value;
+}
+template <>
+IPO_HOST_DEVICE BFloat16 narrow<BFloat16>(float value) {
+  const uint32_t bits = math::bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
+}
+template <>
+IPO_HOST_DEVICE Float16 narrow<Float16>(float value) {
+  const uint32_t bits = math::bit_cast<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 rounds to multiples of 2^-24, which are fp16's subnormals.
+  const uint32_t subnormal =
+      math::bit_cast<uint32_t>(math::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t bounded = magnitude >= 0x477ff000u ? 0x7c00u : finite;
+  const uint32_t half = magnitude > 0x7f800000u ? 0x7e00u : bounded;
+  return {static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u))};
+}
+
+// Element `index` of a tensor of any dtype.
+template <typename To>
+IPO_HOST_DEVICE To load_element(const void* data, DType dtype, int64_t index) {
+  switch (dtype) {
     case DType::kFloat16:
-      return convert<double>(*static_cast<const Float16*>(scalar.data));
+      return convert<To>(static_cast<const Float16*>(data)[index]);
     case DType::kBFloat16:
-      return convert<double>(*static_cast<const BFloat16*>(scalar.data));
+      return convert<To>(static_cast<const BFloat16*>(data)[index]);
     case DType::kFloat32:
-      return *static_cast<const float*>(scalar.data);
+      return static_cast<To>(static_cast<const float*>(data)[index]);
     case DType::kFloat64:
-      return *static_cast<const double*>(scalar.data);
+      return static_cast<To>(static_cast<const double*>(data)[index]);
     case DType::kInt32:
-      return *static_cast<const int32_t*>(scalar.data);
+      return static_cast<To>(static_cast<const int32_t*>(data)[index]);
     case DType::kInt64:
-      return static_cast<double>(*static_cast<const int64_t*>(scalar.data));
+      return static_cast<To>(static_cast<const int64_t*>(data)[index]);
   }
-  return scalar.value;
+  return To(0);
+}
+
+// A token of an input, `absent` where there is none.
+template <typename To>
+IPO_HOST_DEVICE To load_token(const TokenInput& input, int64_t index, To absent) {
+  return input.data == nullptr ? absent : load_element<To>(input.data, input.dtype, index);
+}
+
+IPO_HOST_DEVICE double load_scalar(const ScalarInput& scalar) {
+  return load_token<double>({scalar.data, scalar.dtype}, 0, scalar.value);
 }
 
 }  // namespace ipo_ext

@@ -1,5 +1,6 @@
 // exp(x), at most 1 ULP, and exp(x) - 1 - x without cancellation, from one polynomial: no branch,
-// no table, no libm call, so that it runs in every SIMD lane and on the device alike.
+// no table, no libm call, so that it runs in every SIMD lane and on the device alike. And a cheaper
+// exp for the softmax, whose arguments are never positive.
 #pragma once
 
 #include "math/lanes.h"
@@ -19,6 +20,7 @@ struct ExponentialConstants<float> {
   static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr float kLowest = -104.0f;              // exp is 0 below
   static constexpr float kHighest = 88.72283172607422f;  // exp is infinite above
+  static constexpr float kLowestNormal = -87.33654f;     // exp is subnormal below
 
   // (exp(f) - 1 - f) / f^2 for |f| <= ln(2) / 2: Cephes' minimax polynomial.
   template <typename T>
@@ -41,6 +43,7 @@ struct ExponentialConstants<double> {
   static constexpr double kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kLowest = -746.0;
   static constexpr double kHighest = 709.782712893384;
+  static constexpr double kLowestNormal = -708.3964185322641;
 
   // The same by Taylor: the first term left out is below 2^-57.
   template <typename T>
@@ -96,6 +99,23 @@ IPO_HOST_DEVICE Exponential<T> exponential(T x) {
   // For n = 0 the bracket is exactly 0: near x = 0 the tail's full relative accuracy remains.
   return {((f + tail) + E(1)) * scale_a * scale_b,
           scale * tail + ((scale * f - x) + (scale - E(1)))};
+}
+
+// exp(x) for x that exceeds 0 by no more than rounding: 2^n is one factor. Exactly 0 where exp(x)
+// would be subnormal, -inf included; NaN for NaN.
+template <typename T>
+IPO_HOST_DEVICE T exponential_of_nonpositive(T x) {
+  using E = Element<T>;
+  using C = ExponentialConstants<E>;
+  using Unsigned = typename Lanes<T>::Unsigned;
+
+  const T rounded = x * C::kLog2E + C::kRoundMagic;
+  const T n = rounded - C::kRoundMagic;
+  const T f = (x - n * C::kLn2High) - n * C::kLn2Low;
+  const Unsigned exponent =
+      bit_cast<Unsigned>(rounded) - bit_cast<Unsigned>(splat<T>(C::kRoundMagic));
+  const T scale = bit_cast<T>((exponent + C::kBias) << C::kMantissaBits);
+  return select<T>(x < C::kLowestNormal, T{}, ((f + f * f * C::tail(f)) + E(1)) * scale);
 }
 
 }  // namespace ipo_ext::math

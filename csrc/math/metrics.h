@@ -98,11 +98,17 @@ IPO_HOST_DEVICE T larger(T a, T b) {
   return select<T>(a > b, a, b);
 }
 
+// Which optional inputs of a token are there.
+struct TokenExtras {
+  bool teacher;
+  bool entropy;
+};
+
 // A ratio that overflows counts in `nonfinite` (and in the band's sides) and adds 0 to everything
 // else.
 template <typename T>
 IPO_HOST_DEVICE void add_token(TileSums<T>& tile, const Token<T>& token, const TokenLoss<T>& loss,
-                               bool has_teacher) {
+                               const TokenExtras& has) {
   using E = Element<T>;
   using L = Lanes<T>;
   const Mask<T> counted = loss.active & loss.finite;
@@ -123,10 +129,11 @@ IPO_HOST_DEVICE void add_token(TileSums<T>& tile, const Token<T>& token, const T
   tile.sums[sum::kl_loss] += L::widen(loss.kl_loss);
   tile.sums[sum::ratio] += ratio;
   tile.sums[sum::ratio_squared] += ratio * ratio;
-  if (has_teacher) {
+  if (has.teacher) {
     tile.sums[sum::teacher_kl] +=
         L::widen(select<T>(counted, token.teacher_logprob - token.trainer_logprob, T{}));
   }
+  if (has.entropy) tile.sums[sum::entropy] += L::widen(select<T>(counted, token.entropy, T{}));
 
   // A finite x counts even where its ratio overflows.
   const Mask<T> measurable = loss.active & (loss.log_ratio >= -std::numeric_limits<E>::max()) &

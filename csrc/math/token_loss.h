@@ -38,6 +38,7 @@ struct Token {
   T teacher_logprob;  // anything without a teacher
   T weight;           // 1 without weights
   Mask<T> active;     // the loss mask
+  T entropy;          // anything where no logits were seen
 };
 
 template <typename T>

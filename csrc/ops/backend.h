@@ -5,6 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "kernels/ipo_loss.h"
+#include "kernels/logits.h"
 #include "ops/tensors.h"
 
 // Only CUDA builds of torch have it.
@@ -20,13 +21,17 @@ struct CpuBackend {
   static size_t workspace_bytes(const IpoLossArgs& args) { return cpu::workspace_bytes(args); }
 
   static void ipo_loss(const IpoLossArgs& args, const Tensor&) {
-    cpu::ipo_loss(
-        args, [](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-          torch::stable::parallel_for(0, count, grain, body);
-        });
+    cpu::ipo_loss(args, parallel_for);
   }
-
   static void metric_means(const MetricMeansArgs& args, const Tensor&) { cpu::metric_means(args); }
+  static void logits(const LogitsArgs& args, const Tensor&) { cpu::logits(args, parallel_for); }
+  static void scale(const ScaleArgs& args, const Tensor&) { cpu::scale(args, parallel_for); }
+
+ private:
+  static void parallel_for(int64_t count, int64_t grain,
+                           const std::function<void(int64_t, int64_t)>& body) {
+    torch::stable::parallel_for(0, count, grain, body);
+  }
 };
 
 struct CudaBackend {
@@ -42,6 +47,14 @@ struct CudaBackend {
   static void metric_means(const MetricMeansArgs& args, const Tensor& on) {
     check_launch("metric_means", on,
                  [&](CUstream_st* stream) { return cuda::metric_means(args, stream); });
+  }
+
+  static void logits(const LogitsArgs& args, const Tensor& on) {
+    check_launch("logits", on, [&](CUstream_st* stream) { return cuda::logits(args, stream); });
+  }
+
+  static void scale(const ScaleArgs& args, const Tensor& on) {
+    check_launch("scale_", on, [&](CUstream_st* stream) { return cuda::scale(args, stream); });
   }
 
  private:

@@ -35,6 +35,101 @@ inline void check_normalizer(const ScalarInput& normalizer) {
   IPO_EXT_CHECK(value >= 0, "normalizer: expected a count of tokens, at least 0, got ", value);
 }
 
+// One call of tier 1's kernels: checks the inputs, owns the copies that they needed and the results.
+// Tier 2 makes its log-probabilities and entropies first, and takes no per-token gradient.
+class __attribute__((visibility("hidden"))) IpoLossCall {
+ public:
+  IpoLossCall(const Tensor& trainer_logprobs, const Tensor& inference_logprobs,
+              const Tensor& advantages, const Tensor& loss_mask,
+              const std::optional<Tensor>& teacher_logprobs,
+              const std::optional<Tensor>& loss_weights, const std::optional<Tensor>& cu_seqlens,
+              const std::optional<Tensor>& normalizer, const std::optional<Tensor>& entropy,
+              const math::LossParams<double>& params, bool with_gradient)
+      : like_(trainer_logprobs),
+        trainer_(trainer_logprobs, like_, "trainer_logprobs"),
+        inference_(inference_logprobs, like_, "inference_logprobs"),
+        advantage_(advantages, like_, "advantages"),
+        teacher_(teacher_logprobs, like_, "teacher_logprobs"),
+        weight_(loss_weights, like_, "loss_weights"),
+        entropy_(entropy, like_, "entropy") {
+    const bool float64 = is_float64(trainer_logprobs) || is_float64(inference_logprobs);
+    args.compute_dtype = float64 ? DType::kFloat64 : DType::kFloat32;
+    args.trainer_logprobs = trainer_.input();
+    args.inference_logprobs = inference_.input();
+    args.advantages = advantage_.input();
+    args.teacher_logprobs = teacher_.input();
+    args.loss_weights = weight_.input();
+    args.entropy = entropy_.input();
+    args.normalizer = scalar_input(normalizer, like_, "normalizer");
+    args.params = params;
+    take_mask(loss_mask);
+    take_segments(cu_seqlens);
+    allocate(cu_seqlens.has_value(), with_gradient);
+  }
+
+  // Checks the values that the backend can look at.
+  template <typename Backend>
+  void check_values() const {
+    if constexpr (Backend::kFaultsRaise) {
+      if (args.segments.cu_seqlens != nullptr) check_partition(args.segments);
+      check_normalizer(args.normalizer);
+    }
+  }
+
+  template <typename Backend>
+  void run() {
+    const Tensor workspace =
+        empty({static_cast<int64_t>(Backend::workspace_bytes(args))}, ScalarType::Byte, like_);
+    args.workspace = workspace.mutable_data_ptr();
+    Backend::ipo_loss(args, like_);
+  }
+
+  IpoLossArgs args = {};
+  Tensor loss, gradient, means, sums, extremes;
+
+ private:
+  void take_mask(const Tensor& loss_mask) {
+    IPO_EXT_CHECK(loss_mask.scalar_type() == ScalarType::Bool,
+                  "loss_mask: expected dtype torch.bool");
+    check_per_token(loss_mask, like_, "loss_mask");
+    mask_ = as_contiguous(loss_mask);
+    args.loss_mask = static_cast<const bool*>(mask_.const_data_ptr());
+  }
+
+  void take_segments(const std::optional<Tensor>& cu_seqlens) {
+    args.segments = {nullptr, 1, like_.numel(), 0};
+    if (!cu_seqlens.has_value()) return;
+    IPO_EXT_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 &&
+                      cu_seqlens->numel() > 0 && same_device(*cu_seqlens, like_),
+                  "cu_seqlens: expected int32 [segments + 1] on the device of trainer_logprobs");
+    cu_seqlens_ = as_contiguous(*cu_seqlens);
+    args.segments.cu_seqlens = static_cast<const int32_t*>(cu_seqlens_.const_data_ptr());
+    args.segments.count = cu_seqlens_.numel() - 1;
+  }
+
+  void allocate(bool packed, bool with_gradient) {
+    const ScalarType compute =
+        args.compute_dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+    const int64_t segments = args.segments.count;
+    const auto shape = like_.sizes();
+    loss = empty({}, compute, like_);
+    gradient = with_gradient ? empty({shape.begin(), shape.end()}, compute, like_)
+                             : empty({0}, compute, like_);
+    means = empty_rows(math::mean::kNumRows, segments, packed, compute, like_);
+    sums = empty_rows(math::kNumSumRows, segments, packed, ScalarType::Double, like_);
+    extremes = empty_rows(math::extreme::kNumRows, segments, packed, ScalarType::Double, like_);
+    args.loss = loss.mutable_data_ptr();
+    args.gradient = with_gradient ? gradient.mutable_data_ptr() : nullptr;
+    args.means = means.mutable_data_ptr();
+    args.sums = static_cast<double*>(sums.mutable_data_ptr());
+    args.extremes = static_cast<double*>(extremes.mutable_data_ptr());
+  }
+
+  Tensor like_;
+  PerToken trainer_, inference_, advantage_, teacher_, weight_, entropy_;
+  Tensor mask_, cu_seqlens_;
+};
+
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss(
     const Tensor& trainer_logprobs, const Tensor& inference_logprobs, const Tensor& advantages,
@@ -42,66 +137,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss(
     std::optional<Tensor> loss_weights, std::optional<Tensor> cu_seqlens,
     std::optional<Tensor> normalizer, double log_low, double log_high, double adv_tau,
     double kl_tau, double teacher_tau, bool with_gradient) {
-  const Tensor& like = trainer_logprobs;
-  const bool float64 = is_float64(trainer_logprobs) || is_float64(inference_logprobs);
-  const ScalarType compute = float64 ? ScalarType::Double : ScalarType::Float;
-  const int64_t tokens = trainer_logprobs.numel();
-
-  const PerToken trainer(trainer_logprobs, like, "trainer_logprobs");
-  const PerToken inference(inference_logprobs, like, "inference_logprobs");
-  const PerToken advantage(advantages, like, "advantages");
-  const PerToken teacher(teacher_logprobs, like, "teacher_logprobs");
-  const PerToken weight(loss_weights, like, "loss_weights");
-
-  IPO_EXT_CHECK(loss_mask.scalar_type() == ScalarType::Bool,
-                "loss_mask: expected dtype torch.bool");
-  check_per_token(loss_mask, like, "loss_mask");
-  const Tensor mask = as_contiguous(loss_mask);
-
-  const bool packed = cu_seqlens.has_value();
-  if (packed) {
-    IPO_EXT_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 &&
-                      cu_seqlens->numel() > 0 && same_device(*cu_seqlens, like),
-                  "cu_seqlens: expected int32 [segments + 1] on the device of trainer_logprobs");
-    cu_seqlens = as_contiguous(*cu_seqlens);
-  }
-  const int64_t segments = packed ? cu_seqlens->numel() - 1 : 1;
-
-  Tensor loss = empty({}, compute, like);
-  const auto shape = trainer_logprobs.sizes();
-  Tensor gradient = with_gradient ? empty({shape.begin(), shape.end()}, compute, like)
-                                  : empty({0}, compute, like);
-  Tensor means = empty_rows(math::mean::kNumRows, segments, packed, compute, like);
-  Tensor sums = empty_rows(math::kNumSumRows, segments, packed, ScalarType::Double, like);
-  Tensor extremes = empty_rows(math::extreme::kNumRows, segments, packed, ScalarType::Double, like);
-
-  IpoLossArgs args;
-  args.compute_dtype = float64 ? DType::kFloat64 : DType::kFloat32;
-  args.trainer_logprobs = trainer.input();
-  args.inference_logprobs = inference.input();
-  args.advantages = advantage.input();
-  args.teacher_logprobs = teacher.input();
-  args.loss_weights = weight.input();
-  args.loss_mask = static_cast<const bool*>(mask.const_data_ptr());
-  args.normalizer = scalar_input(normalizer, like, "normalizer");
-  args.params = {log_low, log_high, adv_tau, kl_tau, teacher_tau, 1};
-  args.segments = {packed ? static_cast<const int32_t*>(cu_seqlens->const_data_ptr()) : nullptr,
-                   segments, tokens, 0};
-  args.loss = loss.mutable_data_ptr();
-  args.gradient = with_gradient ? gradient.mutable_data_ptr() : nullptr;
-  args.means = means.mutable_data_ptr();
-  args.sums = static_cast<double*>(sums.mutable_data_ptr());
-  args.extremes = static_cast<double*>(extremes.mutable_data_ptr());
-  if constexpr (Backend::kFaultsRaise) {
-    if (packed) check_partition(args.segments);
-    check_normalizer(args.normalizer);
-  }
-  const Tensor workspace =
-      empty({static_cast<int64_t>(Backend::workspace_bytes(args))}, ScalarType::Byte, like);
-  args.workspace = workspace.mutable_data_ptr();
-
-  Backend::ipo_loss(args, like);
-  return {loss, gradient, means, sums, extremes};
+  IpoLossCall call(trainer_logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
+                   loss_weights, cu_seqlens, normalizer, std::nullopt,
+                   {log_low, log_high, adv_tau, kl_tau, teacher_tau, 1}, with_gradient);
+  call.check_values<Backend>();
+  call.run<Backend>();
+  return {call.loss, call.gradient, call.means, call.sums, call.extremes};
 }
 
 template <typename Backend>

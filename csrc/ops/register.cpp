@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "ops/ipo_loss.h"
+#include "ops/logits.h"
 
 // Tests build this file once more, with the CUDA kernels emulated on the CPU under a namespace of
 // their own.
@@ -17,12 +18,20 @@
 STABLE_TORCH_LIBRARY(IPO_EXT_NAMESPACE, m) {
   m.def(ipo_ext::kIpoLossSchema);
   m.def(ipo_ext::kMetricMeansSchema);
+  m.def(ipo_ext::kIpoLossFromLogitsSchema);
+  m.def(ipo_ext::kTokenLogprobsSchema);
+  m.def(ipo_ext::kTokenLogprobsBackwardSchema);
+  m.def(ipo_ext::kScaleSchema);
 }
 
-#define IPO_EXT_REGISTER(key, Backend)                                  \
-  STABLE_TORCH_LIBRARY_IMPL(IPO_EXT_NAMESPACE, key, m) {                \
-    m.impl("ipo_loss", TORCH_BOX(&ipo_ext::ipo_loss<Backend>));         \
-    m.impl("metric_means", TORCH_BOX(&ipo_ext::metric_means<Backend>)); \
+#define IPO_EXT_REGISTER(key, Backend)                                                         \
+  STABLE_TORCH_LIBRARY_IMPL(IPO_EXT_NAMESPACE, key, m) {                                       \
+    m.impl("ipo_loss", TORCH_BOX(&ipo_ext::ipo_loss<Backend>));                                \
+    m.impl("metric_means", TORCH_BOX(&ipo_ext::metric_means<Backend>));                        \
+    m.impl("ipo_loss_from_logits", TORCH_BOX(&ipo_ext::ipo_loss_from_logits<Backend>));        \
+    m.impl("token_logprobs", TORCH_BOX(&ipo_ext::token_logprobs<Backend>));                    \
+    m.impl("token_logprobs_backward", TORCH_BOX(&ipo_ext::token_logprobs_backward<Backend>));  \
+    m.impl("scale_", TORCH_BOX(&ipo_ext::scale_<Backend>));                                    \
   }
 
 #ifdef IPO_EXT_WITH_CPU

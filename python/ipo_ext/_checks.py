@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -10,7 +11,15 @@ from ipo_ext import _C
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BOOLEAN = (torch.bool,)
+LABELS = (torch.int32, torch.int64)
 NORMALIZER = (*FLOATING, torch.int32, torch.int64)
+
+
+class _Like(NamedTuple):
+    """What other tensors must agree with, and its name for the user."""
+
+    name: str
+    tensor: torch.Tensor
 
 
 def compute_dtype(trainer_logprobs: torch.Tensor, inference_logprobs: torch.Tensor) -> torch.dtype:
@@ -34,17 +43,91 @@ def check_per_token_loss(
     """Raises unless the arguments of tier 1 agree."""
     _check_tensor("trainer_logprobs", trainer_logprobs, FLOATING)
     check_device_supported("trainer_logprobs", trainer_logprobs)
-    _check_per_token("inference_logprobs", inference_logprobs, FLOATING, trainer_logprobs)
-    _check_per_token("advantages", advantages, FLOATING, trainer_logprobs)
-    _check_per_token("loss_mask", loss_mask, BOOLEAN, trainer_logprobs)
+    _check_constants_of_loss(
+        _Like("trainer_logprobs", trainer_logprobs),
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        teacher_logprobs,
+        loss_weights,
+        cu_seqlens,
+        normalizer,
+        teacher_tau,
+    )
+
+
+def check_logits_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    temperature: torch.Tensor | None,
+    teacher_logprobs: torch.Tensor | None,
+    loss_weights: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    normalizer: torch.Tensor | None,
+    teacher_tau: float,
+) -> None:
+    """Raises unless the arguments of tier 2 agree."""
+    check_logits(logits, labels, temperature)
+    _check_constants_of_loss(
+        _Like("labels", labels),
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        teacher_logprobs,
+        loss_weights,
+        cu_seqlens,
+        normalizer,
+        teacher_tau,
+    )
+
+
+def check_logits(
+    logits: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor | None
+) -> None:
+    """Raises unless logits, labels and temperature agree."""
+    _check_tensor("logits", logits, FLOATING)
+    check_device_supported("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape [..., vocabulary], got {_shape(logits)}")
+    _check_tensor("labels", labels, LABELS)
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels: expected shape {_shape(logits)[:-1]}, that of logits {_shape(logits)} "
+            f"without its last dimension, got {_shape(labels)}"
+        )
+    _check_device("labels", labels, _Like("logits", logits))
+    if temperature is not None and temperature.dim() > 0:
+        _check_per_token("temperature", temperature, FLOATING, _Like("labels", labels))
+    elif temperature is not None:
+        _check_scalar("temperature", temperature, FLOATING, _Like("logits", logits))
+
+
+def _check_constants_of_loss(
+    like: _Like,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    teacher_logprobs: torch.Tensor | None,
+    loss_weights: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    normalizer: torch.Tensor | None,
+    teacher_tau: float,
+) -> None:
+    """Raises unless what every tier's loss takes besides the policy agrees with ``like``."""
+    _check_per_token("inference_logprobs", inference_logprobs, FLOATING, like)
+    _check_per_token("advantages", advantages, FLOATING, like)
+    _check_per_token("loss_mask", loss_mask, BOOLEAN, like)
     if teacher_logprobs is not None:
-        _check_per_token("teacher_logprobs", teacher_logprobs, FLOATING, trainer_logprobs)
+        _check_per_token("teacher_logprobs", teacher_logprobs, FLOATING, like)
     if loss_weights is not None:
-        _check_per_token("loss_weights", loss_weights, FLOATING, trainer_logprobs)
+        _check_per_token("loss_weights", loss_weights, FLOATING, like)
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, trainer_logprobs)
+        _check_cu_seqlens(cu_seqlens, like)
     if normalizer is not None:
-        check_normalizer(normalizer, trainer_logprobs)
+        _check_scalar("normalizer", normalizer, NORMALIZER, like)
     if teacher_tau > 0 and teacher_logprobs is None:
         raise ValueError(
             f"teacher_logprobs: expected a tensor because config.teacher_tau is {teacher_tau!r}, "
@@ -52,22 +135,24 @@ def check_per_token_loss(
         )
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, like: _Like) -> None:
     _check_tensor("cu_seqlens", cu_seqlens, (torch.int32,))
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"cu_seqlens: expected shape [segments + 1], got {_shape(cu_seqlens)}; "
             "it holds the first token of each packed sequence, then the number of tokens"
         )
-    _check_device("cu_seqlens", cu_seqlens, trainer_logprobs)
+    _check_device("cu_seqlens", cu_seqlens, like)
 
 
-def check_normalizer(normalizer: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
-    _check_tensor("normalizer", normalizer, NORMALIZER)
-    if normalizer.dim() != 0:
-        raise ValueError(f"normalizer: expected a 0-dim tensor, got shape {_shape(normalizer)}")
-    if normalizer.device.type != "cpu":
-        _check_device("normalizer", normalizer, trainer_logprobs)
+def _check_scalar(
+    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], like: _Like
+) -> None:
+    _check_tensor(name, tensor, dtypes)
+    if tensor.dim() != 0:
+        raise ValueError(f"{name}: expected a 0-dim tensor, got shape {_shape(tensor)}")
+    if tensor.device.type != "cpu":
+        _check_device(name, tensor, like)
 
 
 def check_constants(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> None:
@@ -101,25 +186,20 @@ def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) ->
 
 
 def _check_per_token(
-    name: str,
-    tensor: torch.Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    trainer_logprobs: torch.Tensor,
+    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], like: _Like
 ) -> None:
     _check_tensor(name, tensor, dtypes)
-    if tensor.shape != trainer_logprobs.shape:
+    if tensor.shape != like.tensor.shape:
         raise ValueError(
-            f"{name}: expected shape {_shape(trainer_logprobs)} like trainer_logprobs, "
-            f"got {_shape(tensor)}"
+            f"{name}: expected shape {_shape(like.tensor)} like {like.name}, got {_shape(tensor)}"
         )
-    _check_device(name, tensor, trainer_logprobs)
+    _check_device(name, tensor, like)
 
 
-def _check_device(name: str, tensor: torch.Tensor, trainer_logprobs: torch.Tensor) -> None:
-    if tensor.device != trainer_logprobs.device:
+def _check_device(name: str, tensor: torch.Tensor, like: _Like) -> None:
+    if tensor.device != like.tensor.device:
         raise ValueError(
-            f"{name}: expected device {trainer_logprobs.device} like trainer_logprobs, "
-            f"got {tensor.device}"
+            f"{name}: expected device {like.tensor.device} like {like.name}, got {tensor.device}"
         )
 
 

@@ -12,6 +12,10 @@ from ipo_ext import _C, _checks
 _namespace = "ipo_ext"
 
 
+# -------------------------------------------------------------------------------------------------
+# The operators of this build
+
+
 def library() -> Any:
     """The operators that the API calls: ``torch.ops.ipo_ext``; tests point it at other backends."""
     return getattr(torch.ops, _namespace)
@@ -25,6 +29,26 @@ def register(namespace: str) -> None:
         f"{namespace}::ipo_loss", _ipo_loss_backward, setup_context=_ipo_loss_setup_context
     )
     torch.library.register_vmap(f"{namespace}::ipo_loss", _refuse_vmap)
+    torch.library.register_fake(f"{namespace}::ipo_loss_from_logits", _ipo_loss_from_logits_fake)
+    torch.library.register_fake(f"{namespace}::token_logprobs", _token_logprobs_fake)
+    torch.library.register_fake(
+        f"{namespace}::token_logprobs_backward", _token_logprobs_backward_fake
+    )
+    torch.library.register_fake(f"{namespace}::scale_", _scale_fake)
+    torch.library.register_autograd(
+        f"{namespace}::ipo_loss_from_logits",
+        _ipo_loss_from_logits_backward,
+        setup_context=_ipo_loss_from_logits_setup_context,
+    )
+    torch.library.register_autograd(
+        f"{namespace}::token_logprobs",
+        _token_logprobs_backward,
+        setup_context=_token_logprobs_setup_context,
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Tier 1
 
 
 def _ipo_loss_fake(
@@ -55,14 +79,23 @@ def _ipo_loss_fake(
         teacher_tau,
     )
     compute = _checks.compute_dtype(trainer_logprobs, inference_logprobs)
-    segments = () if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
     new = trainer_logprobs.new_empty
     return (
         new((), dtype=compute),
         new(trainer_logprobs.shape if with_gradient else (0,), dtype=compute),
-        new((len(_C.MEAN_ROWS), *segments), dtype=compute),
-        new((len(_C.SUM_ROWS), *segments), dtype=torch.float64),
-        new((len(_C.EXTREME_ROWS), *segments), dtype=torch.float64),
+        *_metrics_fake(trainer_logprobs, cu_seqlens, compute),
+    )
+
+
+def _metrics_fake(
+    like: torch.Tensor, cu_seqlens: torch.Tensor | None, compute: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """Means, sums and extremes."""
+    segments = () if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
+    return (
+        like.new_empty((len(_C.MEAN_ROWS), *segments), dtype=compute),
+        like.new_empty((len(_C.SUM_ROWS), *segments), dtype=torch.float64),
+        like.new_empty((len(_C.EXTREME_ROWS), *segments), dtype=torch.float64),
     )
 
 
@@ -142,21 +175,267 @@ class IPOLossFunction(torch.autograd.Function):
     vmap = staticmethod(_refuse_vmap)
 
 
-class IPOLossUnderForwardMode(IPOLossFunction):
-    """Refuses tangents. A class of its own: torch.compile traces no Function that has a ``jvp``."""
+class _RefusesTangents:
+    """For a class of its own: torch.compile traces no Function that has a ``jvp``."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(_NO_FORWARD_MODE)
 
 
+class IPOLossUnderForwardMode(_RefusesTangents, IPOLossFunction):
+    pass
+
+
 def run_ipo_loss(*inputs: Any) -> tuple[torch.Tensor, ...]:
     """Calls the operator by the way that differentiates, or refuses to, as the inputs ask for it."""
+    return _run(library().ipo_loss, IPOLossFunction, IPOLossUnderForwardMode, inputs, inputs[-1])
+
+
+def _run(
+    operator: Any, function: Any, under_forward_mode: Any, inputs: Any, with_gradient: bool
+) -> tuple[torch.Tensor, ...]:
     if forward_ad._current_level >= 0:  # on its own, the operator would say that nothing flows
-        return cast("tuple[torch.Tensor, ...]", IPOLossUnderForwardMode.apply(*inputs))
-    with_gradient = inputs[-1]
-    function = IPOLossFunction.apply if with_gradient else library().ipo_loss
-    return cast("tuple[torch.Tensor, ...]", function(*inputs))
+        return cast("tuple[torch.Tensor, ...]", under_forward_mode.apply(*inputs))
+    call = function.apply if with_gradient else operator
+    return cast("tuple[torch.Tensor, ...]", call(*inputs))
+
+
+# -------------------------------------------------------------------------------------------------
+# Tier 2
+
+
+def _ipo_loss_from_logits_fake(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    temperature: torch.Tensor | None,
+    softcap: float,
+    teacher_logprobs: torch.Tensor | None,
+    loss_weights: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    normalizer: torch.Tensor | None,
+    log_low: float,
+    log_high: float,
+    adv_tau: float,
+    kl_tau: float,
+    teacher_tau: float,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, ...]:
+    _checks.check_logits_loss(
+        logits,
+        labels,
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        temperature,
+        teacher_logprobs,
+        loss_weights,
+        cu_seqlens,
+        normalizer,
+        teacher_tau,
+    )
+    compute = _checks.compute_dtype(logits, inference_logprobs)
+    per_token = _checks.compute_dtype(logits, logits)
+    return (
+        logits.new_empty((), dtype=compute),
+        logits.new_empty(logits.shape if with_gradient else (0,)),
+        logits.new_empty(labels.shape, dtype=per_token),
+        logits.new_empty(labels.shape, dtype=per_token),
+        *_metrics_fake(logits, cu_seqlens, compute),
+    )
+
+
+def _token_logprobs_fake(
+    logits: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor | None, softcap: float
+) -> tuple[torch.Tensor, ...]:
+    _checks.check_logits(logits, labels, temperature)
+    compute = _checks.compute_dtype(logits, logits)
+    return (
+        logits.new_empty(labels.shape, dtype=compute),
+        logits.new_empty(labels.shape, dtype=compute),
+        logits.new_empty((2, labels.numel()), dtype=compute),
+    )
+
+
+def _token_logprobs_backward_fake(logits: torch.Tensor, *_: Any) -> torch.Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _scale_fake(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    return None
+
+
+_ONE_BACKWARD = (
+    "ipo_ext: the loss from logits can run backward once. Its gradient, as large as the logits, is "
+    "scaled in place and handed over; call the function again for another backward"
+)
+
+
+def _gradient_factor(
+    gradient: torch.Tensor, grad_loss: torch.Tensor, normalizer: torch.Tensor | None
+) -> torch.Tensor:
+    """What the gradient made in forward lacks: in fp16 also 1 / normalizer, 0 for a normalizer of 0."""
+    if gradient.dtype != torch.float16 or normalizer is None:
+        return grad_loss
+    nothing = normalizer == 0
+    inverse = torch.where(nothing, 0.0, 1 / torch.where(nothing, 1, normalizer.double()))
+    return grad_loss * inverse.to(grad_loss.dtype)
+
+
+class ScaleOnce(torch.autograd.Function):
+    """``gradient * factor``, over the gradient itself; it too refuses to be differentiated.
+
+    A compiled graph multiplies instead: it may not change what it has saved.
+    """
+
+    @staticmethod
+    def forward(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+        library().scale_(gradient, factor)
+        return gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
+
+
+def _ipo_loss_from_logits_setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
+) -> None:
+    normalizer, with_gradient = inputs[10], inputs[-1]
+    _, gradient, *rest = output
+    ctx.mark_non_differentiable(gradient, *rest)
+    ctx.with_gradient = with_gradient
+    ctx.num_inputs = len(inputs)
+    ctx.save_for_backward(gradient, normalizer)  # not the logits: they may be freed
+
+
+def _ipo_loss_from_logits_backward(
+    ctx: Any, grad_loss: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """For those who call the operator: leaves the gradient, one of its outputs, as it is."""
+    if not ctx.with_gradient:
+        raise RuntimeError(
+            "ipo_ext::ipo_loss_from_logits: expected with_gradient=True to run backward, got False"
+        )
+    gradient, normalizer = ctx.saved_tensors
+    factor = _gradient_factor(gradient, grad_loss, normalizer)
+    scaled = ScaleGradient.apply(gradient, factor, gradient)
+    return (scaled, *(None for _ in range(ctx.num_inputs - 1)))
+
+
+class IPOLossFromLogitsFunction(torch.autograd.Function):
+    """``ipo_loss_from_logits``, whose gradient is scaled where it lies: one backward only."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(library().ipo_loss_from_logits(*inputs))
+
+    setup_context = staticmethod(_ipo_loss_from_logits_setup_context)
+    vmap = staticmethod(_refuse_vmap)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        gradient, normalizer = ctx.saved_tensors
+        if not torch.compiler.is_compiling():
+            if getattr(ctx, "handed_over", False):
+                raise RuntimeError(_ONE_BACKWARD)
+            ctx.handed_over = True
+        factor = _gradient_factor(gradient, grad_loss, normalizer)
+        scaled = ScaleOnce.apply(gradient, factor)
+        return (scaled, *(None for _ in range(ctx.num_inputs - 1)))
+
+
+class IPOLossFromLogitsUnderForwardMode(_RefusesTangents, IPOLossFromLogitsFunction):
+    pass
+
+
+def run_ipo_loss_from_logits(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    """As ``run_ipo_loss``."""
+    return _run(
+        library().ipo_loss_from_logits,
+        IPOLossFromLogitsFunction,
+        IPOLossFromLogitsUnderForwardMode,
+        inputs,
+        inputs[-1],
+    )
+
+
+class TokenLogprobsGradient(torch.autograd.Function):
+    """The backward pass of ``token_logprobs``, refusing to be differentiated in turn."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> torch.Tensor:
+        return cast(torch.Tensor, library().token_logprobs_backward(*inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
+
+
+def _token_logprobs_setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
+) -> None:
+    logits, labels, temperature, ctx.softcap = inputs
+    _, entropy, softmax = output
+    ctx.mark_non_differentiable(softmax)
+    ctx.save_for_backward(logits, labels, temperature, entropy, softmax)
+
+
+def _token_logprobs_backward(
+    ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor, *_: Any
+) -> tuple[Any, ...]:
+    logits, labels, temperature, entropy, softmax = ctx.saved_tensors
+    gradient = TokenLogprobsGradient.apply(
+        logits,
+        labels,
+        temperature,
+        ctx.softcap,
+        entropy.detach(),
+        softmax,
+        grad_logprobs,
+        grad_entropy,
+    )
+    return gradient, None, None, None
+
+
+class TokenLogprobsFunction(torch.autograd.Function):
+    """``token_logprobs`` as a function that torch.func understands."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(library().token_logprobs(*inputs))
+
+    setup_context = staticmethod(_token_logprobs_setup_context)
+    backward = staticmethod(_token_logprobs_backward)
+    vmap = staticmethod(_refuse_vmap)
+
+
+class TokenLogprobsUnderForwardMode(_RefusesTangents, TokenLogprobsFunction):
+    pass
+
+
+def run_token_logprobs(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    """As ``run_ipo_loss``."""
+    return _run(
+        library().token_logprobs,
+        TokenLogprobsFunction,
+        TokenLogprobsUnderForwardMode,
+        inputs,
+        inputs[0].requires_grad and torch.is_grad_enabled(),
+    )
 
 
 register(_namespace)

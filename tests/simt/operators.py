@@ -13,7 +13,7 @@ import torch
 from simt import build
 
 NAMESPACE = "ipo_ext_simt"
-KERNELS = ("csrc/kernels/cuda/ipo_loss.cu",)
+KERNELS = ("csrc/kernels/cuda/ipo_loss.cu", "csrc/kernels/cuda/logits.cu")
 TORCH = Path(torch.__file__).parent
 
 

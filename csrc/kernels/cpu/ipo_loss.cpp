@@ -32,15 +32,6 @@ template <typename E>
 using PieceSums = TileSums<E> (*)(const IpoLossArgs&, const math::LossParams<E>&, int64_t begin,
                                   int64_t end);
 
-#if defined(__x86_64__)
-#define IPO_EXT_CHOOSE(function)                              \
-  __builtin_cpu_supports("x86-64-v4")   ? x86_64_v4::function \
-  : __builtin_cpu_supports("x86-64-v3") ? x86_64_v3::function \
-                                        : baseline::function
-#else
-#define IPO_EXT_CHOOSE(function) baseline::function
-#endif
-
 template <typename E>
 PieceSums<E> best_piece_sums();
 template <>

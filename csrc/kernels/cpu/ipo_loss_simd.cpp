@@ -3,7 +3,7 @@
 // the same vector code, padded with inactive tokens.
 #include "kernels/cpu/ipo_loss_simd.h"
 
-#include "math/simd.h"
+#include "kernels/cpu/simd_memory.h"
 
 namespace ipo_ext::cpu::IPO_EXT_CPU_ARCH {
 namespace {
@@ -21,6 +21,7 @@ struct Chunk {
   const E* advantage;
   const E* teacher;
   const E* weight;
+  const E* entropy;
   const bool* active;
   E* gradient;
 };
@@ -32,6 +33,7 @@ struct Staging {
   alignas(64) E advantage[kChunk];
   alignas(64) E teacher[kChunk];
   alignas(64) E weight[kChunk];
+  alignas(64) E entropy[kChunk];
   alignas(64) E gradient[kChunk];
   alignas(64) bool active[kChunk];
 };
@@ -83,6 +85,7 @@ inline __attribute__((always_inline)) Chunk<E> stage_chunk(const IpoLossArgs& ar
   chunk.advantage = stage<E>(args.advantages, 0, begin, count, staging.advantage);
   chunk.teacher = stage<E>(args.teacher_logprobs, 0, begin, count, staging.teacher);
   chunk.weight = stage<E>(args.loss_weights, 1, begin, count, staging.weight);
+  chunk.entropy = stage<E>(args.entropy, 0, begin, count, staging.entropy);
   chunk.active = args.loss_mask + begin;
   chunk.gradient = static_cast<E*>(args.gradient) + begin;
   if (count < kChunk) {
@@ -91,13 +94,6 @@ inline __attribute__((always_inline)) Chunk<E> stage_chunk(const IpoLossArgs& ar
   }
   if (count < kChunk || args.gradient == nullptr) chunk.gradient = staging.gradient;
   return chunk;
-}
-
-template <typename T>
-inline __attribute__((always_inline)) T load(const Element<T>* tokens) {
-  T value;
-  memcpy(&value, tokens, sizeof(value));
-  return value;
 }
 
 // Bytes 0 and 1 to masks 0 and -1.
@@ -112,7 +108,8 @@ inline __attribute__((always_inline)) Mask<T> load_mask(const bool* tokens) {
 
 template <typename E>
 inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk,
-                                                     const LossParams<E>& params, bool has_teacher,
+                                                     const LossParams<E>& params,
+                                                     const TokenExtras& has,
                                                      TileSums<Vector<E>>& tile) {
   using T = Vector<E>;
   constexpr int kLanes = sizeof(T) / sizeof(E);
@@ -120,10 +117,11 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk,
   for (int64_t i = 0; i < kChunk; i += kLanes) {
     const Token<T> token = {load<T>(chunk.trainer + i),   load<T>(chunk.inference + i),
                             load<T>(chunk.advantage + i), load<T>(chunk.teacher + i),
-                            load<T>(chunk.weight + i),    load_mask<T>(chunk.active + i)};
+                            load<T>(chunk.weight + i),    load_mask<T>(chunk.active + i),
+                            load<T>(chunk.entropy + i)};
     const TokenLoss<T> loss = token_loss(token, params);
-    memcpy(chunk.gradient + i, &loss.gradient, sizeof(loss.gradient));
-    add_token(sums, token, loss, has_teacher);
+    store(chunk.gradient + i, loss.gradient);
+    add_token(sums, token, loss, has);
   }
   tile = sums;
 }
@@ -153,11 +151,11 @@ inline __attribute__((always_inline)) TileSums<E> piece_sums(const IpoLossArgs& 
                                                              int64_t begin, int64_t end) {
   Staging<E> staging;
   TileSums<Vector<E>> tile = empty_tile_sums<Vector<E>>();
-  const bool has_teacher = args.teacher_logprobs.data != nullptr;
+  const TokenExtras has = extras_of(args);
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t count = end - first < kChunk ? end - first : kChunk;
     const Chunk<E> chunk = stage_chunk<E>(args, first, count, staging);
-    add_chunk<E>(chunk, params, has_teacher, tile);
+    add_chunk<E>(chunk, params, has, tile);
     if (args.gradient != nullptr && chunk.gradient == staging.gradient) {
       memcpy(static_cast<E*>(args.gradient) + first, staging.gradient, count * sizeof(E));
     }

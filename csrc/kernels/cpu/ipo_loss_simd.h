@@ -1,15 +1,10 @@
-// The instruction sets that ipo_loss_simd.cpp is compiled for, and what each offers.
+// What ipo_loss_simd.cpp offers, for each instruction set it is compiled for.
 #pragma once
 
+#include "kernels/cpu/instruction_sets.h"
 #include "kernels/ipo_loss.h"
 
 namespace ipo_ext::cpu {
-
-#if defined(__x86_64__)
-#define IPO_EXT_CPU_ARCHS(X) X(x86_64_v4) X(x86_64_v3) X(baseline)
-#else
-#define IPO_EXT_CPU_ARCHS(X) X(baseline)
-#endif
 
 // Writes the gradients of tokens [begin, end) and returns their sums.
 #define IPO_EXT_DECLARE_ARCH(arch)                                                             \

@@ -79,6 +79,7 @@ struct TokenGroup {
   E advantage[kCount];
   E teacher[kCount];
   E weight[kCount];
+  E entropy[kCount];
   bool active[kCount];
 
   // Tokens [index, index + kCount), all of which exist.
@@ -88,6 +89,7 @@ struct TokenGroup {
     load_tokens(args.advantages, index, advantage);
     if (args.teacher_logprobs.data != nullptr) load_tokens(args.teacher_logprobs, index, teacher);
     if (args.loss_weights.data != nullptr) load_tokens(args.loss_weights, index, weight);
+    if (args.entropy.data != nullptr) load_tokens(args.entropy, index, entropy);
     load_mask(args.loss_mask, index);
   }
 
@@ -108,23 +110,10 @@ struct TokenGroup {
             advantage[i],
             args.teacher_logprobs.data != nullptr ? teacher[i] : E(0),
             args.loss_weights.data != nullptr ? weight[i] : E(1),
-            active[i]};
+            active[i],
+            args.entropy.data != nullptr ? entropy[i] : E(0)};
   }
 };
-
-template <typename E, int kCount>
-__device__ __forceinline__ void store_gradients(void* gradient, int64_t index,
-                                                const E (&values)[kCount]) {
-  E* to = static_cast<E*>(gradient) + index;
-  if constexpr (kCount == 1) {
-    *to = values[0];
-  } else {
-    static_assert(sizeof(values) == sizeof(uint4), "one vector store");
-    uint4 word;
-    memcpy(&word, values, sizeof(word));
-    __stwb(reinterpret_cast<uint4*>(to), word);  // a plain assignment is split into four stores
-  }
-}
 
 // Adds tokens [index, index + kCount) to the thread's sums and writes their gradients.
 template <typename E, int kCount>
@@ -137,10 +126,10 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
   for (int i = 0; i < kCount; ++i) {
     const Token<E> token = group.token(i, args);
     const TokenLoss<E> loss = token_loss(token, params);
-    add_token(sums, token, loss, args.teacher_logprobs.data != nullptr);
+    add_token(sums, token, loss, extras_of(args));
     gradients[i] = loss.gradient;
   }
-  if (args.gradient != nullptr) store_gradients(args.gradient, index, gradients);
+  if (args.gradient != nullptr) store_aligned(static_cast<E*>(args.gradient) + index, gradients);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +188,7 @@ __device__ void finish_loss(const IpoLossArgs& args,
   const Segments& segments = args.segments;
   const Workspace<E> workspace(args);
 
-  bool invalid = false;
+  bool invalid = args.fault != nullptr && *args.fault != 0;
   if (segments.cu_seqlens != nullptr) {
     for (int64_t s = threadIdx.x; s <= segments.count; s += kThreads)
       invalid |= !segments.entry_is_valid(s);
@@ -279,7 +268,7 @@ Segments with_tiles(Segments segments) {
 bool vectorizable(const IpoLossArgs& args) {
   return is_aligned(args.trainer_logprobs) && is_aligned(args.inference_logprobs) &&
          is_aligned(args.advantages) && is_aligned(args.teacher_logprobs) &&
-         is_aligned(args.loss_weights) && is_aligned({args.loss_mask, DType::kFloat32}) &&
+         is_aligned(args.loss_weights) && is_aligned(args.entropy) && is_aligned({args.loss_mask, DType::kFloat32}) &&
          is_aligned({args.gradient, DType::kFloat32});
 }
 

@@ -1,5 +1,5 @@
-// Loads of several neighbouring tokens at once, 16 bytes wide where their dtype fills them, widened
-// on arrival.
+// Loads and stores of several neighbouring elements at once, 16 bytes wide where their dtype fills
+// them; loads widen on arrival.
 #pragma once
 
 #include <cstdint>
@@ -64,6 +64,19 @@ __device__ __forceinline__ void load_tokens(const TokenInput& input, int64_t ind
       return load_converted<To, double>(input.data, index, out);
     default:
       return load_converted<To, float>(input.data, index, out);
+  }
+}
+
+// kCount neighbours to `to`, 16 bytes or one element.
+template <typename Stored, int kCount>
+__device__ __forceinline__ void store_aligned(Stored* to, const Stored (&values)[kCount]) {
+  if constexpr (kCount == 1) {
+    *to = values[0];
+  } else {
+    static_assert(sizeof(values) == sizeof(uint4), "one vector store");
+    uint4 word;
+    memcpy(&word, values, sizeof(word));
+    __stwb(reinterpret_cast<uint4*>(to), word);  // a plain assignment is split into four stores
   }
 }
 

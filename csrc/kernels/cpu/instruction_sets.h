@@ -1,0 +1,13 @@
+// The instruction sets that the SIMD loops (*_simd.cpp) are compiled for, and the choice at run time.
+#pragma once
+
+#if defined(__x86_64__)
+#define IPO_EXT_CPU_ARCHS(X) X(x86_64_v4) X(x86_64_v3) X(baseline)
+#define IPO_EXT_CHOOSE(function)                              \
+  __builtin_cpu_supports("x86-64-v4")   ? x86_64_v4::function \
+  : __builtin_cpu_supports("x86-64-v3") ? x86_64_v3::function \
+                                        : baseline::function
+#else
+#define IPO_EXT_CPU_ARCHS(X) X(baseline)
+#define IPO_EXT_CHOOSE(function) baseline::function
+#endif

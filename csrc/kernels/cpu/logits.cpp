@@ -1,0 +1,59 @@
+// Tier 2 on the CPU: rows in parallel, each by one thread, so that the result does not depend on the
+// number of threads.
+#include "kernels/logits.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+
+#include "kernels/cpu/logits_simd.h"
+
+namespace ipo_ext::cpu {
+namespace {
+
+constexpr int64_t kElementsPerTask = 32768;  // fewer do not pay for waking a thread
+
+// Rows in steps of a few, whoever comes first: inactive rows cost nothing, and masks come in runs, so
+// equal shares of the rows would not be equal work.
+class Steps {
+ public:
+  Steps(int64_t rows, int64_t size) : rows_(rows), size_(size) {}
+
+  bool next(int64_t& begin, int64_t& end) {
+    begin = next_.fetch_add(size_, std::memory_order_relaxed);
+    end = std::min(begin + size_, rows_);
+    return begin < rows_;
+  }
+
+ private:
+  const int64_t rows_, size_;
+  std::atomic<int64_t> next_{0};
+};
+
+int64_t scratch_bytes(const LogitsArgs& args) {
+  const int64_t element = args.compute_dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  return (args.logits.columns + kLogitsChunk) * element;
+}
+
+}  // namespace
+
+void logits(const LogitsArgs& args, const ParallelFor& parallel_for) {
+  static const auto rows = IPO_EXT_CHOOSE(logits_rows);
+  const int64_t step = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, args.logits.columns));
+  Steps steps(args.logits.rows, step);
+  parallel_for(args.logits.rows, step, [&](int64_t, int64_t) {
+    const std::unique_ptr<char[]> scratch(new char[scratch_bytes(args)]);
+    for (int64_t begin, end; steps.next(begin, end);) rows(args, begin, end, scratch.get());
+  });
+}
+
+void scale(const ScaleArgs& args, const ParallelFor& parallel_for) {
+  static const auto elements = IPO_EXT_CHOOSE(scale_elements);
+  const double factor = load_scalar(args.factor);
+  if (factor == 1) return;
+  parallel_for(args.count, kElementsPerTask, [&](int64_t begin, int64_t end) {
+    elements(args, factor, begin, end);
+  });
+}
+
+}  // namespace ipo_ext::cpu

@@ -1,0 +1,230 @@
+// Tier 2 on the CPU, rows of logits: a SIMD loop over each of a row's passes (maximum, sums,
+// gradient), between which the row stays in the cache. Compiled once for each instruction set
+// (IPO_EXT_CPU_ARCH names it), chosen at run time in logits.cpp; ragged tails run the same vector
+// code, padded with logits of -inf.
+#include "kernels/cpu/logits_simd.h"
+
+#include <type_traits>
+
+#include "kernels/cpu/simd_memory.h"
+
+#define IPO_EXT_INLINE inline __attribute__((always_inline))
+
+namespace ipo_ext::cpu::IPO_EXT_CPU_ARCH {
+namespace {
+
+using namespace ipo_ext::math;
+
+constexpr int kUnroll = 4;  // vectors a step, to hide the latency of their chains
+
+template <typename E>
+constexpr int64_t kStep = kUnroll * kLanesOf<Vector<E>>;
+
+// Calls body(begin, count) for the chunks of a row.
+template <typename Body>
+IPO_EXT_INLINE void for_each_chunk(int64_t columns, const Body& body) {
+  for (int64_t begin = 0; begin < columns; begin += kLogitsChunk) {
+    body(begin, columns - begin < kLogitsChunk ? columns - begin : kLogitsChunk);
+  }
+}
+
+// Columns [begin, begin + count) as E, padded to whole steps with logits of -inf: the row itself
+// where it can be used as it is, else `staged`.
+template <typename E, typename Stored>
+IPO_EXT_INLINE const E* stage(const Stored* row, int64_t begin, int64_t count, E* staged) {
+  if constexpr (std::is_same_v<E, Stored>) {
+    if (count == kLogitsChunk) return row + begin;
+  }
+  for (int64_t i = 0; i < count; ++i) staged[i] = convert<E>(row[begin + i]);
+  for (int64_t i = count; i % kStep<E> != 0; ++i) staged[i] = -std::numeric_limits<E>::infinity();
+  return staged;
+}
+
+// NaNs are passed over: they show in the sums.
+template <typename E, typename Stored>
+IPO_EXT_INLINE E largest_logit(const Stored* row, int64_t columns) {
+  using T = Vector<E>;
+  T largest[kUnroll];
+  for (T& part : largest) part = splat<T>(-std::numeric_limits<E>::infinity());
+  alignas(64) E staged[kLogitsChunk];
+  for_each_chunk(columns, [&](int64_t begin, int64_t count) {
+    const E* logits = stage<E>(row, begin, count, staged);
+    for (int64_t i = 0; i < count; i += kStep<E>) {
+      for (int part = 0; part < kUnroll; ++part) {
+        const T z = load<T>(logits + i + part * kLanesOf<T>);
+        largest[part] = select<T>(z > largest[part], z, largest[part]);
+      }
+    }
+  });
+  E lanes[kStep<E>];
+  memcpy(lanes, largest, sizeof(lanes));
+  E result = lanes[0];
+  for (const E lane : lanes) result = lane > result ? lane : result;
+  return result;
+}
+
+template <typename T>
+IPO_EXT_INLINE double sum_of_lanes(const Wide<T>& wide) {
+  double lanes[sizeof(wide) / sizeof(double)];
+  memcpy(lanes, &wide, sizeof(wide));
+  double sum = 0;
+  for (const double lane : lanes) sum += lane;
+  return sum;
+}
+
+// The row's sums, in the compute dtype within a chunk and in fp64 beyond; keeps the exponentials
+// where `kept` is not null.
+template <typename E, typename Stored>
+IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitScale<E>& scale,
+                                E largest, E* kept) {
+  using T = Vector<E>;
+  Wide<T> exponentials = {}, weighted_sum = {};
+  alignas(64) E staged[kLogitsChunk];
+  for_each_chunk(columns, [&](int64_t begin, int64_t count) {
+    const E* logits = stage<E>(row, begin, count, staged);
+    T chunk_exponentials = {}, chunk_weighted = {};
+    for (int64_t i = 0; i < count; i += kLanesOf<T>) {
+      const T capped = cap_logit(load<T>(logits + i), scale.softcap).value;
+      const RowTerm<T> term = row_term(capped, largest, scale.inverse_temperature);
+      chunk_exponentials += term.exponential;
+      chunk_weighted += weighted(term);
+      if (kept != nullptr) store(kept + begin + i, term.exponential);
+    }
+    exponentials += Lanes<T>::widen(chunk_exponentials);
+    weighted_sum += Lanes<T>::widen(chunk_weighted);
+  });
+  return {sum_of_lanes<T>(exponentials), sum_of_lanes<T>(weighted_sum)};
+}
+
+// A row's derivative by columns [begin, begin + count), from their logits.
+template <typename E>
+IPO_EXT_INLINE void derive(const E* logits, int64_t count, const LogitScale<E>& scale, E largest,
+                           const RowDerivative<E>& derivative, E* out) {
+  using T = Vector<E>;
+  for (int64_t i = 0; i < count; i += kLanesOf<T>) {
+    const CappedLogit<T> capped = cap_logit(load<T>(logits + i), scale.softcap);
+    const RowTerm<T> term = row_term(capped.value, largest, scale.inverse_temperature);
+    store(out + i, derivative.other(term, capped.slope));
+  }
+}
+
+// The same from kept exponentials, where nothing else enters: no softcap, no entropy.
+template <typename E>
+IPO_EXT_INLINE void derive_from_kept(const E* exponentials, int64_t count,
+                                     const RowDerivative<E>& derivative, E* out) {
+  using T = Vector<E>;
+  for (int64_t i = 0; i < count; i += kLanesOf<T>) {
+    const RowTerm<T> term = {T{}, load<T>(exponentials + i)};
+    store(out + i, derivative.other(term, splat<T>(E(1))));
+  }
+}
+
+template <typename E, typename Stored>
+IPO_EXT_INLINE void write_gradient(const Stored* row, int64_t columns, int64_t label,
+                                   const LogitScale<E>& scale, E largest,
+                                   const RowDerivative<E>& derivative, const E* kept,
+                                   Stored* gradient) {
+  // The label's logit first: the gradient may lie over the logits.
+  const CappedLogit<E> capped = cap_logit(convert<E>(row[label]), scale.softcap);
+  const RowTerm<E> term = row_term(capped.value, largest, scale.inverse_temperature);
+  alignas(64) E staged[kLogitsChunk];
+  alignas(64) E derived[kLogitsChunk];
+  for_each_chunk(columns, [&](int64_t begin, int64_t count) {
+    E* out = derived;
+    if constexpr (std::is_same_v<E, Stored>) {
+      if (count == kLogitsChunk) out = gradient + begin;
+    }
+    if (kept != nullptr) {
+      derive_from_kept(kept + begin, count, derivative, out);
+    } else {
+      derive(stage<E>(row, begin, count, staged), count, scale, largest, derivative, out);
+    }
+    if (out == derived) {
+      for (int64_t i = 0; i < count; ++i) gradient[begin + i] = narrow<Stored>(derived[i]);
+    }
+  });
+  gradient[label] = narrow<Stored>(derivative.label(term, capped.slope));
+}
+
+template <typename E, typename Stored>
+IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, E* scratch) {
+  const int64_t columns = args.logits.columns;
+  const Stored* row = args.logits.row<Stored>(index);
+  Stored* gradient = args.gradient.data != nullptr ? args.gradient.row<Stored>(index) : nullptr;
+
+  bool flows = row_is_active(args, index);
+  if (flows && is_backward(args)) flows = !upstream_slopes<E>(args, index).are_zero();
+  if (!flows) {
+    fill_results(args, index, E(0));
+    if (gradient != nullptr) memset(gradient, 0, columns * sizeof(Stored));
+    return;
+  }
+
+  const int64_t label = label_of(args, index);
+  const LogitScale<E> scale = scale_of<E>(args, index);
+  E largest;
+  RowDerivative<E> derivative;
+  const E* kept = nullptr;
+  if (is_backward(args)) {
+    largest = saved_largest<E>(args, index);
+    derivative = restore_row<E>(args, index, upstream_slopes<E>(args, index));
+  } else {
+    largest = cap_logit(largest_logit<E>(row, columns), scale.softcap).value;
+    E* keep = gradient != nullptr && args.softcap == 0 ? scratch : nullptr;
+    const RowSums sums = row_sums(row, columns, scale, largest, keep);
+    const E label_capped = cap_logit(convert<E>(row[label]), scale.softcap).value;
+    derivative = finish_row(args, index, sums, largest, label_capped);
+    kept = keep;
+  }
+  if (gradient == nullptr) return;
+  if (derivative.slopes.are_zero()) {
+    memset(gradient, 0, columns * sizeof(Stored));
+  } else {
+    write_gradient(row, columns, label, scale, largest, derivative, kept, gradient);
+  }
+}
+
+template <typename E, typename Stored>
+void run_rows(const LogitsArgs& args, int64_t begin, int64_t end, void* scratch) {
+  for (int64_t row = begin; row < end; ++row) {
+    run_row<E, Stored>(args, row, static_cast<E*>(scratch));
+  }
+}
+
+template <typename Stored, typename E>
+IPO_EXT_INLINE void scale_stored(const ScaleArgs& args, E factor, int64_t begin, int64_t end) {
+  Stored* gradient = static_cast<Stored*>(args.gradient);
+  for (int64_t i = begin; i < end; ++i) {
+    gradient[i] = narrow<Stored>(convert<E>(gradient[i]) * factor);
+  }
+}
+
+}  // namespace
+
+void logits_rows(const LogitsArgs& args, int64_t begin, int64_t end, void* scratch) {
+  switch (args.logits.dtype) {
+    case DType::kFloat16:
+      return run_rows<float, Float16>(args, begin, end, scratch);
+    case DType::kBFloat16:
+      return run_rows<float, BFloat16>(args, begin, end, scratch);
+    case DType::kFloat64:
+      return run_rows<double, double>(args, begin, end, scratch);
+    default:
+      return run_rows<float, float>(args, begin, end, scratch);
+  }
+}
+
+void scale_elements(const ScaleArgs& args, double factor, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::kFloat16:
+      return scale_stored<Float16>(args, static_cast<float>(factor), begin, end);
+    case DType::kBFloat16:
+      return scale_stored<BFloat16>(args, static_cast<float>(factor), begin, end);
+    case DType::kFloat64:
+      return scale_stored<double>(args, factor, begin, end);
+    default:
+      return scale_stored<float>(args, static_cast<float>(factor), begin, end);
+  }
+}
+
+}  // namespace ipo_ext::cpu::IPO_EXT_CPU_ARCH

@@ -1,0 +1,188 @@
+// Tier 2: log-probabilities, entropies and the gradient straight from a matrix of logits, one row a
+// token. What a row means stands here, once for both backends; they only differ in how they walk it.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/ipo_loss.h"
+#include "math/logits.h"
+
+namespace ipo_ext {
+
+// [rows, columns] of any floating dtype, columns adjacent. Rows come in blocks, so that a slice such
+// as logits[:, :-1] of a batch is read where it lies.
+struct LogitsMatrix {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int64_t block_rows = 1;    // rows of a block
+  int64_t block_stride = 0;  // from block to block, in elements
+  int64_t row_stride = 0;    // from row to row of a block, in elements
+
+  IPO_HOST_DEVICE int64_t offset(int64_t row) const {
+    return row / block_rows * block_stride + row % block_rows * row_stride;
+  }
+  template <typename Stored>
+  IPO_HOST_DEVICE Stored* row(int64_t index) const {
+    return static_cast<Stored*>(data) + offset(index);
+  }
+};
+
+// One struct for the three uses:
+//   loss      loss.loss_mask set: derivatives are those of the loss, written in the same pass
+//   forward   nothing set: log-probabilities, entropies, and the softmax for the backward pass
+//   backward  grad_logprobs and grad_entropy set; logprobs is not used, entropy and softmax are read
+struct LogitsArgs {
+  DType compute_dtype;        // kFloat64 for fp64 logits, else kFloat32; below "compute"
+  LogitsMatrix logits;        // [rows, columns]
+  LogitsMatrix gradient;      // [rows, columns], dtype of the logits; no data where none is wanted
+  const void* labels;         // [rows] int32 or int64
+  DType label_dtype;          //
+  TokenInput temperatures;    // [rows], or null:
+  ScalarInput temperature;    // one for all rows
+  double softcap;             // 0 for none
+  IpoLossArgs loss = {};      // tokens are the rows; its trainer_logprobs and outputs are not used
+  bool normalized = true;     // whether the gradient already holds 1 / normalizer
+  void* logprobs = nullptr;   // [rows] compute
+  void* entropy = nullptr;    // [rows] compute
+  void* softmax = nullptr;    // [2, rows] compute: the largest capped logit, the sum of
+                              // exponentials; null where nothing will need them
+  const void* grad_logprobs = nullptr;  // [rows] compute
+  const void* grad_entropy = nullptr;   // [rows] compute
+  int32_t* fault = nullptr;             // [1], CUDA: filled by the launcher, not 0 poisons
+};
+
+constexpr int64_t kIgnoredLabel = -100;
+
+IPO_HOST_DEVICE bool has_loss(const LogitsArgs& args) { return args.loss.loss_mask != nullptr; }
+IPO_HOST_DEVICE bool is_backward(const LogitsArgs& args) { return args.grad_logprobs != nullptr; }
+
+IPO_HOST_DEVICE int64_t label_of(const LogitsArgs& args, int64_t row) {
+  return load_element<int64_t>(args.labels, args.label_dtype, row);
+}
+
+IPO_HOST_DEVICE double temperature_of(const LogitsArgs& args, int64_t row) {
+  return args.temperatures.data != nullptr ? load_token<double>(args.temperatures, row, 1)
+                                           : load_scalar(args.temperature);
+}
+
+template <typename E>
+IPO_HOST_DEVICE math::LogitScale<E> scale_of(const LogitsArgs& args, int64_t row) {
+  return {static_cast<E>(args.softcap), static_cast<E>(1 / temperature_of(args, row))};
+}
+
+// Whether row takes part; one that does not is never read, and neither is its label.
+IPO_HOST_DEVICE bool row_is_active(const LogitsArgs& args, int64_t row) {
+  return has_loss(args) ? args.loss.loss_mask[row] : label_of(args, row) != kIgnoredLabel;
+}
+
+// What a caller must guarantee of an active row.
+IPO_HOST_DEVICE bool label_is_valid(const LogitsArgs& args, int64_t row) {
+  const int64_t label = label_of(args, row);
+  return label >= 0 && label < args.logits.columns;
+}
+IPO_HOST_DEVICE bool temperature_is_valid(const LogitsArgs& args, int64_t row) {
+  const double temperature = temperature_of(args, row);
+  return temperature > 0 && temperature <= std::numeric_limits<double>::max();
+}
+
+// The outputs of a row that was not reduced: 0 for an inactive one, NaN under a fault.
+template <typename E>
+IPO_HOST_DEVICE void fill_results(const LogitsArgs& args, int64_t row, E value) {
+  if (is_backward(args)) return;
+  static_cast<E*>(args.logprobs)[row] = value;
+  static_cast<E*>(args.entropy)[row] = value;
+  if (args.softmax != nullptr) {
+    static_cast<E*>(args.softmax)[row] = value;
+    static_cast<E*>(args.softmax)[args.logits.rows + row] = value;
+  }
+}
+
+// d loss / d logprob of one token, by tier 1's formula in the loss's compute dtype.
+template <typename C>
+IPO_HOST_DEVICE double loss_slope(const LogitsArgs& args, int64_t row, C logprob) {
+  const IpoLossArgs& loss = args.loss;
+  const math::Token<C> token = {logprob,
+                                load_token<C>(loss.inference_logprobs, row, 0),
+                                load_token<C>(loss.advantages, row, 0),
+                                load_token<C>(loss.teacher_logprobs, row, 0),
+                                load_token<C>(loss.loss_weights, row, 1),
+                                true,
+                                C(0)};
+  math::LossParams<C> params = params_for<C>(loss);
+  if (!args.normalized) params.inv_normalizer = 1;
+  return math::token_loss(token, params).gradient;
+}
+
+// The derivatives that flow into an active row from above, known before it is read.
+template <typename E>
+IPO_HOST_DEVICE math::RowSlopes<E> upstream_slopes(const LogitsArgs& args, int64_t row) {
+  return {static_cast<const E*>(args.grad_logprobs)[row],
+          static_cast<const E*>(args.grad_entropy)[row]};
+}
+
+// Finishes an active row from its sums: stores the results, returns what its gradient is made of.
+template <typename E>
+IPO_HOST_DEVICE math::RowDerivative<E> finish_row(const LogitsArgs& args, int64_t row,
+                                                  const math::RowSums& sums, E largest,
+                                                  E label_capped) {
+  const math::LogitScale<E> scale = scale_of<E>(args, row);
+  const double distance = (static_cast<double>(label_capped) - largest) / temperature_of(args, row);
+  const math::RowResult<E> result = math::row_result<E>(sums, distance);
+  static_cast<E*>(args.logprobs)[row] = result.logprob;
+  static_cast<E*>(args.entropy)[row] = result.entropy;
+  if (args.softmax != nullptr) {
+    static_cast<E*>(args.softmax)[row] = largest;
+    static_cast<E*>(args.softmax)[args.logits.rows + row] = static_cast<E>(sums.exponentials);
+  }
+  math::RowSlopes<E> slopes = {0, 0};
+  if (has_loss(args)) {
+    slopes.logprob = static_cast<E>(args.loss.compute_dtype == DType::kFloat64
+                                        ? loss_slope<double>(args, row, result.logprob)
+                                        : loss_slope<float>(args, row, result.logprob));
+  }
+  return math::row_derivative<E>(slopes, sums.exponentials, result.entropy,
+                                 scale.inverse_temperature);
+}
+
+// The same in the backward pass, from what the forward pass has saved.
+template <typename E>
+IPO_HOST_DEVICE math::RowDerivative<E> restore_row(const LogitsArgs& args, int64_t row,
+                                                   const math::RowSlopes<E>& slopes) {
+  return math::row_derivative<E>(slopes,
+                                 static_cast<const E*>(args.softmax)[args.logits.rows + row],
+                                 static_cast<const E*>(args.entropy)[row],
+                                 scale_of<E>(args, row).inverse_temperature);
+}
+
+template <typename E>
+IPO_HOST_DEVICE E saved_largest(const LogitsArgs& args, int64_t row) {
+  return static_cast<const E*>(args.softmax)[row];
+}
+
+// gradient *= factor, in place; nothing is touched where factor is 1.
+struct ScaleArgs {
+  void* gradient;  // [count]
+  DType dtype;
+  int64_t count;
+  ScalarInput factor;
+};
+
+namespace cpu {
+
+// The caller has checked every active row's label and temperature.
+void logits(const LogitsArgs& args, const ParallelFor& parallel_for);
+void scale(const ScaleArgs& args, const ParallelFor& parallel_for);
+
+}  // namespace cpu
+
+namespace cuda {
+
+// Two launches on `stream`, no host synchronisation. A contract fault (a label or a temperature of an
+// active row, the loss's cu_seqlens or normalizer) sets *fault and makes every output NaN.
+const char* logits(const LogitsArgs& args, CUstream_st* stream);
+const char* scale(const ScaleArgs& args, CUstream_st* stream);
+
+}  // namespace cuda
+}  // namespace ipo_ext
