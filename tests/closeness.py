@@ -1,7 +1,7 @@
 """Closeness judged against float64, with the error that plain eager code makes as the yardstick.
 
-It avoids fixed tolerances: a kernel may be about as wrong as naive arithmetic in the same dtype, and
-at the band's edge a token may change sides only where rounding proves that it could.
+It avoids fixed tolerances: a kernel may be about as wrong as naive arithmetic in the same dtype,
+and at the band's edge a token may change sides only where rounding proves that it could.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def assert_flips_proven(
     *,
     name: str = "mask",
 ) -> None:
-    """Fails if a token is kept on one side only, unless its log-ratio is within rounding of a bound.
+    """Fails if a token is kept by one only, unless its log-ratio is within rounding of a bound.
 
     Args:
         ours_kept, exact_kept: the two decisions, bool.
@@ -74,8 +74,9 @@ def assert_flips_proven(
     proven = ((x - low).abs() <= rounding.cpu()) | ((x - high).abs() <= rounding.cpu())
     unproven = (flipped & ~proven).nonzero()
     assert len(unproven) == 0, (
-        f"{name}: {len(unproven)} of {int(flipped.sum())} flips are no crossing of [{low}, {high}]: "
-        f"first at {unproven[0].tolist()}, log-ratio {x[tuple(unproven[0])].item()!r}"
+        f"{name}: {len(unproven)} of {int(flipped.sum())} flips are no crossing of "
+        f"[{low}, {high}]: first at {unproven[0].tolist()}, "
+        f"log-ratio {x[tuple(unproven[0])].item()!r}"
     )
 
 
@@ -110,6 +111,6 @@ def _assert_within(ours, naive, norm, kind, factor, floor, name) -> None:
     naive_error = norm(naive).item() if naive.numel() else 0.0
     budget = factor * naive_error + floor
     assert error <= budget, (
-        f"{name}: {kind} error {error:.3g} ulp, expected at most {factor} * {naive_error:.3g} (naive) "
-        f"+ {floor} = {budget:.3g}; largest at flat finite index {ours.argmax().item()}"
+        f"{name}: {kind} error {error:.3g} ulp, expected at most {factor} * {naive_error:.3g} "
+        f"(naive) + {floor} = {budget:.3g}; largest at flat finite index {ours.argmax().item()}"
     )

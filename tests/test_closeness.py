@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from closeness import assert_close, assert_flips_proven
 
 BAND = (-1.5, 1.5)

@@ -65,8 +65,8 @@ struct CudaBackend {
     void* stream = nullptr;
     if (on.is_cuda()) {
       guard.emplace(on.get_device_index());
-      STABLE_TORCH_ERROR_CODE_CHECK(
-          aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+      const auto status = aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream);
+      IPO_EXT_CHECK(status == AOTI_TORCH_SUCCESS, "ipo_ext::", op, ": no current CUDA stream");
     }
     const char* error = launch(static_cast<CUstream_st*>(stream));
     IPO_EXT_CHECK(error == nullptr, "ipo_ext::", op, ": CUDA launch failed: ", error);

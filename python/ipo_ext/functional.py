@@ -89,9 +89,11 @@ def ipo_loss(
         )
     )
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
-    log_low, log_high = config.log_bounds(
-        _checks.compute_dtype(trainer_logprobs, inference_logprobs)
-    )
+    compute = _checks.compute_dtype(trainer_logprobs, inference_logprobs)
+    taus = (config.adv_tau, config.kl_tau, config.teacher_tau)
+    # float(): read here, or torch.compile (2.13) reads them inside the first of two calls of the
+    # loss in a graph, and fails at the second.
+    settings = [float(value) for value in (*config.log_bounds(compute), *taus)]
     loss, _, means, sums, extremes = _operators.run_ipo_loss(
         trainer_logprobs,
         inference_logprobs,
@@ -101,11 +103,7 @@ def ipo_loss(
         loss_weights,
         cu_seqlens,
         normalizer,
-        log_low,
-        log_high,
-        config.adv_tau,
-        config.kl_tau,
-        config.teacher_tau,
+        *settings,
         with_gradient,
     )
     metrics = IPOMetrics(means, sums, extremes, has_teacher=teacher_logprobs is not None)

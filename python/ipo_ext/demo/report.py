@@ -112,8 +112,8 @@ class RichReporter:
 def headline(settings: Settings) -> str:
     """What is about to run, in one line."""
     return (
-        f"additions: warm-up to reward {settings.warmup_reward}, then {settings.steps} steps in each "
-        f"of {len(ARMS)} arms; inference copy: {settings.rounding} weights, renewed every "
+        f"additions: warm-up to reward {settings.warmup_reward}, then {settings.steps} steps in "
+        f"each of {len(ARMS)} arms; inference copy: {settings.rounding} weights, renewed every "
         f"{settings.staleness} steps; seed {settings.seed}"
     )
 
@@ -175,7 +175,10 @@ def write_picture(results: Sequence[ArmResult], settings: Settings, path: Path) 
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)
+    for axes in (dropped, mismatch):
+        axes.yaxis.set_major_formatter("{x:g}")
     mismatch.set_xlabel("reinforcement-learning step")
+    mismatch.set_xlim(1, max(2, settings.steps))
     figure.suptitle(
         "IPO+KL on additions\n"
         f"rollouts from a copy with {settings.rounding} weights, renewed every "
@@ -201,7 +204,9 @@ def draw_dropped(axes: Axes, results: Sequence[ArmResult]) -> None:
     masked = [result for result in results if result.mean_over_tokens("dropped_low") > 0]
     for result in masked:
         _line(axes, result, "dropped_low", 100, label=f"{result.arm}: ratio too low")
-        _line(axes, result, "dropped_high", 100, style="--", label=f"{result.arm}: ratio too high")
+        # A few tokens a step, often none: as measured, they would be a comb.
+        label = f"{result.arm}: ratio too high"
+        _line(axes, result, "dropped_high", 100, measured=False, linestyle="--", label=label)
     axes.set_ylabel("dropped (% of loss tokens)")
     if masked:
         axes.set_yscale("log")
@@ -217,21 +222,21 @@ def draw_mismatch(axes: Axes, results: Sequence[ArmResult]) -> None:
 
 
 def _line(
-    axes: Axes, result: ArmResult, name: str, scale: float = 1, style: str = "-", **keywords: Any
+    axes: Axes,
+    result: ArmResult,
+    name: str,
+    scale: float = 1,
+    measured: bool = True,
+    **keywords: Any,
 ) -> None:
-    """One quantity of one arm: faint as measured, bold as a moving average over a tenth."""
+    """One quantity of one arm: faint as measured, bold as a moving average over 1/20 of the run."""
     steps = [record.step for record in result.history]
     values = [scale * getattr(record, name) for record in result.history]
     color = COLORS[result.arm]
-    axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
-    axes.plot(
-        steps,
-        moving_average(values, window=max(1, len(values) // 20)),
-        color=color,
-        linewidth=1.8,
-        linestyle=style,
-        **keywords,
-    )
+    if measured:
+        axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3)
+    smooth = moving_average(values, window=max(1, len(values) // 20))
+    axes.plot(steps, smooth, color=color, linewidth=1.8, **keywords)
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:

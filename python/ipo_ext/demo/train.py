@@ -49,7 +49,7 @@ class Settings:
     """At most; the warm-up ends as soon as the policy's reward is `warmup_reward`."""
     warmup_reward: float = 0.5
     """Right and wrong answers in most groups, whatever the seed: there is something to learn."""
-    steps: int = 500
+    steps: int = 400
     """Reinforcement-learning steps in each arm."""
     staleness: int = 8
     """The inference copy is renewed every `staleness` steps: it is 0 .. staleness - 1 steps old."""
@@ -70,8 +70,9 @@ class Settings:
     width: int = 64
     heads: int = 4
     layers: int = 2
-    threads: int = 2
-    """Fixed, because the order of sums in torch's own matrix products may depend on it."""
+    threads: int = 1
+    """Fixed, because the order of sums in torch's own matrix products may depend on it; one, because
+    products this small gain little from a second, and lose a lot on a machine that is busy."""
 
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "steps", "staleness", "prompts", "group", "threads"):
@@ -158,7 +159,7 @@ def warm_up(settings: Settings) -> Policy:
         logprobs = token_logprobs(policy, tokens)[:, -task.RESPONSE_LENGTH :]
         optimizer.zero_grad()
         loss = -logprobs[task.response_mask(responses)].mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return policy
 
@@ -188,7 +189,7 @@ def train_arm(
 
         output = policy_loss(policy, rollouts, settings.group, config)
         optimizer.zero_grad()
-        output.loss.backward()  # type: ignore[no-untyped-call]
+        output.loss.backward()
         optimizer.step()
 
         result.history.append(_record(arm, step + 1, rollouts, output))
