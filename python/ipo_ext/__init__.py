@@ -3,7 +3,7 @@
 from ipo_ext import reference
 from ipo_ext._C import VERSION as __version__
 from ipo_ext.config import IPOConfig
-from ipo_ext.functional import ipo_loss
+from ipo_ext.functional import ipo_loss, ipo_loss_from_logits, token_logprobs
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.modules import IPOLoss
 from ipo_ext.output import IPOOutput
@@ -15,5 +15,7 @@ __all__ = [
     "IPOOutput",
     "__version__",
     "ipo_loss",
+    "ipo_loss_from_logits",
     "reference",
+    "token_logprobs",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -66,8 +68,7 @@ def ipo_loss(
         >>> out.loss.backward()
         >>> out.metrics["is_masked"]
     """
-    if normalizer is not None and not isinstance(normalizer, torch.Tensor):
-        normalizer = _normalizer_tensor(normalizer, trainer_logprobs)
+    normalizer = _scalar("normalizer", normalizer, trainer_logprobs)
     _checks.check_per_token_loss(
         trainer_logprobs,
         inference_logprobs,
@@ -90,10 +91,6 @@ def ipo_loss(
     )
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
     compute = _checks.compute_dtype(trainer_logprobs, inference_logprobs)
-    taus = (config.adv_tau, config.kl_tau, config.teacher_tau)
-    # float(): read here, or torch.compile (2.13) reads them inside the first of two calls of the
-    # loss in a graph, and fails at the second.
-    settings = [float(value) for value in (*config.log_bounds(compute), *taus)]
     loss, _, means, sums, extremes = _operators.run_ipo_loss(
         trainer_logprobs,
         inference_logprobs,
@@ -103,19 +100,194 @@ def ipo_loss(
         loss_weights,
         cu_seqlens,
         normalizer,
-        *settings,
+        *_settings(config, compute),
         with_gradient,
     )
     metrics = IPOMetrics(means, sums, extremes, has_teacher=teacher_logprobs is not None)
     return IPOOutput(loss, metrics)
 
 
-def _normalizer_tensor(normalizer: float, like: torch.Tensor) -> torch.Tensor:
-    if not 0 < normalizer < math.inf:
-        raise ValueError(
-            f"normalizer: expected a finite number > 0 or a tensor, got {normalizer!r}"
+def ipo_loss_from_logits(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor | None = None,
+    softcap: float | None = None,
+    teacher_logprobs: torch.Tensor | None = None,
+    loss_weights: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    inplace: bool = False,
+    config: IPOConfig = _DEFAULT,
+) -> IPOOutput:
+    r"""The IPO+KL loss straight from the logits (tier 2): the formula of ``ipo_loss``.
+
+    The gradient by the logits is made in the same pass over them, so the loss can run backward
+    once; backward only scales it, in place, and not even that for ``loss.backward()``. Rows that
+    the loss mask leaves out are never read. Log-probabilities and the loss are computed in float64
+    for float64 logits, else in float32 (the loss also in float64 for float64
+    ``inference_logprobs``).
+
+    Args:
+        logits: ``[..., V]``, any floating dtype; the only input that receives a gradient. Slices
+            such as ``logits[:, :-1]`` are read where they lie; a last dimension whose elements are
+            not adjacent is copied.
+        labels: ``[...]``, int32 or int64: ``labels[t]`` is the token that ``logits[t]`` predicts.
+            Nothing is shifted here. Not read where the loss mask is false.
+        inference_logprobs: ``[...]``, any floating dtype: what the tokens were sampled with, at
+            the same temperature.
+        advantages: ``[...]``, any floating dtype. A constant, like every input below.
+        loss_mask: ``[...]``, bool: the tokens that train.
+        temperature: what the logits are divided by: a float > 0, a 0-dim tensor, or a tensor
+            ``[...]`` of one for each token. Default 1.
+        softcap: ``c`` of ``c * tanh(logits / c)``, applied before the temperature. Default none.
+        teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
+        inplace: to write the gradient over the logits; not implemented yet.
+
+    Returns:
+        An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
+        loss mask leaves out. Nothing is synchronised.
+
+    Raises:
+        TypeError, ValueError: as for ``ipo_loss``.
+        IndexError: on CPU, a label of an active token is not in ``[0, V)``. (A RuntimeError in a
+            compiled graph; on CUDA the loss and every gradient are NaN instead.)
+        RuntimeError: on CPU, as for ``ipo_loss``, or a temperature of an active token is not finite
+            and > 0 (on CUDA: NaN); anywhere, on a second backward.
+
+    Example:
+        >>> out = ipo_loss_from_logits(
+        ...     logits[:, :-1], tokens[:, 1:], inference, advantages, mask, normalizer=mask.sum()
+        ... )
+        >>> out.loss.backward()
+    """
+    if inplace:
+        raise NotImplementedError(
+            "inplace: expected False, got True: writing the gradient over the logits is not "
+            "implemented yet"
         )
+    normalizer = _scalar("normalizer", normalizer, logits)
+    temperature = _scalar("temperature", temperature, logits)
+    _checks.check_logits_loss(
+        logits,
+        labels,
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        temperature,
+        teacher_logprobs,
+        loss_weights,
+        cu_seqlens,
+        normalizer,
+        config.teacher_tau,
+    )
+    _checks.check_constants(
+        (
+            ("inference_logprobs", inference_logprobs),
+            ("advantages", advantages),
+            ("temperature", temperature),
+            ("teacher_logprobs", teacher_logprobs),
+            ("loss_weights", loss_weights),
+            ("normalizer", normalizer),
+        )
+    )
+    compute = _checks.compute_dtype(logits, inference_logprobs)
+    loss, _, logprobs, entropy, means, sums, extremes = _with_index_error(
+        _operators.run_ipo_loss_from_logits,
+        logits,
+        labels,
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        temperature,
+        _softcap(softcap),
+        teacher_logprobs,
+        loss_weights,
+        cu_seqlens,
+        normalizer,
+        *_settings(config, compute),
+        logits.requires_grad and torch.is_grad_enabled(),
+    )
+    metrics = IPOMetrics(
+        means, sums, extremes, has_teacher=teacher_logprobs is not None, has_entropy=True
+    )
+    return IPOOutput(loss, metrics, logprobs, entropy)
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the labels and entropies of the rows, both differentiable.
+
+    A label of -100 marks a row that takes no part: it is not read, its outputs and its gradient are
+    0. Rows into which no gradient flows are not read by the backward pass.
+
+    Args:
+        logits, labels, temperature, softcap: as for ``ipo_loss_from_logits``, except that labels
+            are read everywhere.
+
+    Returns:
+        ``(logprobs, entropy)``, each ``[...]``, float64 for float64 logits, else float32.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as for ``ipo_loss_from_logits``; on CUDA
+            what would raise an IndexError or a RuntimeError makes everything NaN.
+    """
+    temperature = _scalar("temperature", temperature, logits)
+    _checks.check_logits(logits, labels, temperature)
+    _checks.check_constants((("temperature", temperature),))
+    logprobs, entropy, _ = _with_index_error(
+        _operators.run_token_logprobs, logits, labels, temperature, _softcap(softcap)
+    )
+    return logprobs, entropy
+
+
+def _settings(config: IPOConfig, compute: torch.dtype) -> list[float]:
+    taus = (config.adv_tau, config.kl_tau, config.teacher_tau)
+    # float(): read here, or torch.compile (2.13) reads them inside the first of two calls of the
+    # loss in a graph, and fails at the second.
+    return [float(value) for value in (*config.log_bounds(compute), *taus)]
+
+
+def _scalar(
+    name: str, value: float | torch.Tensor | None, like: torch.Tensor
+) -> torch.Tensor | None:
+    """A number that may change every step, as a tensor."""
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0 or a tensor, got {value!r}")
     if torch.compiler.is_compiling():
         # A number that the graph computes with: as a constant, each new value would recompile.
-        return like.new_ones((), dtype=torch.float64) * normalizer
-    return torch.scalar_tensor(normalizer, dtype=torch.float64)
+        return like.new_ones((), dtype=torch.float64) * value
+    return torch.scalar_tensor(value, dtype=torch.float64)
+
+
+def _softcap(softcap: float | None) -> float:
+    """As the operators take it: 0 for none."""
+    if softcap is None:
+        return 0.0
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
+    return float(softcap)
+
+
+def _with_index_error(
+    run: Callable[..., tuple[torch.Tensor, ...]], *inputs: Any
+) -> tuple[torch.Tensor, ...]:
+    """Raises an IndexError where the operator, which knows RuntimeErrors alone, means one."""
+    if torch.compiler.is_compiling():
+        return run(*inputs)
+    try:
+        return run(*inputs)
+    except RuntimeError as error:
+        if str(error).startswith("labels:"):
+            raise IndexError(str(error)) from None
+        raise

@@ -14,8 +14,8 @@ class IPOOutput(NamedTuple):
     Attributes:
         loss: 0-dim, in the compute dtype (float64 if either log-probability is, else float32).
         metrics: name to tensor, ``[]``, or ``[segments]`` with ``cu_seqlens``; an ``IPOMetrics``.
-        logprobs: per token, float32, detached; None in tier 1.
-        entropy: per token, float32, detached; None in tier 1.
+        logprobs: per token, float32 (float64 for float64 logits), detached; None in tier 1.
+        entropy: likewise.
     """
 
     loss: torch.Tensor

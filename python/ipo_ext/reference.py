@@ -11,6 +11,7 @@ from ipo_ext.config import IPOConfig
 from ipo_ext.output import IPOOutput
 
 _DEFAULT = IPOConfig()
+_IGNORED = -100  # the label of a row that takes no part
 _MISMATCH_CLAMP = 80.0  # log-ratios beyond it count as it in the mismatch KL
 
 
@@ -25,11 +26,13 @@ def ipo_loss(
     cu_seqlens: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
+    entropy: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> IPOOutput:
     """As ``ipo_ext.ipo_loss``, in eager torch and differentiable any number of times.
 
     Args:
+        entropy: per token, only measured: metric ``entropy``.
         dtype: what to compute in, default the kernels' compute dtype. The mask is decided in the
             kernels' compute dtype whatever ``dtype`` is, so that a float64 reference of float32
             inputs keeps the same tokens.
@@ -94,6 +97,8 @@ def ipo_loss(
         if teacher_logprobs is not None:
             distance = only(counted, teacher_logprobs) - only(counted, trainer_logprobs)
             shares["teacher_kl"] = (distance, active)
+        if entropy is not None:
+            shares["entropy"] = (only(counted, entropy), active)
         kept_ratio = only(keep, ratio)
         measured = active & band_x.isfinite()
 
@@ -128,6 +133,75 @@ def ipo_loss(
                 for name in names
             },
         )
+
+
+def ipo_loss_from_logits(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor | None = None,
+    softcap: float | None = None,
+    teacher_logprobs: torch.Tensor | None = None,
+    loss_weights: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    config: IPOConfig = _DEFAULT,
+    dtype: torch.dtype | None = None,
+) -> IPOOutput:
+    """As ``ipo_ext.ipo_loss_from_logits``, in eager torch, computed in ``dtype``."""
+    logprobs, entropy = token_logprobs(
+        logits,
+        labels.masked_fill(~loss_mask, _IGNORED),
+        temperature=temperature,
+        softcap=softcap,
+        dtype=dtype,
+    )
+    loss, metrics, *_ = ipo_loss(
+        logprobs,
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        teacher_logprobs=teacher_logprobs,
+        loss_weights=loss_weights,
+        cu_seqlens=cu_seqlens,
+        normalizer=normalizer,
+        config=config,
+        entropy=entropy.detach(),
+        dtype=dtype,
+    )
+    return IPOOutput(loss, metrics, logprobs.detach(), entropy.detach())
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor | None = None,
+    softcap: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``ipo_ext.token_logprobs``, in eager torch and differentiable any number of times."""
+    dtype = dtype or torch.promote_types(logits.dtype, torch.float32)
+    active = labels != _IGNORED
+    # A row that holds NaN or +inf, or nothing but -inf, is NaN, but its gradient must stay its own.
+    sound = active & (logits < math.inf).all(-1) & (logits > -math.inf).any(-1)
+    z = torch.where(sound[..., None], logits, 0).to(dtype)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if isinstance(temperature, torch.Tensor) and temperature.dim() > 0:
+        z = z / torch.where(active, temperature, 1)[..., None].to(dtype)
+    elif temperature is not None:
+        z = z / temperature
+    log_p = z.log_softmax(-1)
+    logprobs = log_p.gather(-1, torch.where(sound, labels, 0)[..., None].long()).squeeze(-1)
+    possible = log_p.isfinite()  # p log p is 0 where p is, and so is its derivative
+    finite_log_p = torch.where(possible, log_p, 0)
+    entropy = -torch.where(possible, finite_log_p.exp() * finite_log_p, 0).sum(-1)
+    absent = torch.where(active, math.nan, 0.0).to(dtype)
+    return torch.where(sound, logprobs, absent), torch.where(sound, entropy, absent)
 
 
 def _mean(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,11 @@ IPO_EXT_INLINE void for_each_chunk(int64_t columns, const Body& body) {
   }
 }
 
+template <typename E>
+IPO_EXT_INLINE void pad(E* staged, int64_t count) {
+  for (int64_t i = count; i % kStep<E> != 0; ++i) staged[i] = -std::numeric_limits<E>::infinity();
+}
+
 // Columns [begin, begin + count) as E, padded to whole steps with logits of -inf: the row itself
 // where it can be used as it is, else `staged`.
 template <typename E, typename Stored>
@@ -36,7 +41,21 @@ IPO_EXT_INLINE const E* stage(const Stored* row, int64_t begin, int64_t count, E
     if (count == kLogitsChunk) return row + begin;
   }
   for (int64_t i = 0; i < count; ++i) staged[i] = convert<E>(row[begin + i]);
-  for (int64_t i = count; i % kStep<E> != 0; ++i) staged[i] = -std::numeric_limits<E>::infinity();
+  pad(staged, count);
+  return staged;
+}
+
+// The same, capped: the padding too is -inf afterwards.
+template <typename E, typename Stored>
+IPO_EXT_INLINE const E* stage_capped(const Stored* row, int64_t begin, int64_t count, E softcap,
+                                     E* staged) {
+  using T = Vector<E>;
+  const E* logits = stage<E>(row, begin, count, staged);
+  if (softcap == 0) return logits;
+  for (int64_t i = 0; i < count; i += kLanesOf<T>) {
+    store(staged + i, cap_logit(load<T>(logits + i), softcap).value);
+  }
+  pad(staged, count);
   return staged;
 }
 
@@ -81,11 +100,10 @@ IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitS
   Wide<T> exponentials = {}, weighted_sum = {};
   alignas(64) E staged[kLogitsChunk];
   for_each_chunk(columns, [&](int64_t begin, int64_t count) {
-    const E* logits = stage<E>(row, begin, count, staged);
+    const E* capped = stage_capped(row, begin, count, scale.softcap, staged);
     T chunk_exponentials = {}, chunk_weighted = {};
     for (int64_t i = 0; i < count; i += kLanesOf<T>) {
-      const T capped = cap_logit(load<T>(logits + i), scale.softcap).value;
-      const RowTerm<T> term = row_term(capped, largest, scale.inverse_temperature);
+      const RowTerm<T> term = row_term(load<T>(capped + i), largest, scale.inverse_temperature);
       chunk_exponentials += term.exponential;
       chunk_weighted += weighted(term);
       if (kept != nullptr) store(kept + begin + i, term.exponential);
