@@ -23,8 +23,8 @@ struct CappedLogit {
   T slope;  // du / dz
 };
 
-// With e = exp(-2 |z| / c): tanh = (1 - e) / (1 + e), whose derivative is 4 e / (1 + e)^2; neither
-// cancels, since 1 - e comes without rounding.
+// With e = exp(-2 |z| / c): tanh = (1 - e) / (1 + e), whose derivative is 4 e / (1 + e)^2. Near 0,
+// where e - 1 would cancel, it comes from exp(x) - 1 - x.
 template <typename T>
 IPO_HOST_DEVICE CappedLogit<T> cap_logit(T z, Element<T> softcap) {
   using E = Element<T>;
@@ -32,10 +32,10 @@ IPO_HOST_DEVICE CappedLogit<T> cap_logit(T z, Element<T> softcap) {
   const T magnitude = select<T>(z < E(0), -z, z) / softcap;
   const T x = E(-2) * select<T>(magnitude > E(1000), splat<T>(E(1000)), magnitude);
   const Exponential<T> e = exponential(x);
-  const T minus = e.exp_minus_1_minus_x + x;  // e - 1
-  const T inverse = E(1) / (minus + E(2));
-  const T value = softcap * (-minus * inverse);
-  return {select<T>(z < E(0), -value, value), E(4) * e.exp * inverse * inverse};
+  const T minus = select<T>(x < E(-0.5), e.exp - E(1), e.exp_minus_1_minus_x + x);  // e - 1
+  const T plus = minus + E(2);                                                      // e + 1
+  const T value = softcap * (-minus / plus);
+  return {select<T>(z < E(0), -value, value), E(4) * e.exp / (plus * plus)};
 }
 
 // Sums over a row of exp(d) and exp(d) * d, d = (u - the largest u) / T.

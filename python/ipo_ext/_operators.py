@@ -373,8 +373,20 @@ class TokenLogprobsGradient(torch.autograd.Function):
     """The backward pass of ``token_logprobs``, refusing to be differentiated in turn."""
 
     @staticmethod
-    def forward(*inputs: Any) -> torch.Tensor:
-        return cast(torch.Tensor, library().token_logprobs_backward(*inputs))
+    def forward(
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: torch.Tensor | None,
+        softcap: float,
+        entropy: torch.Tensor,
+        softmax: torch.Tensor,
+        grad_logprobs: torch.Tensor,
+        grad_entropy: torch.Tensor,
+    ) -> torch.Tensor:
+        gradient = library().token_logprobs_backward(
+            logits, labels, temperature, softcap, entropy, softmax, grad_logprobs, grad_entropy
+        )
+        return cast(torch.Tensor, gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

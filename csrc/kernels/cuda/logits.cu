@@ -86,10 +86,10 @@ template <int kThreads, int kCount, typename E, typename Stored>
 __device__ __forceinline__ E largest_of_thread(const Stored* row, int64_t columns) {
   E largest = -std::numeric_limits<E>::infinity();
   for_each_group<kThreads, kCount>(columns, [&](int64_t column, auto count) {
-    E z[count];
-    load_converted<E, Stored>(row, column, z);
+    Stored logits[count];
+    load_aligned(row, column, logits);
 #pragma unroll
-    for (int i = 0; i < count; ++i) largest = Larger()(z[i], largest);
+    for (int i = 0; i < count; ++i) largest = Larger()(convert<E>(logits[i]), largest);
   });
   return largest;
 }
@@ -100,12 +100,12 @@ __device__ __forceinline__ RowSums sums_of_thread(const Stored* row, int64_t col
                                                   const LogitScale<E>& scale, E largest) {
   E exponentials = 0, weighted_sum = 0;
   for_each_group<kThreads, kCount>(columns, [&](int64_t column, auto count) {
-    E z[count];
-    load_converted<E, Stored>(row, column, z);
+    Stored logits[count];
+    load_aligned(row, column, logits);
     E group_exponentials = 0, group_weighted = 0;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const E capped = cap_logit(z[i], scale.softcap).value;
+      const E capped = cap_logit(convert<E>(logits[i]), scale.softcap).value;
       const RowTerm<E> term = row_term(capped, largest, scale.inverse_temperature);
       group_exponentials += term.exponential;
       group_weighted += weighted(term);
@@ -121,12 +121,12 @@ __device__ __forceinline__ void write_gradient(const Stored* row, int64_t column
                                                const LogitScale<E>& scale, const RowPlan<E>& plan,
                                                Stored* gradient) {
   for_each_group<kThreads, kCount>(columns, [&](int64_t column, auto count) {
-    E z[count];
-    load_converted<E, Stored>(row, column, z);
+    Stored logits[count];
+    load_aligned(row, column, logits);
     Stored values[count];
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const CappedLogit<E> capped = cap_logit(z[i], scale.softcap);
+      const CappedLogit<E> capped = cap_logit(convert<E>(logits[i]), scale.softcap);
       const RowTerm<E> term = row_term(capped.value, plan.largest, scale.inverse_temperature);
       values[i] = narrow<Stored>(plan.derivative.other(term, capped.slope));
     }
