@@ -66,6 +66,10 @@ def ipo_loss(
         >>> out.loss.backward()
         >>> out.metrics["is_masked"]
     """
+    if not isinstance(config, IPOConfig):
+        raise TypeError(
+            f"config: expected an IPOConfig, got {type(config).__name__}; use IPOConfig.from_mapping"
+        )
     if normalizer is not None and not isinstance(normalizer, torch.Tensor):
         normalizer = _normalizer_tensor(normalizer, trainer_logprobs)
     _checks.check_per_token_loss(
@@ -111,6 +115,10 @@ def ipo_loss(
 
 
 def _normalizer_tensor(normalizer: float, like: torch.Tensor) -> torch.Tensor:
+    if not isinstance(normalizer, (int, float)):
+        raise TypeError(
+            f"normalizer: expected a float or a 0-dim tensor, got {type(normalizer).__name__}"
+        )
     if not 0 < normalizer < math.inf:
         raise ValueError(
             f"normalizer: expected a finite number > 0 or a tensor, got {normalizer!r}"
