@@ -68,6 +68,7 @@ def ipo_loss(
         >>> out.loss.backward()
         >>> out.metrics["is_masked"]
     """
+    _check_config(config)
     normalizer = _scalar("normalizer", normalizer, trainer_logprobs)
     _checks.check_per_token_loss(
         trainer_logprobs,
@@ -169,6 +170,7 @@ def ipo_loss_from_logits(
             "inplace: expected False, got True: writing the gradient over the logits is not "
             "implemented yet"
         )
+    _check_config(config)
     normalizer = _scalar("normalizer", normalizer, logits)
     temperature = _scalar("temperature", temperature, logits)
     _checks.check_logits_loss(
@@ -249,6 +251,13 @@ def token_logprobs(
     return logprobs, entropy
 
 
+def _check_config(config: object) -> None:
+    if not isinstance(config, IPOConfig):
+        raise TypeError(
+            f"config: expected an IPOConfig, got {type(config).__name__}; use IPOConfig.from_mapping"
+        )
+
+
 def _settings(config: IPOConfig, compute: torch.dtype) -> list[float]:
     taus = (config.adv_tau, config.kl_tau, config.teacher_tau)
     # float(): read here, or torch.compile (2.13) reads them inside the first of two calls of the
@@ -262,6 +271,8 @@ def _scalar(
     """A number that may change every step, as a tensor."""
     if value is None or isinstance(value, torch.Tensor):
         return value
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float or a 0-dim tensor, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0 or a tensor, got {value!r}")
     if torch.compiler.is_compiling():

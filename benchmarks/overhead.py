@@ -1,0 +1,122 @@
+"""What one eager call costs beyond its arithmetic: ipo_loss on 64 tokens, layer by layer."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import baselines
+import report
+import timing
+import torch
+
+import ipo_ext
+
+TOKENS = 64
+CALLS = 50  # in one timing
+
+
+def subjects(device: str) -> dict[str, Callable[[], object]]:
+    """From a built-in function to everything that a training step calls."""
+    batch = baselines.make_batch(TOKENS, 4, device=device)
+    leaf, constant = batch.trainer_logprobs, batch.trainer_logprobs.detach()
+    low, high = batch.config.log_bounds(torch.float32)
+    taus = (batch.config.adv_tau, batch.config.kl_tau, batch.config.teacher_tau)
+    rest = (batch.inference_logprobs, batch.advantages, batch.loss_mask)
+    operator = torch.ops.ipo_ext.ipo_loss
+
+    def bare(trainer_logprobs: torch.Tensor, with_gradient: bool) -> Any:
+        return operator(
+            trainer_logprobs, *rest, None, None, None, None, low, high, *taus, with_gradient
+        )
+
+    def loss(trainer_logprobs: torch.Tensor, **options: Any) -> ipo_ext.IPOOutput:
+        return ipo_ext.ipo_loss(trainer_logprobs, *rest, **options)
+
+    tensor = torch.tensor(48.0, device=device)
+    packed = {"cu_seqlens": batch.cu_seqlens, "normalizer": 48.0}
+    return {
+        "torch.mul": lambda: constant * constant,
+        "torch.mul, with gradient": lambda: leaf * constant,
+        "torch.mul + sum, forward + backward": lambda: _backward((leaf * constant).sum(), leaf),
+        "bare operator": lambda: bare(constant, False),
+        "bare operator, with gradient": lambda: bare(leaf, True),
+        "bare operator, forward + backward": lambda: _backward(bare(leaf, True)[0], leaf),
+        "ipo_loss": lambda: loss(constant),
+        "ipo_loss, with gradient": lambda: loss(leaf),
+        "ipo_loss, forward + backward": lambda: _backward(loss(leaf).loss, leaf),
+        "ipo_loss, tensor normalizer": lambda: loss(leaf, normalizer=tensor),
+        "ipo_loss, float normalizer": lambda: loss(leaf, normalizer=48.0),
+        "ipo_loss, packed, float normalizer": lambda: loss(leaf, **packed),
+        "the same, backward, metrics read": lambda: _whole(loss(leaf, **packed), leaf),
+    }
+
+
+def _backward(loss: torch.Tensor, leaf: torch.Tensor) -> object:
+    return torch.autograd.grad(loss, leaf)
+
+
+def _whole(output: ipo_ext.IPOOutput, leaf: torch.Tensor) -> object:
+    assert isinstance(output.metrics, ipo_ext.IPOMetrics)
+    return torch.autograd.grad(output.loss, leaf), output.metrics.tolist()
+
+
+class _CallClock:
+    """Host time of one of many calls; on CUDA, launches are paid and kernels are not waited for."""
+
+    def time(self, step: timing.Step) -> timing.Durations:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step(lambda: None)
+        return ((time.perf_counter() - start) / CALLS,)
+
+
+def _many(call: Callable[[], object]) -> timing.Step:
+    def step(mark: timing.Mark) -> None:
+        for _ in range(CALLS):
+            call()
+
+    return step
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks/overhead.py", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="of torch on the CPU (default 2)")
+    parser.add_argument("--turns", type=int, default=200, help="timings of each subject")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    terminal = report.Terminal()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        terminal.line("benchmarks/overhead.py: --device cuda, but torch sees no GPU")
+        return 2
+
+    content = {"benchmark": "overhead", **report.facts(arguments.device), "tokens": TOKENS}
+    if warning := report.busy(content["machine"]):
+        terminal.line(warning)
+    terminal.progress("timing")
+    plan = timing.Plan(seconds=1e9, warmup=5, most=arguments.turns)
+    steps = {name: [_many(call)] for name, call in subjects(arguments.device).items()}
+    timings = timing.interleave(steps, _CallClock(), plan)
+    summaries = {
+        name: timing.summarise([sum(value) for value in values]) for name, values in timings.items()
+    }
+    content["results"] = {name: summary._asdict() for name, summary in summaries.items()}
+    if arguments.json:
+        report.write_json(arguments.json, content)
+    rows = [
+        [name, *(report.duration(value) for value in summary[:4])]
+        for name, summary in summaries.items()
+    ]
+    columns = ["", "median", "lower quartile", "upper quartile", "minimum"]
+    terminal.table(f"One call on {TOKENS} tokens, {arguments.device}", columns, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

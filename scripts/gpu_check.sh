@@ -1,0 +1,275 @@
+#!/usr/bin/env bash
+# Builds, tests, sanitizes and measures this tree on a machine with an NVIDIA GPU; ends in under 9 minutes, needs no network.
+#
+#   scripts/gpu_check.sh [FOLDER]      results go to FOLDER, by default build/gpu_check
+#
+# Leaves in FOLDER: summary.json, log.txt, tests.xml, sanitizers.txt, tier1-cuda.json, tier1-cuda.png, overhead-cuda.json.
+# A stage is passed, failed, timed out or unavailable: what could not be run is never called passed. Exit status: 1 if a
+# stage failed or timed out, else 0.
+#
+# Needs: python3 (or $PYTHON) with torch (CUDA), scikit-build-core, pybind11, pytest, hypothesis and numpy; nvcc, cmake,
+# ninja; for the picture matplotlib. Wheels in a folder .whl/ of this tree are used where it exists. Nothing is
+# installed into the machine's Python: the build goes to a folder of its own.
+set -uo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+folder=${1:-$root/build/gpu_check}
+mkdir -p "$folder" && folder=$(cd "$folder" && pwd) || exit 1
+cd "$root" || exit 1
+
+DEADLINE=515 # seconds after which nothing more is started and what runs is ended
+# Small shapes that reach every variant of the kernels: what the sanitizers can afford.
+SANITIZED=${SANITIZED:-'cuda and (memory_case or no_tokens)'}
+PYTHON=${PYTHON:-python3}
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+rm -f "$folder"/{summary.json,log.txt,tests.xml,sanitizers.txt,tier1-cuda.json,tier1-cuda.png,overhead-cuda.json}
+export PATH="$PATH:/usr/local/cuda/bin"
+export PYTHONPATH="$work/site:$work/wheels" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export HYPOTHESIS_PROFILE=ci PIP_DISABLE_PIP_VERSION_CHECK=1 COLUMNS=120
+names=() states=() times=() notes=()
+
+# ---- Stages ----
+
+say() { printf '%s\n' "$*" | tee -a "$folder/log.txt"; }
+
+record() { # NAME STATE SECONDS NOTE
+  names+=("$1") states+=("$2") times+=("$3") notes+=("$4")
+  say "--- $1: $2${4:+ ($4)}"
+}
+
+# Runs a command with a time budget; JUDGE (its exit status, its output) sets state and note.
+stage() { # NAME SECONDS JUDGE COMMAND...
+  local name=$1 budget=$2 judge=$3 output="$work/$1.txt" start=$SECONDS status
+  shift 3
+  local left=$((DEADLINE - SECONDS))
+  if ((left < 10)); then
+    record "$name" "timed out" 0 "no time was left to start it"
+    return
+  fi
+  ((budget > left)) && budget=$left
+  say "=== $name, at most $budget s"
+  timeout --kill-after=5 "$budget" "$@" > "$output" 2>&1 < /dev/null
+  status=$?
+  tail -c 1500000 "$output" >> "$folder/log.txt"
+  tail -n 12 "$output"
+  state=failed note="exit status $status"
+  if ((status == 124 || status == 137)); then
+    state="timed out" note="after $budget s"
+  else
+    "$judge" "$status" "$output"
+  fi
+  record "$name" "$state" $((SECONDS - start)) "$note"
+}
+
+state_of() {
+  local index
+  for index in "${!names[@]}"; do
+    [[ ${names[index]} == "$1" ]] && printf '%s' "${states[index]}"
+  done
+}
+
+skip() { # REASON NAME...
+  local reason=$1 name
+  shift
+  for name in "$@"; do record "$name" unavailable 0 "$reason"; done
+}
+
+# ---- Judges ----
+
+judge_status() { (($1 == 0)) && state=passed note=""; }
+
+judge_build() {
+  (($1 == 0)) || return
+  note=$("$PYTHON" - "$work/site" 2>&1 <<'END'
+import pathlib, sys
+import ipo_ext
+from ipo_ext import _C
+found = pathlib.Path(ipo_ext.__file__).resolve()
+if pathlib.Path(sys.argv[1]).resolve() not in found.parents:
+    sys.exit(f"another ipo_ext is in the way: {found}; uninstall it first")
+if not _C.CUDA_ARCHITECTURES:
+    sys.exit("the build has no CUDA operators")
+print(f"nvcc {_C.CUDA_COMPILER}, architectures {' '.join(_C.CUDA_ARCHITECTURES)}")
+END
+  ) && state=passed
+  note=${note##*$'\n'}
+}
+
+judge_tests() { # passed only if tests ran on the backend called cuda
+  local on_gpu
+  [[ -f $folder/tests.xml ]] || return
+  read -r on_gpu note < <("$PYTHON" - "$folder/tests.xml" <<'END'
+import re
+import sys
+import xml.etree.ElementTree as tree
+root = tree.parse(sys.argv[1]).getroot()
+tests, failures, errors, skipped = (
+    sum(int(suite.get(key, 0)) for suite in root.iter("testsuite"))
+    for key in ("tests", "failures", "errors", "skipped")
+)
+ran = [case.get("name") for case in root.iter("testcase") if case.find("skipped") is None]
+on_gpu = sum(bool(re.search(r"[\[-]cuda[]-]", name)) for name in ran)
+passed = tests - failures - errors - skipped
+print(on_gpu, f"{passed} passed, {failures + errors} failed, {skipped} skipped; {on_gpu} on the GPU")
+END
+  )
+  (($1 == 0 && on_gpu > 0)) && state=passed
+}
+
+# A clean sanitizer says so itself, and pytest has passed tests under it.
+judge_sanitizer() {
+  local output=$2 refusal
+  {
+    printf '=== %s\n' "$name"
+    grep -E '^=========|passed|failed|rror' "$output" | tail -c 400000
+  } >> "$folder/sanitizers.txt"
+  refusal=$(grep -m 1 -iE 'device not supported|not supported on this|no attachable process|unable to (find|load)|internal sanitizer error|insufficient permission' "$output")
+  if [[ -n $refusal ]]; then
+    state=unavailable note="${refusal#========= }"
+  elif grep -qE 'SUMMARY: [1-9][0-9]* (error|hazard)' "$output"; then
+    note=$(grep -m 1 -oE '[A-Z]+ SUMMARY: .*' "$output")
+  elif ! grep -qE '(ERROR|RACECHECK) SUMMARY: 0 ' "$output"; then
+    if grep -qE '[0-9]+ passed' "$output"; then state=unavailable note="it printed no summary"; fi
+  elif (($1 == 0)) && grep -qE '[0-9]+ passed' "$output"; then
+    state=passed note="0 errors, $(grep -oE '[0-9]+ passed' "$output" | tail -n 1)"
+  fi
+}
+
+# ---- What is there ----
+
+modules_missing() {
+  local module
+  for module in "$@"; do
+    "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$module') is None)" 2> /dev/null ||
+      printf '%s ' "$module"
+  done
+}
+
+programs_missing() {
+  local program
+  for program in "$@"; do command -v "$program" > /dev/null || printf '%s ' "$program"; done
+}
+
+# "NAME, capability C, driver D, torch T", nothing without a GPU that torch can use.
+find_gpu() {
+  "$PYTHON" - 2> /dev/null <<'END'
+import subprocess
+import torch
+if torch.cuda.is_available():
+    device = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    print(device.major * 10 + device.minor)
+    print(f"{device.name}, driver {driver[0] if driver else 'unknown'}, torch {torch.__version__}")
+END
+}
+
+# ---- The stages ----
+
+measured=(tests benchmark overhead memcheck racecheck synccheck initcheck)
+
+build() {
+  local missing
+  missing="$(modules_missing torch scikit_build_core pybind11)$(programs_missing nvcc cmake ninja)"
+  if [[ -n $missing ]]; then
+    skip "missing: $missing" build
+    return
+  fi
+  stage build 170 judge_build env -u TORCH_CUDA_ARCH_LIST IPO_EXT_CUDA=ON CUDAARCHS="$capability-real" \
+    "$PYTHON" -m pip install -v --no-build-isolation --no-deps --no-index \
+    --config-settings=build-dir="$work/build" --target "$work/site" .
+}
+
+run_tests() {
+  local missing parallel=()
+  missing=$(modules_missing pytest hypothesis numpy)
+  if [[ -n $missing ]]; then
+    skip "missing: $missing" tests
+    return
+  fi
+  [[ -z $(modules_missing xdist) ]] && parallel=(-n 4)
+  stage tests 180 judge_tests "$PYTHON" -m pytest tests -k cuda -q -p no:cacheprovider "${parallel[@]}" \
+    --junitxml="$folder/tests.xml"
+}
+
+run_benchmarks() {
+  local picture=(--picture "$folder/tier1-cuda.png")
+  if [[ -n $(modules_missing matplotlib) ]]; then
+    say "no matplotlib: no picture"
+    picture=()
+  fi
+  stage benchmark 150 judge_status "$PYTHON" benchmarks/tier1.py --device cuda --seconds 1 --deadline 110 \
+    --json "$folder/tier1-cuda.json" "${picture[@]}"
+  stage overhead 25 judge_status "$PYTHON" benchmarks/overhead.py --device cuda --turns 60 \
+    --json "$folder/overhead-cuda.json"
+}
+
+run_sanitizers() {
+  local tools=(memcheck racecheck synccheck initcheck) missing tool
+  missing="$(programs_missing compute-sanitizer)$(modules_missing pytest hypothesis numpy)"
+  if [[ -n $missing ]]; then
+    skip "missing: $missing" "${tools[@]}"
+    return
+  fi
+  for tool in "${tools[@]}"; do
+    # Without torch's cache every tensor is an allocation of its own, whose ends are then checked.
+    stage "$tool" 75 judge_sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      compute-sanitizer --tool "$tool" --error-exitcode 86 \
+      "$PYTHON" -m pytest tests -k "$SANITIZED" -q -p no:cacheprovider
+  done
+}
+
+# ---- Summary ----
+
+plain() { tr -d '"\\' <<< "$1" | tr '\n\t' '  ' | tr -cd '[:print:]' | sed 's/ *$//'; }
+
+summarise() {
+  local index separator=""
+  {
+    printf '{\n "date": "%s",\n "commit": "%s",\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$(plain "$commit")"
+    printf ' "gpu": "%s",\n "seconds": %d,\n "stages": [' "$(plain "$gpu")" "$SECONDS"
+    for index in "${!names[@]}"; do
+      printf '%s\n  {"name": "%s", "state": "%s", "seconds": %d, "note": "%s"}' "$separator" \
+        "${names[index]}" "${states[index]}" "${times[index]}" "$(plain "${notes[index]}")"
+      separator=,
+    done
+    printf '\n ]\n}\n'
+  } > "$folder/summary.json"
+  say ""
+  say "$(printf '%-11s %-12s %7s  %s' stage state seconds note)"
+  for index in "${!names[@]}"; do
+    say "$(printf '%-11s %-12s %7d  %s' "${names[index]}" "${states[index]}" "${times[index]}" "${notes[index]}")"
+  done
+  say "GPU: ${gpu:-none}. $SECONDS s. Results in $folder"
+}
+
+head=$(git rev-parse HEAD 2> /dev/null)
+commit=${head:-${IPO_EXT_COMMIT:-unknown}}
+if compgen -G ".whl/*.whl" > /dev/null; then
+  stage wheels 40 judge_status "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+    --target "$work/wheels" .whl/*.whl
+fi
+gpu="" capability=""
+{
+  read -r capability
+  read -r gpu
+} < <(find_gpu)
+if [[ -z $gpu ]]; then
+  skip "no GPU that torch can use" build "${measured[@]}"
+else
+  say "$gpu"
+  build
+  if [[ $(state_of build) == passed ]]; then
+    run_tests
+    run_benchmarks
+    run_sanitizers
+  else
+    skip "there is no build to check" "${measured[@]}"
+  fi
+fi
+summarise
+for state in "${states[@]}"; do
+  [[ $state == failed || $state == "timed out" ]] && exit 1
+done
+exit 0

@@ -1,0 +1,274 @@
+"""Breaks the real kernels, one way at a time in a scratch copy, and demands that the tests notice.
+
+`python tests/simt/mutate.py [NAME ...]` exits 1 if the tests stay green for any mutation, or if the
+text that a mutation replaces is no longer there.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import itertools
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from simt import build, operators
+
+WORKERS = 2
+TESTS = ("tests/test_ipo_loss.py", "tests/test_properties.py")
+# The quick ones; a mutation that they miss is a hole.
+CHOSEN = (
+    "simt and (memory_case or around_tiles or alignment or schedule or packed_equals or poisons "
+    "or band or bound or nonfinite or garbage or contract_fault)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str  # below csrc
+    text: str
+    replacement: str
+
+
+KERNEL = "kernels/cuda/ipo_loss.cu"
+REDUCE = "kernels/cuda/reduce.cuh"
+LOADS = "kernels/cuda/vector_load.cuh"
+SEGMENTS = "kernels/segments.h"
+LOSS = "math/token_loss.h"
+METRICS = "math/metrics.h"
+
+MUTATIONS = (
+    Mutation(
+        "tail-one-short",
+        KERNEL,
+        "i < index + kCount && i < end",
+        "i < index + kCount && i + 1 < end",
+    ),
+    Mutation(
+        "tail-one-long",
+        KERNEL,
+        "index + kCount <= end)",
+        "index + kCount <= end + 1)",
+    ),
+    Mutation(
+        "lost-vector-remainder",
+        KERNEL,
+        "else if constexpr (kCount > 1)",
+        "else if constexpr (kCount > 4)",
+    ),
+    Mutation(
+        "wrong-slot",
+        KERNEL,
+        "Segments::slot(tile, segment)] = sums",
+        "Segments::slot(tile, 0)] = sums",
+    ),
+    Mutation(
+        "skipped-segment",
+        KERNEL,
+        "if (end <= begin) continue;",
+        "if (end <= begin + 1) continue;",
+    ),
+    Mutation(
+        "wrong-stride-of-tokens",
+        KERNEL,
+        "index += kThreads * kCount",
+        "index += kThreads",
+    ),
+    Mutation(
+        "wrong-stride-of-tiles",
+        KERNEL,
+        "tile += kThreads)",
+        "tile += 2 * kThreads)",
+    ),
+    Mutation(
+        "wrong-stride-of-slots",
+        KERNEL,
+        "slot += kThreads)",
+        "slot += 2 * kThreads)",
+    ),
+    Mutation(
+        "wrong-search-round",
+        KERNEL,
+        "first += skipped;",
+        "first = skipped;",
+    ),
+    Mutation(
+        "wrong-mask-byte",
+        KERNEL,
+        "(bytes >> (8 * i))",
+        "(bytes >> (4 * i))",
+    ),
+    Mutation(
+        "wrong-gradient-word",
+        KERNEL,
+        "reinterpret_cast<uint4*>(to)[i]",
+        "reinterpret_cast<uint4*>(to)[0]",
+    ),
+    Mutation(
+        "unchecked-alignment",
+        KERNEL,
+        "is_aligned({args.loss_mask, DType::kFloat32}) &&",
+        "",
+    ),
+    Mutation(
+        "single-fault-ignored",
+        KERNEL,
+        "__syncthreads_count(invalid) > 0",
+        "__syncthreads_count(invalid) > 1",
+    ),
+    Mutation(
+        "dropped-barrier",
+        REDUCE,
+        "  __syncthreads();\n  if",
+        "  if",
+    ),
+    Mutation(
+        "dropped-second-barrier",
+        REDUCE,
+        "  __syncthreads();  // before",
+        "  // before",
+    ),
+    Mutation(
+        "wrong-lane",
+        REDUCE,
+        "if (lane == 0)",
+        "if (lane == 1)",
+    ),
+    Mutation(
+        "wrong-shuffle-delta",
+        REDUCE,
+        "delta > 0",
+        "delta > 1",
+    ),
+    Mutation(
+        "lost-warp",
+        REDUCE,
+        "other = 1; other < kWarps",
+        "other = 1; other < kWarps - 1",
+    ),
+    Mutation(
+        "unclamped-segment",
+        SEGMENTS,
+        "value < 0 ? 0 : (value > tokens ? tokens : value)",
+        "value",
+    ),
+    Mutation(
+        "exclusive-bound",
+        LOSS,
+        "token.active & (x >= params.log_low)",
+        "token.active & (x > params.log_low)",
+    ),
+    Mutation(
+        "swapped-bounds",
+        LOSS,
+        "token.active & (x > params.log_high)",
+        "token.active & (x < params.log_low)",
+    ),
+    Mutation(
+        "multiplied-by-the-mask",
+        LOSS,
+        "select<T>(kept, pg_loss, T{})",
+        "T(kept) * pg_loss",
+    ),
+    Mutation(
+        "uncounted-infinity",
+        METRICS,
+        "loss.active & loss.finite;",
+        "loss.active;",
+    ),
+    Mutation(
+        "swapped-extreme",
+        METRICS,
+        "a.log_ratio_max = larger(",
+        "a.log_ratio_max = smaller(",
+    ),
+)
+
+
+def main(names: list[str]) -> int:
+    mutations = [m for m in MUTATIONS if not names or m.name in names]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        scratches: queue.Queue[Path] = queue.Queue()
+        for number in range(WORKERS):
+            scratches.put(scratch_copy(Path(folder) / str(number)))
+        done = itertools.count(1)
+
+        def run(mutation: Mutation) -> bool:
+            root = scratches.get()
+            began = time.monotonic()
+            verdict, caught = outcome(mutation, root)
+            scratches.put(root)
+            print(
+                f"[mutate] {next(done)}/{len(mutations)} {mutation.name}: {verdict} "
+                f"({time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
+            return caught
+
+        with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+            caught = list(pool.map(run, mutations))
+    print(f"[mutate] caught {sum(caught)} of {len(caught)} in {time.monotonic() - start:.0f} s")
+    return 0 if all(caught) else 1
+
+
+def scratch_copy(root: Path) -> Path:
+    """What build_operators reads, with the objects already compiled from it."""
+    shutil.copytree(build.ROOT / "csrc", root / "csrc")
+    shutil.copytree(build.ROOT / build.HARNESS, root / build.HARNESS)
+    operators.build_operators()
+    shutil.copytree(build.ROOT / "build/simt-objects", root / "build/simt-objects")
+    return root
+
+
+def outcome(mutation: Mutation, root: Path) -> tuple[str, bool]:
+    file = root / "csrc" / mutation.file
+    original = file.read_text()
+    if original.count(mutation.text) != 1:
+        return f"NOT APPLICABLE: the text occurs {original.count(mutation.text)} times", False
+    file.write_text(original.replace(mutation.text, mutation.replacement))
+    try:
+        library = operators.build_operators(root=root)
+    except build.BuildError as error:
+        return f"NOT APPLICABLE: it does not compile\n{error}", False
+    finally:
+        file.write_text(original)
+    failure = first_failure(library)
+    return (f"caught by {failure}", True) if failure else ("SURVIVED", False)
+
+
+def first_failure(library: Path) -> str | None:
+    """The first test that fails with `library`; None if all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", CHOSEN, *TESTS]
+    environment = {
+        **os.environ,
+        "IPO_EXT_SIMT_LIBRARY": str(library),
+        "HYPOTHESIS_PROFILE": "ci",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
+        cwd=build.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode != 1 and not failed:
+        return f"exit status {done.returncode}: {done.stderr[-300:]}"
+    return failed[0].split(" ")[1].split("::")[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,63 @@
+"""Runs the CUDA kernels under the address and undefined-behaviour sanitizers, on every memory case.
+
+`python tests/simt/sanitize.py` exits 1 at the first report. The operators are built with sanitizers
+and loaded into an ordinary Python, whose allocations the preloaded runtime watches.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from simt import build, operators
+
+
+def main() -> int:
+    if "--inside" in sys.argv:
+        return run_cases()
+    library = operators.build_operators(sanitize=build.ADDRESS_AND_UNDEFINED)
+    command = [sys.executable, __file__, "--inside"]
+    return subprocess.run(command, env=sanitized_environment(library)).returncode
+
+
+def sanitized_environment(library: Path) -> dict[str, str]:
+    """Leaks are Python's own; stacks are fibres, so freed frames are not worth keeping."""
+    return {
+        **os.environ,
+        "IPO_EXT_SIMT_LIBRARY": str(library),
+        "LD_PRELOAD": " ".join(runtime(name) for name in ("libasan.so", "libstdc++.so")),
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def runtime(name: str) -> str:
+    """The compiler's own copy of a runtime library. libstdc++ must be there when ASan starts."""
+    command = [os.environ.get("CXX", "g++"), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run_cases() -> int:
+    from backends import Backend
+    from cases import MEMORY_CASES, evaluate
+
+    start = time.monotonic()
+    with Backend("simt").active():
+        for number, (name, make) in enumerate(MEMORY_CASES.items(), 1):
+            print(f"[sanitize] {number}/{len(MEMORY_CASES)} {name}", flush=True)
+            result = evaluate(make())
+            if result.loss.isfinite() == name.startswith("hostile"):
+                print(f"[sanitize] {name}: unexpected loss {result.loss.item()}")
+                return 1
+    print(f"[sanitize] clean: {len(MEMORY_CASES)} cases in {time.monotonic() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

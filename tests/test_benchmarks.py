@@ -1,0 +1,261 @@
+"""The benchmarks compare equal work, count right, write what they say; no time is asserted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ipo_ext import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import baselines  # noqa: E402
+import picture  # noqa: E402
+import report  # noqa: E402
+import tier1  # noqa: E402
+import timing  # noqa: E402
+
+SEVEN = {
+    "mismatch_kl",
+    "masked_mismatch_kl",
+    "unmasked_mismatch_kl",
+    "is_masked",
+    "is_masked_low",
+    "is_masked_high",
+    "teacher_kl",
+}
+
+
+# ---- Equal work ----
+
+
+def expected_of(batch: baselines.Batch) -> reference.IPOOutput:
+    return reference.ipo_loss(
+        *batch[:4],
+        teacher_logprobs=batch.teacher_logprobs,
+        cu_seqlens=batch.cu_seqlens,
+        normalizer=batch.loss_scale,
+        config=batch.config,
+        dtype=torch.float64,
+    )
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize(
+    "call", [baselines.upstream_loop, baselines.packed, baselines.packed_with_metrics]
+)
+def test_a_baseline_equals_the_reference(call: tier1.Call, teacher: bool) -> None:
+    batch = baselines.make_batch(3000, 7, teacher=teacher)
+    expected = expected_of(batch)
+    loss, metrics = call(batch)
+    (gradient,) = torch.autograd.grad(loss, batch.trainer_logprobs)
+    (expected_gradient,) = torch.autograd.grad(expected.loss, batch.trainer_logprobs)
+    torch.testing.assert_close(loss, expected.loss.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-9)
+    if metrics is not None:
+        assert set(metrics) == (SEVEN if teacher else SEVEN - {"teacher_kl"})
+        for name, value in metrics.items():
+            wanted = expected.metrics[name].float()
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(1024, 1), (5000, 9), (65_536, 64)])
+def test_a_batch_is_as_described(tokens: int, sequences: int) -> None:
+    batch = baselines.make_batch(tokens, sequences)
+    assert sum(batch.lengths) == tokens
+    assert len(batch.lengths) == sequences
+    assert batch.cu_seqlens.tolist() == [0, *torch.tensor(batch.lengths).cumsum(0).tolist()]
+    assert batch.loss_scale == batch.loss_mask.sum()
+    log_ratio = (batch.trainer_logprobs - batch.inference_logprobs).detach()
+    low, high = batch.config.log_bounds(torch.float32)
+    active = log_ratio[batch.loss_mask]
+    assert 0.005 < (active < low).float().mean() < 0.03
+    assert 0.005 < (active > high).float().mean() < 0.03
+    for bound in (low, high):
+        assert (log_ratio - bound).abs().min() > 5e-4
+
+
+@pytest.mark.parametrize("name", ["ipo_ext", "upstream_loop", "packed_eager"])
+def test_a_provider_passes_the_check_before_timing(name: str) -> None:
+    batch = baselines.make_batch(2048, 3)
+    found = tier1.errors(tier1.provider(name), batch)
+    assert {"loss", "gradient"} <= set(found)
+    assert ("metrics" in found) == (name != "packed_eager")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        (lambda loss, metrics: (loss * 1.001, metrics), "loss"),
+        (lambda loss, metrics: (loss + (loss - loss.detach()) * 1e-3, metrics), "gradient"),
+        (lambda loss, metrics: (loss, {**metrics, "is_masked": metrics["is_masked"] + 1}), "metr"),
+    ],
+)
+def test_a_wrong_provider_is_refused(wrong, complaint) -> None:
+    def call(batch: baselines.Batch):
+        return wrong(*baselines.upstream_loop(batch))
+
+    with pytest.raises(ValueError, match=complaint):
+        tier1.errors(call, baselines.make_batch(2048, 3))
+
+
+# ---- Counting ----
+
+
+def test_summaries_of_known_numbers() -> None:
+    summary = timing.summarise([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert summary == timing.Summary(3.0, 2.0, 4.0, 1.0, 5)
+    assert timing.summarise([7.0]) == timing.Summary(7.0, 7.0, 7.0, 7.0, 1)
+
+
+def test_a_ratio_is_of_medians_and_its_range_of_opposite_quartiles() -> None:
+    theirs = timing.Summary(median=10, lower=8, upper=12, minimum=7, count=9)
+    ours = timing.Summary(median=2, lower=1, upper=4, minimum=1, count=9)
+    assert timing.ratio(theirs, ours) == timing.Ratio(5, 2, 12)
+
+
+class _CountingClock:
+    """Time advances by what a step says it takes."""
+
+    def time(self, step: timing.Step) -> timing.Durations:
+        return (step(lambda: None),)
+
+
+def test_subjects_take_turns_and_a_slow_one_sits_out_rounds() -> None:
+    order: list[str] = []
+
+    def subject(name: str, seconds: float) -> list[timing.Step]:
+        def step(mark: timing.Mark) -> float:
+            order.append(name)
+            return seconds
+
+        return [step, step]
+
+    plan = timing.Plan(seconds=2.0, warmup=1, least=5, most=100)
+    subjects = {"fast": subject("fast", 0.02), "slow": subject("slow", 0.1)}
+    timings = timing.interleave(subjects, _CountingClock(), plan)
+    assert {name: len(values) for name, values in timings.items()} == {"fast": 50, "slow": 10}
+    measured = order[-60:]
+    slow = [index for index, name in enumerate(measured) if name == "slow"]
+    assert all(4 <= b - a <= 8 for a, b in itertools.pairwise(slow))
+
+
+def test_a_step_is_timed_phase_by_phase() -> None:
+    def step(mark: timing.Mark) -> None:
+        mark()
+        sum(range(20_000))
+        mark()
+
+    first, second = timing.WallClock().time(step)
+    assert 0 <= first < second
+
+
+def test_sets_are_rotated_until_they_exceed_the_cache() -> None:
+    assert timing.sets_beyond_cache(17 * 2**17, 60 * 2**20) == 57
+    assert timing.sets_beyond_cache(17 * 2**24, 60 * 2**20) == 1
+    assert timing.sets_beyond_cache(17 * 2**10, 60 * 2**20) == 64
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (2.5e-7, "250 ns"),
+        (9.996e-7, "1.00 us"),
+        (2.356e-4, "236 us"),
+        (0.014, "14.0 ms"),
+        (3, "3.00 s"),
+    ],
+)
+def test_durations_have_three_digits(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text
+
+
+def test_labels_are_moved_apart_in_order() -> None:
+    moved = picture.spread([0.0, 0.01, 0.02, 5.0], gap=1.0)
+    assert moved == sorted(moved)
+    assert all(b - a > 0.99 for a, b in itertools.pairwise(moved))
+
+
+def test_targets_are_met_by_medians_and_only_where_measured() -> None:
+    def row(name: str, median: float) -> dict:
+        total = timing.Summary(median, median * 0.9, median * 1.1, median * 0.8, 9)._asdict()
+        case = tier1.TARGET_CASE._asdict()
+        return {**case, "provider": name, "grad_out": 1.0, "clock": "wall"} | {
+            "seconds": {"total": total}
+        }
+
+    assert tier1.targets([row("ipo_ext", 1.0)]) == []
+    rows = [row("ipo_ext", 1.0), row("upstream_loop", 60.0), row("packed_eager", 3.0)]
+    (loop,) = tier1.targets(rows)
+    assert loop["met"]
+    assert loop["value"] == pytest.approx(60)
+    assert loop["low"] == pytest.approx(60 * 0.9 / 1.1)
+    _, fastest = tier1.targets([*rows, row("packed_compiled", 1.5)])
+    assert not fastest["met"]
+    assert fastest["value"] == pytest.approx(1.5)
+
+
+# ---- What is written ----
+
+
+def test_a_quick_run_writes_json_and_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    json_path, png_path = tmp_path / "tier1.json", tmp_path / "tier1.png"
+    command = [sys.executable, "benchmarks/tier1.py", "--quick", "--threads", "1"]
+    command += ["--providers", "ipo_ext,upstream_loop,packed_eager"]
+    command += ["--json", str(json_path), "--picture", str(png_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "16,384" in done.stdout
+
+    content = json.loads(json_path.read_text())
+    assert content["machine"]["threads"] == 1
+    assert content["versions"]["torch"] == torch.__version__
+    assert re.match(r"[0-9a-f]{40}(-dirty)?$|unknown$", content["commit"])
+    assert "--quick" in content["command"]
+    names = {row["provider"] for row in content["results"]}
+    assert names == {"ipo_ext", "upstream_loop", "packed_eager", "copy"}
+    for row in content["results"]:
+        total = row["seconds"]["total"]
+        assert 0 < total["minimum"] <= total["lower"] <= total["median"] <= total["upper"]
+        assert total["count"] >= 5
+        if row["provider"] != "copy":
+            assert set(row["seconds"]) == {"forward", "backward", "read", "total"}
+            assert row["relative_errors"]["gradient"] < 1e-5
+    assert png_path.read_bytes().startswith(b"\x89PNG")
+    assert png_path.stat().st_size > 20_000
+
+
+def test_an_unknown_provider_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tier1.parse(["--providers", "ipo_ext,apex"])
+    assert "apex" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("script", ["tier1.py", "overhead.py"])
+def test_without_a_gpu_no_gpu_figure(script: str) -> None:
+    command = [sys.executable, f"benchmarks/{script}", "--device", "cuda"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no GPU" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_the_gpu_check_passes_nothing(tmp_path: Path) -> None:
+    command = ["bash", "scripts/gpu_check.sh", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    states = {stage["name"]: stage["state"] for stage in summary["stages"]}
+    assert {"build", "tests", "benchmark", "memcheck", "racecheck"} <= set(states)
+    assert set(states.values()) == {"unavailable"}
+    assert len(list(tmp_path.iterdir())) <= 8

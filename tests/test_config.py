@@ -1,0 +1,203 @@
+"""IPOConfig: every rule in words, and bounds on the log-ratio that are rounded once."""
+
+from __future__ import annotations
+
+import dataclasses
+import decimal
+import functools
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from ipo_ext import IPOConfig, reference
+
+DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+TAUS = ("adv_tau", "kl_tau", "teacher_tau")
+FIELDS = ("dppo_mask_low", "dppo_mask_high", *TAUS)
+
+# ---------------------------------------------------------------------------------------------
+# Validation
+
+
+def test_defaults_are_upstreams() -> None:
+    assert dataclasses.asdict(IPOConfig()) == {
+        "dppo_mask_low": 0.2,
+        "dppo_mask_high": 5.0,
+        "adv_tau": 1.0,
+        "kl_tau": 1e-3,
+        "teacher_tau": 0.0,
+    }
+
+
+def refusal(**fields: object) -> str:
+    """The whole message of the ValueError."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        IPOConfig(**fields)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", TAUS)
+@pytest.mark.parametrize("value", [-1.0, -1e-300, math.nan, math.inf, -math.inf])
+def test_a_tau_is_finite_and_not_negative(name: str, value: float) -> None:
+    assert refusal(**{name: value}) == f"{name}: expected a finite number >= 0, got {value!r}"
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf])
+def test_alpha_is_finite_and_not_negative(value: float) -> None:
+    message = refusal(dppo_mask_low=value, dppo_mask_high=math.inf)
+    assert message == f"dppo_mask_low: expected a finite number >= 0, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.2, 0.1), (0.2, -1.0), (0.2, math.nan), (0.0, -0.5), (5.5, 5.0)]
+)
+def test_beta_is_not_below_alpha(low: float, high: float) -> None:
+    message = refusal(dppo_mask_low=low, dppo_mask_high=high)
+    rule = f"expected a number >= dppo_mask_low ({low!r})"
+    assert message == f"dppo_mask_high: {rule}, got {high!r}"
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("value", ["0.2", None, True, [1.0], 1j])
+def test_a_field_is_a_number(name: str, value: object) -> None:
+    assert refusal(**{name: value}) == f"{name}: expected a number, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dppo_mask_low": 0, "dppo_mask_high": math.inf},
+        {"dppo_mask_low": 1, "dppo_mask_high": 1},
+        {"dppo_mask_low": 0.0, "dppo_mask_high": 0.0},
+        {"adv_tau": 0, "kl_tau": 0, "teacher_tau": 0},
+        {"kl_tau": 1e300, "teacher_tau": np.float64(2)},
+    ],
+)
+def test_the_ends_of_each_range_are_allowed(fields: dict[str, float]) -> None:
+    config = IPOConfig(**fields)
+    for name, value in fields.items():
+        assert getattr(config, name) == value
+        assert type(getattr(config, name)) is float
+
+
+def test_it_is_frozen_hashable_and_copies() -> None:
+    config = IPOConfig(kl_tau=0.5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.kl_tau = 1.0
+    assert config == IPOConfig(kl_tau=0.5)
+    assert hash(config) == hash(IPOConfig(kl_tau=0.5))
+    assert config != IPOConfig()
+    changed = dataclasses.replace(config, dppo_mask_high=2.0)
+    assert changed.log_bounds(torch.float64)[1] == math.log(2.0)
+    assert pickle.loads(pickle.dumps(changed)).log_bounds(torch.float64) == changed.log_bounds(
+        torch.float64
+    )
+
+
+def test_from_mapping_takes_a_section() -> None:
+    section = {"dppo_mask_low": 0.5, "dppo_mask_high": 2, "adv_tau": 0.9, "kl_tau": 0}
+    assert IPOConfig.from_mapping(section) == IPOConfig(**section)
+    assert IPOConfig.from_mapping({}) == IPOConfig()
+
+
+def test_from_mapping_refuses_an_unknown_field() -> None:
+    with pytest.raises(ValueError, match="ipo_threshold") as caught:
+        IPOConfig.from_mapping({"kl_tau": 0.1, "ipo_threshold": 0.3})
+    expected = "dppo_mask_low, dppo_mask_high, adv_tau, kl_tau, teacher_tau"
+    assert str(caught.value) == (
+        f"ipo_threshold: expected one of the fields {expected}, got ipo_threshold=0.3"
+    )
+
+
+def test_from_mapping_validates() -> None:
+    with pytest.raises(ValueError, match="kl_tau: expected a finite number >= 0, got -1"):
+        IPOConfig.from_mapping({"kl_tau": -1})
+
+
+# ---------------------------------------------------------------------------------------------
+# Bounds
+
+
+@functools.cache
+def largest_log(dtype: torch.dtype) -> float:
+    """The largest number of ``dtype`` whose exponential, exactly rounded, is finite."""
+    scalar = DTYPES[dtype]
+    bound = scalar(math.log(np.finfo(scalar).max))
+    limit = decimal.Decimal(float(np.finfo(scalar).max))
+    with decimal.localcontext(prec=60):
+        while decimal.Decimal(float(bound)).exp() > limit:
+            bound = np.nextafter(bound, scalar(0))
+    return float(bound)
+
+
+def expected_bound(ratio: float, dtype: torch.dtype) -> float:
+    """log(ratio) to 60 digits, then to float64, then to ``dtype``, kept in its finite range."""
+    smallest, largest = -float(np.finfo(DTYPES[dtype]).max), largest_log(dtype)
+    if ratio == 0:
+        return smallest
+    if ratio == math.inf:
+        return largest
+    with decimal.localcontext(prec=60):
+        logarithm = float(decimal.Decimal(ratio).ln())
+    return max(smallest, min(largest, float(DTYPES[dtype](logarithm))))
+
+
+def near(value: float, expected: float, dtype: torch.dtype) -> bool:
+    """Equal; in float64 to an ulp, by which the C library's logarithm may be off."""
+    return abs(value - expected) <= (math.ulp(expected) if dtype == torch.float64 else 0)
+
+
+positive = st.floats(min_value=0.0, allow_nan=False)
+
+
+@dtypes
+@given(ratios=st.tuples(positive, positive.filter(lambda ratio: ratio > 0)))
+@example(ratios=(0.0, math.inf))
+@example(ratios=(5e-324, 1.7976931348623157e308))
+@example(ratios=(1.0, 1.0))
+@example(ratios=(0.2, 5.0))
+@example(ratios=(math.nextafter(1, 0), math.nextafter(1, 2)))
+def test_bounds_are_the_nearest(dtype: torch.dtype, ratios: tuple[float, float]) -> None:
+    low, high = min(ratios), max(ratios)
+    if low == math.inf:
+        return
+    bounds = IPOConfig(dppo_mask_low=low, dppo_mask_high=high).log_bounds(dtype)
+    for bound, ratio in zip(bounds, (low, high), strict=True):
+        assert near(bound, expected_bound(ratio, dtype), dtype)
+        assert bound == float(DTYPES[dtype](bound)), "not a number of the dtype"
+        assert math.isfinite(bound)
+
+
+@dtypes
+@given(ratios=st.tuples(positive, positive))
+def test_bounds_agree_with_the_references(dtype: torch.dtype, ratios: tuple[float, float]) -> None:
+    low, high = min(ratios), max(ratios)
+    if low == math.inf:
+        return
+    config = IPOConfig(dppo_mask_low=low, dppo_mask_high=high)
+    assert config.log_bounds(dtype) == reference._log_bounds(config, dtype)
+
+
+@dtypes
+def test_open_ends_admit_no_overflow(dtype: torch.dtype) -> None:
+    low, high = IPOConfig(dppo_mask_low=0.0, dppo_mask_high=math.inf).log_bounds(dtype)
+    assert low == torch.finfo(dtype).min
+    assert high == largest_log(dtype)
+    edge = torch.tensor(high, dtype=dtype)
+    assert edge.exp().isfinite()
+    assert torch.nextafter(edge, torch.tensor(math.inf, dtype=dtype)).double().exp() > (
+        torch.finfo(dtype).max if dtype == torch.float32 else 1.7e308
+    )
+
+
+@dtypes
+def test_a_wider_band_has_wider_bounds(dtype: torch.dtype) -> None:
+    ratios = [0.0, 1e-320, 1e-30, 0.5, math.nextafter(0.5, 1), 1.0, 2.0, 1e30, 1e39, math.inf]
+    highs = [IPOConfig(0.0, ratio).log_bounds(dtype)[1] for ratio in ratios]
+    assert highs == sorted(highs)

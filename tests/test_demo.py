@@ -1,0 +1,228 @@
+"""The demo: its task, its rollouts, a smoke run by command line, and the default run's claims."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ipo_ext import demo
+from ipo_ext.demo import report, rollout, task, train
+
+ONE_PROMPT = torch.tensor([[7, 38]])
+
+
+def texts(tokens: torch.Tensor) -> list[str]:
+    return ["".join(task.VOCABULARY[token] for token in row) for row in tokens.tolist()]
+
+
+@pytest.fixture(scope="module")
+def policy() -> train.Policy:
+    return train.warm_up(train.Settings(warmup_steps=1))
+
+
+@pytest.fixture
+def rollouts(policy: train.Policy) -> rollout.Rollouts:
+    generator = torch.Generator().manual_seed(3)
+    operands = task.sample_operands(64, generator)
+    return rollout.sample_rollouts(rollout.inference_copy(policy, "int4"), operands, generator)
+
+
+def test_prompts_and_answers_read_as_additions() -> None:
+    operands = torch.tensor([[7, 38], [0, 0], [49, 49]])
+    assert texts(task.prompts(operands)) == ["07+38=", "00+00=", "49+49="]
+    assert texts(task.answers(operands)) == ["45..", "0...", "98.."]
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [
+        ("45..", 1.0),
+        ("45.7", 1.0),  # what follows the first END was never part of the answer
+        ("46..", 0.0),
+        ("45+.", 0.0),
+        ("455.", 0.0),
+        ("4545", 0.0),  # never ends
+        ("4.5.", 0.0),
+        ("....", 0.0),
+    ],
+)
+def test_verifier_rewards_exactly_the_sum_and_an_end(response: str, reward: float) -> None:
+    assert task.verify(task.encode(response).unsqueeze(0), ONE_PROMPT).item() == reward
+
+
+def test_every_right_answer_is_rewarded_and_no_other_pair_gets_it() -> None:
+    operands = torch.cartesian_prod(*[torch.arange(task.OPERANDS)] * 2)
+    right = task.answers(operands)
+    assert task.verify(right, operands).all()
+    assert not task.verify(right, operands.roll(1, dims=0)).any()  # neighbours differ in their sum
+
+
+def test_loss_mask_covers_sampled_tokens_up_to_the_first_end(rollouts: rollout.Rollouts) -> None:
+    labels = texts(rollouts.tokens[:, 1:])
+    for label, mask in zip(labels, rollouts.loss_mask.tolist(), strict=True):
+        response = label[task.PROMPT_LENGTH - 1 :]
+        length = len(response.split(".")[0] + ".") if "." in response else len(response)
+        expected = [False] * (task.PROMPT_LENGTH - 1) + [True] * length
+        assert mask == expected + [False] * (task.RESPONSE_LENGTH - length)
+
+
+def test_sampler_reports_the_log_probabilities_that_it_sampled_from(policy: train.Policy) -> None:
+    generator = torch.Generator().manual_seed(3)
+    operands = task.sample_operands(64, generator)
+    exact = rollout.sample_rollouts(rollout.inference_copy(policy, "none"), operands, generator)
+    with torch.no_grad():
+        trainer = train.token_logprobs(policy, exact.tokens)
+    mask = exact.loss_mask
+    torch.testing.assert_close(exact.inference_logprobs[mask], trainer[mask])
+
+
+def test_coarser_rounding_means_more_mismatch(policy: train.Policy) -> None:
+    def mismatch(rounding: str) -> float:
+        generator = torch.Generator().manual_seed(3)
+        sampler = rollout.inference_copy(policy, rounding)
+        operands = task.sample_operands(256, generator)
+        sampled = rollout.sample_rollouts(sampler, operands, generator)
+        with torch.no_grad():
+            x = train.token_logprobs(policy, sampled.tokens) - sampled.inference_logprobs
+        return x[sampled.loss_mask].abs().mean().item()
+
+    none, bf16, int8, int4 = map(mismatch, ("none", "bf16", "int8", "int4"))
+    assert none < 1e-5 < bf16 < int4
+    assert int8 < int4
+
+
+@pytest.mark.parametrize("rounding", ["fp8", "int8", "int4"])
+def test_rounding_keeps_the_largest_weight_and_stays_within_half_a_step(rounding: str) -> None:
+    weight = torch.randn(5, 3 * rollout.SCALE_GROUP, generator=torch.Generator().manual_seed(0))
+    groups = weight.view(5, 3, -1)
+    error = (rollout.round_weight(weight, rounding).view_as(groups) - groups).abs()
+    largest = groups.abs().amax(dim=-1, keepdim=True)
+    half_step = {"fp8": 16 / 448, "int8": 0.5 / 127, "int4": 0.5 / 7}[rounding]
+    assert (error <= largest * half_step * (1 + 1e-5)).all()
+    assert (error.gather(-1, groups.abs().argmax(-1, keepdim=True)) <= 1e-6 * largest).all()
+
+
+def test_the_copy_is_separate_and_frozen(policy: train.Policy) -> None:
+    sampler = rollout.inference_copy(policy, "int4")
+    before = [parameter.clone() for parameter in policy.parameters()]
+    for parameter in sampler.parameters():
+        assert not parameter.requires_grad
+        parameter.zero_()
+    assert all(map(torch.equal, policy.parameters(), before))
+
+
+def test_advantages_are_relative_to_the_samples_of_the_same_prompt() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    expected = torch.tensor([0.75, -0.25, -0.25, -0.25, 0.0, 0.0, 0.0, 0.0])
+    assert torch.equal(train.group_advantages(rewards, group=4), expected)
+
+
+def test_prompt_and_tail_tokens_get_no_gradient(
+    policy: train.Policy, rollouts: rollout.Rollouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logprobs = train.token_logprobs(policy, rollouts.tokens).detach().requires_grad_()
+    monkeypatch.setattr(train, "token_logprobs", lambda policy, tokens: logprobs)
+    rewarded = train.Rollouts(
+        rollouts.tokens,
+        rollouts.loss_mask,
+        rollouts.inference_logprobs,
+        rewards=torch.arange(64.0) % 2,
+    )
+    train.policy_loss(policy, rewarded, 8, train.ARMS["no mask"]).loss.backward()
+    assert logprobs.grad is not None
+    assert torch.equal(logprobs.grad != 0, rollouts.loss_mask)
+
+
+def test_a_run_repeats_itself_and_leaves_torchs_state_alone() -> None:
+    settings = train.Settings(warmup_steps=10, steps=3, prompts=4, threads=1)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    seen: list[train.StepRecord] = []
+    first = train.run(settings, seen.append)
+    second = train.run(settings)
+    assert [result.history for result in first] == [result.history for result in second]
+    assert seen == [record for result in first for record in result.history]
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("staleness", 0), ("group", -1), ("rounding", "int3")]
+)
+def test_settings_refuse_what_makes_no_sense(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected .* got {value!r}"):
+        train.Settings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_smoke_run_through_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, numbers = tmp_path / "run.png", tmp_path / "run.json"
+    assert demo.main(["--smoke", "--output", str(picture), "--json", str(numbers)]) == 0
+    for arm in json.loads(numbers.read_text())["arms"]:
+        assert len(arm["history"]) == demo.SMOKE.steps
+        assert 0.3 < arm["warmup_reward"] < 0.8
+        assert all(0 < record["reward"] < 1 for record in arm["history"])
+        assert all(math.isfinite(record["mismatch_kl"]) for record in arm["history"])
+        dropped = sum(record["dropped_low"] for record in arm["history"])
+        assert dropped > 0 if arm["arm"] == "mask + KL" else dropped == 0
+    printed = capsys.readouterr().out
+    if "no picture" not in printed:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "final reward" in printed
+
+
+def test_without_rich_and_matplotlib_it_prints_plain_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [*sys.modules, "rich", "matplotlib"]:
+        if module.split(".")[0] in ("rich", "matplotlib"):
+            monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(demo, "SMOKE", train.Settings(warmup_steps=2, steps=2, prompts=2))
+    picture = tmp_path / "run.png"
+    assert demo.main(["--smoke", "--output", str(picture)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("mask + KL") for line in lines) == 3  # two steps, one table row
+    assert lines[-1] == 'no picture: matplotlib is not installed (pip install "ipo_ext[demo]")'
+    assert not picture.exists()
+
+
+def test_rich_reporter_shows_both_arms_and_the_table() -> None:
+    console = pytest.importorskip("rich.console").Console(
+        file=io.StringIO(), force_terminal=True, width=160
+    )
+    settings = train.Settings(warmup_steps=2, steps=2, prompts=2)
+    with report.RichReporter(settings, console) as reporter:
+        results = train.run(settings, reporter.on_step)
+    reporter.table(results)
+    printed = console.file.getvalue()
+    for text in ("mask + KL", "no mask", "2/2", "mismatch KL", "final reward"):
+        assert text in printed
+
+
+@pytest.mark.parametrize(
+    "argv", [["--bogus"], ["--steps", "0"], ["--rounding", "int3"], ["--staleness", "x"]]
+)
+def test_bad_options_are_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        demo.main(argv)
+    assert exit_.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_default_run_shows_what_it_claims() -> None:
+    masked, unmasked = train.run(train.Settings())
+    assert masked.mean_over_tokens("dropped_low") > 0.001
+    assert masked.mean_over_tokens("dropped_high") > 0.0001
+    assert masked.final_reward > masked.warmup_reward + 0.08
+    rewards = {
+        result.arm: sum(record.reward for record in result.history) / len(result.history)
+        for result in (masked, unmasked)
+    }
+    assert rewards["mask + KL"] > rewards["no mask"] + 0.03
