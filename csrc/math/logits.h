@@ -107,7 +107,7 @@ struct RowDerivative {
     T inner = splat<T>(slopes.logprob);
     if (slopes.entropy != 0) inner = inner + slopes.entropy * (term.distance + entropy_offset);
     const T p = term.exponential * inverse_sum;
-    return select<T>(term.exponential == E(0), T{}, -p * inner * (slope * inverse_temperature));
+    return select<T>(term.exponential == E(0), T{}, -p * (inner * (slope * inverse_temperature)));
   }
 
   IPO_HOST_DEVICE E label(const RowTerm<E>& term, E slope) const {

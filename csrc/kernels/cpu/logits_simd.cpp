@@ -94,12 +94,14 @@ IPO_EXT_INLINE double sum_of_lanes(const Wide<T>& wide) {
 // The row's sums, in the compute dtype within a chunk and in fp64 beyond; keeps the exponentials
 // where `kept` is not null.
 template <typename E, typename Stored>
-IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitScale<E>& scale,
-                                E largest, E* kept) {
+IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitScale<E>& of_row,
+                                E largest_of_row, E* kept) {
   using T = Vector<E>;
   Wide<T> exponentials = {}, weighted_sum = {};
   alignas(64) E staged[kLogitsChunk];
   for_each_chunk(columns, [&](int64_t begin, int64_t count) {
+    const LogitScale<E> scale = of_row;  // copies, which no store can change: they stay in registers
+    const E largest = largest_of_row;
     const E* capped = stage_capped(row, begin, count, scale.softcap, staged);
     T chunk_exponentials = {}, chunk_weighted = {};
     for (int64_t i = 0; i < count; i += kLanesOf<T>) {
@@ -116,8 +118,8 @@ IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitS
 
 // A row's derivative by columns [begin, begin + count), from their logits.
 template <typename E>
-IPO_EXT_INLINE void derive(const E* logits, int64_t count, const LogitScale<E>& scale, E largest,
-                           const RowDerivative<E>& derivative, E* out) {
+IPO_EXT_INLINE void derive(const E* logits, int64_t count, const LogitScale<E> scale, E largest,
+                           const RowDerivative<E> derivative, E* out) {
   using T = Vector<E>;
   for (int64_t i = 0; i < count; i += kLanesOf<T>) {
     const CappedLogit<T> capped = cap_logit(load<T>(logits + i), scale.softcap);
@@ -129,7 +131,7 @@ IPO_EXT_INLINE void derive(const E* logits, int64_t count, const LogitScale<E>& 
 // The same from kept exponentials, where nothing else enters: no softcap, no entropy.
 template <typename E>
 IPO_EXT_INLINE void derive_from_kept(const E* exponentials, int64_t count,
-                                     const RowDerivative<E>& derivative, E* out) {
+                                     const RowDerivative<E> derivative, E* out) {
   using T = Vector<E>;
   for (int64_t i = 0; i < count; i += kLanesOf<T>) {
     const RowTerm<T> term = {T{}, load<T>(exponentials + i)};
