@@ -128,7 +128,7 @@ def gradient_scale(case: Case, exact: torch.Tensor) -> torch.Tensor:
 
 
 def rounding_of_p(case: Case) -> float:
-    """Ulp of a probability that one rounding of the largest argument can move: exp(s) moves by s."""
+    """Ulp of a probability that rounding the largest argument can move: exp(s) moves by s."""
     if case.logits.dtype == torch.float64:
         return 1e4  # the reference is no better: its 1 - tanh^2 cancels
     return 1.0 if case.logits.dtype.itemsize == 2 else 8.0 + largest_argument(case)
@@ -539,7 +539,9 @@ def test_token_logprobs_gradient(
     exact = gradient(reference.token_logprobs, logits.double(), dtype=torch.float64)
     size = exact.abs() + (exact != 0) * weights.abs().sum(0)[:, None] * logits.double().softmax(-1)
     size[torch.arange(6), labels.long().clamp(min=0)] += (labels >= 0) * weights[0].abs()
-    floor = 64 if dtype == torch.float64 else 8  # naive is exact in float64; gradcheck does the rest
+    floor = (
+        64 if dtype == torch.float64 else 8
+    )  # naive is exact in float64; gradcheck does the rest
     assert_close(ours, naive, exact, scale=size, floor=floor, name="gradient")
 
 
@@ -556,25 +558,31 @@ def test_one_output_alone(backend: Backend) -> None:
 # Faults
 
 
-def faults() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
-    label = "labels: expected a token in [0, 33)"
+def fault_cases() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
+    def label(row: int, value: int) -> tuple[dict[str, Any], type[Exception], str]:
+        labels = torch.zeros(9, dtype=torch.int64)
+        labels[row] = value
+        everything = torch.ones(9, dtype=torch.bool)
+        fields = {"labels": labels, "loss_mask": everything}
+        return fields, IndexError, "labels: expected a token in [0, 33)"
+
     temperature = "temperature: expected a finite number > 0"
-    mask = torch.ones(9, dtype=torch.bool)
+    short = torch.tensor([0, 5], dtype=torch.int32)
     return {
-        "label-high": ({"labels": torch.tensor([0] * 8 + [33]), "loss_mask": mask}, IndexError, label),
-        "label-low": ({"labels": torch.tensor([-100] + [0] * 8), "loss_mask": mask}, IndexError, label),
-        "label-far": ({"labels": torch.tensor([2**40] + [0] * 8), "loss_mask": mask}, IndexError, label),
+        "label-high": label(8, 33),
+        "label-low": label(0, -100),
+        "label-far": label(0, 2**40),
         "temperature": ({"temperature": torch.zeros(9)}, RuntimeError, temperature),
         "temperature-nan": ({"temperature": torch.tensor(math.nan)}, RuntimeError, temperature),
-        "cu_seqlens": ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, RuntimeError, "cu_seqlens"),
+        "cu_seqlens": ({"cu_seqlens": short}, RuntimeError, "cu_seqlens"),
         "normalizer": ({"normalizer": torch.tensor(-1.0)}, RuntimeError, "normalizer"),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", list(faults()))
+@pytest.mark.parametrize("name", list(fault_cases()))
 def test_contract_faults(backend: Backend, name: str, dtype: torch.dtype) -> None:
-    changes, error, text = faults()[name]
+    changes, error, text = fault_cases()[name]
     fields = {key: changes[key] for key in changes if key in ("labels", "loss_mask")}
     options = {key: changes[key] for key in changes if key not in fields}
     case = random_case(9, 33, dtype).with_(**fields, options=options).to(backend.device)
@@ -679,9 +687,7 @@ def test_opcheck(backend: Backend) -> None:
         operators.ipo_loss_from_logits.default,
         (leaf, *constants, temperature, 0.0, None, None, None, normalizer, *settings, True),
     )
-    torch.library.opcheck(
-        operators.token_logprobs.default, (leaf, case.labels, temperature, 3.0)
-    )
+    torch.library.opcheck(operators.token_logprobs.default, (leaf, case.labels, temperature, 3.0))
     gradient, factor = torch.randn(5, device=backend.device), normalizer
     torch.library.opcheck(operators.scale_.default, (gradient, factor))
 

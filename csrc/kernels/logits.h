@@ -1,5 +1,6 @@
 // Tier 2: log-probabilities, entropies and the gradient straight from a matrix of logits, one row a
-// token. What a row means stands here, once for both backends; they only differ in how they walk it.
+// token. What a row means stands here, once for both backends; they only differ in how they walk
+// it.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,8 @@
 
 namespace ipo_ext {
 
-// [rows, columns] of any floating dtype, columns adjacent. Rows come in blocks, so that a slice such
-// as logits[:, :-1] of a batch is read where it lies.
+// [rows, columns] of any floating dtype, columns adjacent. Rows come in blocks, so that a slice
+// such as logits[:, :-1] of a batch is read where it lies.
 struct LogitsMatrix {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -32,22 +33,23 @@ struct LogitsMatrix {
 // One struct for the three uses:
 //   loss      loss.loss_mask set: derivatives are those of the loss, written in the same pass
 //   forward   nothing set: log-probabilities, entropies, and the softmax for the backward pass
-//   backward  grad_logprobs and grad_entropy set; logprobs is not used, entropy and softmax are read
+//   backward  grad_logprobs and grad_entropy set; logprobs is not used, entropy and softmax are
+//   read
 struct LogitsArgs {
-  DType compute_dtype;        // kFloat64 for fp64 logits, else kFloat32; below "compute"
-  LogitsMatrix logits;        // [rows, columns]
-  LogitsMatrix gradient;      // [rows, columns], dtype of the logits; no data where none is wanted
-  const void* labels;         // [rows] int32 or int64
-  DType label_dtype;          //
-  TokenInput temperatures;    // [rows], or null:
-  ScalarInput temperature;    // one for all rows
-  double softcap;             // 0 for none
-  IpoLossArgs loss = {};      // tokens are the rows; its trainer_logprobs and outputs are not used
-  bool normalized = true;     // whether the gradient already holds 1 / normalizer
-  void* logprobs = nullptr;   // [rows] compute
-  void* entropy = nullptr;    // [rows] compute
-  void* softmax = nullptr;    // [2, rows] compute: the largest capped logit, the sum of
-                              // exponentials; null where nothing will need them
+  DType compute_dtype;       // kFloat64 for fp64 logits, else kFloat32; below "compute"
+  LogitsMatrix logits;       // [rows, columns]
+  LogitsMatrix gradient;     // [rows, columns], dtype of the logits; no data where none is wanted
+  const void* labels;        // [rows] int32 or int64
+  DType label_dtype;         //
+  TokenInput temperatures;   // [rows], or null:
+  ScalarInput temperature;   // one for all rows
+  double softcap;            // 0 for none
+  IpoLossArgs loss = {};     // tokens are the rows; its trainer_logprobs and outputs are not used
+  bool normalized = true;    // whether the gradient already holds 1 / normalizer
+  void* logprobs = nullptr;  // [rows] compute
+  void* entropy = nullptr;   // [rows] compute
+  void* softmax = nullptr;   // [2, rows] compute: the largest capped logit, the sum of
+                             // exponentials; null where nothing will need them
   const void* grad_logprobs = nullptr;  // [rows] compute
   const void* grad_entropy = nullptr;   // [rows] compute
   int32_t* fault = nullptr;             // [1], CUDA: filled by the launcher, not 0 poisons
@@ -150,10 +152,9 @@ IPO_HOST_DEVICE math::RowDerivative<E> finish_row(const LogitsArgs& args, int64_
 template <typename E>
 IPO_HOST_DEVICE math::RowDerivative<E> restore_row(const LogitsArgs& args, int64_t row,
                                                    const math::RowSlopes<E>& slopes) {
-  return math::row_derivative<E>(slopes,
-                                 static_cast<const E*>(args.softmax)[args.logits.rows + row],
-                                 static_cast<const E*>(args.entropy)[row],
-                                 scale_of<E>(args, row).inverse_temperature);
+  return math::row_derivative<E>(
+      slopes, static_cast<const E*>(args.softmax)[args.logits.rows + row],
+      static_cast<const E*>(args.entropy)[row], scale_of<E>(args, row).inverse_temperature);
 }
 
 template <typename E>
@@ -179,8 +180,8 @@ void scale(const ScaleArgs& args, const ParallelFor& parallel_for);
 
 namespace cuda {
 
-// Two launches on `stream`, no host synchronisation. A contract fault (a label or a temperature of an
-// active row, the loss's cu_seqlens or normalizer) sets *fault and makes every output NaN.
+// Two launches on `stream`, no host synchronisation. A contract fault (a label or a temperature of
+// an active row, the loss's cu_seqlens or normalizer) sets *fault and makes every output NaN.
 const char* logits(const LogitsArgs& args, CUstream_st* stream);
 const char* scale(const ScaleArgs& args, CUstream_st* stream);
 

@@ -1,6 +1,6 @@
-// One row of logits: softcap and temperature, the softmax's sums, and what they make of a token: its
-// log-probability, the row's entropy, and their derivatives by every logit. The maximum is known
-// first, so each logit costs one exponential.
+// One row of logits: softcap and temperature, the softmax's sums, and what they make of a token:
+// its log-probability, the row's entropy, and their derivatives by every logit. The maximum is
+// known first, so each logit costs one exponential.
 #pragma once
 
 #include <cmath>
@@ -54,8 +54,8 @@ struct RowTerm {
   T exponential;  // exp(d)
 };
 
-// The difference is taken before the temperature divides it: an offset common to all logits, however
-// large, costs no digits.
+// The difference is taken before the temperature divides it: an offset common to all logits,
+// however large, costs no digits.
 template <typename T>
 IPO_HOST_DEVICE RowTerm<T> row_term(T capped, Element<T> largest, Element<T> inverse_temperature) {
   const T distance = (capped - largest) * inverse_temperature;

@@ -35,8 +35,8 @@ inline void check_normalizer(const ScalarInput& normalizer) {
   IPO_EXT_CHECK(value >= 0, "normalizer: expected a count of tokens, at least 0, got ", value);
 }
 
-// One call of tier 1's kernels: checks the inputs, owns the copies that they needed and the results.
-// Tier 2 makes its log-probabilities and entropies first, and takes no per-token gradient.
+// One call of tier 1's kernels: checks the inputs, owns the copies that they needed and the
+// results. Tier 2 makes its log-probabilities and entropies first, and takes no per-token gradient.
 class __attribute__((visibility("hidden"))) IpoLossCall {
  public:
   IpoLossCall(const Tensor& trainer_logprobs, const Tensor& inference_logprobs,

@@ -61,7 +61,8 @@ class __attribute__((visibility("hidden"))) LogitsTensor {
     for (int64_t dim = last - 1; dim >= 0; --dim) {
       const int64_t size = tensor_.size(dim), stride = tensor_.stride(dim);
       if (size == 1) continue;
-      if (blocks == 1 && (matrix_.block_rows == 1 || stride == matrix_.row_stride * matrix_.block_rows)) {
+      if (blocks == 1 &&
+          (matrix_.block_rows == 1 || stride == matrix_.row_stride * matrix_.block_rows)) {
         if (matrix_.block_rows == 1) matrix_.row_stride = stride;
         matrix_.block_rows *= size;
       } else if (blocks == 1 || stride == matrix_.block_stride * blocks) {
@@ -139,9 +140,9 @@ class __attribute__((visibility("hidden"))) LogitsCall {
 
   // An input that this tier's own operators have made: [rows] or [2, rows], in the compute dtype.
   void* saved(const Tensor& tensor, int64_t count, const char* name) {
-    IPO_EXT_CHECK(tensor.scalar_type() == compute() && tensor.numel() == count &&
-                      same_device(tensor, on_),
-                  name, ": expected ", count, " elements in the compute dtype, on the device of logits");
+    IPO_EXT_CHECK(
+        tensor.scalar_type() == compute() && tensor.numel() == count && same_device(tensor, on_),
+        name, ": expected ", count, " elements in the compute dtype, on the device of logits");
     kept_.push_back(as_contiguous(tensor));
     return const_cast<void*>(kept_.back().const_data_ptr());
   }

@@ -24,14 +24,14 @@ STABLE_TORCH_LIBRARY(IPO_EXT_NAMESPACE, m) {
   m.def(ipo_ext::kScaleSchema);
 }
 
-#define IPO_EXT_REGISTER(key, Backend)                                                         \
-  STABLE_TORCH_LIBRARY_IMPL(IPO_EXT_NAMESPACE, key, m) {                                       \
-    m.impl("ipo_loss", TORCH_BOX(&ipo_ext::ipo_loss<Backend>));                                \
-    m.impl("metric_means", TORCH_BOX(&ipo_ext::metric_means<Backend>));                        \
-    m.impl("ipo_loss_from_logits", TORCH_BOX(&ipo_ext::ipo_loss_from_logits<Backend>));        \
-    m.impl("token_logprobs", TORCH_BOX(&ipo_ext::token_logprobs<Backend>));                    \
-    m.impl("token_logprobs_backward", TORCH_BOX(&ipo_ext::token_logprobs_backward<Backend>));  \
-    m.impl("scale_", TORCH_BOX(&ipo_ext::scale_<Backend>));                                    \
+#define IPO_EXT_REGISTER(key, Backend)                                                        \
+  STABLE_TORCH_LIBRARY_IMPL(IPO_EXT_NAMESPACE, key, m) {                                      \
+    m.impl("ipo_loss", TORCH_BOX(&ipo_ext::ipo_loss<Backend>));                               \
+    m.impl("metric_means", TORCH_BOX(&ipo_ext::metric_means<Backend>));                       \
+    m.impl("ipo_loss_from_logits", TORCH_BOX(&ipo_ext::ipo_loss_from_logits<Backend>));       \
+    m.impl("token_logprobs", TORCH_BOX(&ipo_ext::token_logprobs<Backend>));                   \
+    m.impl("token_logprobs_backward", TORCH_BOX(&ipo_ext::token_logprobs_backward<Backend>)); \
+    m.impl("scale_", TORCH_BOX(&ipo_ext::scale_<Backend>));                                   \
   }
 
 #ifdef IPO_EXT_WITH_CPU

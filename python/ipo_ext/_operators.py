@@ -164,7 +164,7 @@ def _refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
 
 
 class IPOLossFunction(torch.autograd.Function):
-    """``ipo_loss`` as a function that torch.func understands; ``register_autograd`` alone is not."""
+    """``ipo_loss`` for torch.func, which does not understand ``register_autograd`` alone."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -188,7 +188,7 @@ class IPOLossUnderForwardMode(_RefusesTangents, IPOLossFunction):
 
 
 def run_ipo_loss(*inputs: Any) -> tuple[torch.Tensor, ...]:
-    """Calls the operator by the way that differentiates, or refuses to, as the inputs ask for it."""
+    """Calls the operator in the way that differentiates, or refuses to, as the inputs ask."""
     return _run(library().ipo_loss, IPOLossFunction, IPOLossUnderForwardMode, inputs, inputs[-1])
 
 
@@ -277,7 +277,7 @@ _ONE_BACKWARD = (
 def _gradient_factor(
     gradient: torch.Tensor, grad_loss: torch.Tensor, normalizer: torch.Tensor | None
 ) -> torch.Tensor:
-    """What the gradient made in forward lacks: in fp16 also 1 / normalizer, 0 for a normalizer of 0."""
+    """What the gradient made in forward lacks: in fp16 also 1 / normalizer (0 for 0)."""
     if gradient.dtype != torch.float16 or normalizer is None:
         return grad_loss
     nothing = normalizer == 0

@@ -254,7 +254,8 @@ def token_logprobs(
 def _check_config(config: object) -> None:
     if not isinstance(config, IPOConfig):
         raise TypeError(
-            f"config: expected an IPOConfig, got {type(config).__name__}; use IPOConfig.from_mapping"
+            f"config: expected an IPOConfig, got {type(config).__name__}; "
+            "use IPOConfig.from_mapping"
         )
 
 

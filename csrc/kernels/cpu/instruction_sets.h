@@ -1,4 +1,5 @@
-// The instruction sets that the SIMD loops (*_simd.cpp) are compiled for, and the choice at run time.
+// The instruction sets that the SIMD loops (*_simd.cpp) are compiled for, and the choice at run
+// time.
 #pragma once
 
 #if defined(__x86_64__)

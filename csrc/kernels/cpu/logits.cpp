@@ -1,5 +1,5 @@
-// Tier 2 on the CPU: rows in parallel, each by one thread, so that the result does not depend on the
-// number of threads.
+// Tier 2 on the CPU: rows in parallel, each by one thread, so that the result does not depend on
+// the number of threads.
 #include "kernels/logits.h"
 
 #include <algorithm>
@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kElementsPerTask = 32768;  // fewer do not pay for waking a thread
 
-// Rows in steps of a few, whoever comes first: inactive rows cost nothing, and masks come in runs, so
-// equal shares of the rows would not be equal work.
+// Rows in steps of a few, whoever comes first: inactive rows cost nothing, and masks come in runs,
+// so equal shares of the rows would not be equal work.
 class Steps {
  public:
   Steps(int64_t rows, int64_t size) : rows_(rows), size_(size) {}
@@ -39,7 +39,8 @@ int64_t scratch_bytes(const LogitsArgs& args) {
 
 void logits(const LogitsArgs& args, const ParallelFor& parallel_for) {
   static const auto rows = IPO_EXT_CHOOSE(logits_rows);
-  const int64_t step = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, args.logits.columns));
+  const int64_t step =
+      std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, args.logits.columns));
   Steps steps(args.logits.rows, step);
   parallel_for(args.logits.rows, step, [&](int64_t, int64_t) {
     const std::unique_ptr<char[]> scratch(new char[scratch_bytes(args)]);
@@ -51,9 +52,8 @@ void scale(const ScaleArgs& args, const ParallelFor& parallel_for) {
   static const auto elements = IPO_EXT_CHOOSE(scale_elements);
   const double factor = load_scalar(args.factor);
   if (factor == 1) return;
-  parallel_for(args.count, kElementsPerTask, [&](int64_t begin, int64_t end) {
-    elements(args, factor, begin, end);
-  });
+  parallel_for(args.count, kElementsPerTask,
+               [&](int64_t begin, int64_t end) { elements(args, factor, begin, end); });
 }
 
 }  // namespace ipo_ext::cpu

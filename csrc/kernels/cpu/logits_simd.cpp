@@ -100,7 +100,8 @@ IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitS
   Wide<T> exponentials = {}, weighted_sum = {};
   alignas(64) E staged[kLogitsChunk];
   for_each_chunk(columns, [&](int64_t begin, int64_t count) {
-    const LogitScale<E> scale = of_row;  // copies, which no store can change: they stay in registers
+    const LogitScale<E> scale =
+        of_row;  // copies, which no store can change: they stay in registers
     const E largest = largest_of_row;
     const E* capped = stage_capped(row, begin, count, scale.softcap, staged);
     T chunk_exponentials = {}, chunk_weighted = {};

@@ -11,10 +11,10 @@ constexpr int64_t kLogitsChunk = 512;
 
 // logits_rows: rows [begin, end), with scratch for one row in the compute dtype.
 // scale_elements: elements [begin, end) of the gradient, times factor.
-#define IPO_EXT_DECLARE_ARCH(arch)                                                            \
-  namespace arch {                                                                            \
-  void logits_rows(const LogitsArgs& args, int64_t begin, int64_t end, void* scratch);        \
-  void scale_elements(const ScaleArgs& args, double factor, int64_t begin, int64_t end);      \
+#define IPO_EXT_DECLARE_ARCH(arch)                                                       \
+  namespace arch {                                                                       \
+  void logits_rows(const LogitsArgs& args, int64_t begin, int64_t end, void* scratch);   \
+  void scale_elements(const ScaleArgs& args, double factor, int64_t begin, int64_t end); \
   }
 IPO_EXT_CPU_ARCHS(IPO_EXT_DECLARE_ARCH)
 #undef IPO_EXT_DECLARE_ARCH

@@ -268,7 +268,8 @@ Segments with_tiles(Segments segments) {
 bool vectorizable(const IpoLossArgs& args) {
   return is_aligned(args.trainer_logprobs) && is_aligned(args.inference_logprobs) &&
          is_aligned(args.advantages) && is_aligned(args.teacher_logprobs) &&
-         is_aligned(args.loss_weights) && is_aligned(args.entropy) && is_aligned({args.loss_mask, DType::kFloat32}) &&
+         is_aligned(args.loss_weights) && is_aligned(args.entropy) &&
+         is_aligned({args.loss_mask, DType::kFloat32}) &&
          is_aligned({args.gradient, DType::kFloat32});
 }
 

@@ -1,5 +1,5 @@
-// Tier 2 on CUDA: one block a row of logits, three passes (maximum, sums, gradient) of which only the
-// first should come from memory and the rest from the caches. Exponentials are taken after the
+// Tier 2 on CUDA: one block a row of logits, three passes (maximum, sums, gradient) of which only
+// the first should come from memory and the rest from the caches. Exponentials are taken after the
 // maximum, so there is one each; reductions are shuffles in a fixed tree, so the bits are the same
 // every run. No atomics, no host synchronisation.
 #include <type_traits>
@@ -224,8 +224,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_elements(const ScaleArgs 
   const E factor = static_cast<E>(load_scalar(args.factor));
   if (factor == 1) return;
   Stored* gradient = static_cast<Stored*>(args.gradient);
-  const int64_t first =
-      (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * kCount;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * kCount;
   if (first + kCount <= args.count) {
     Stored values[kCount];
     load_aligned(gradient, first, values);
@@ -256,8 +255,8 @@ cudaError_t launch_rows(const LogitsArgs& args, cudaStream_t stream) {
                 stream, args);
 }
 
-// The variant for a matrix, by its columns and its alignment. A short row does not feed a large block;
-// a row that does not start on 16 bytes is read one by one.
+// The variant for a matrix, by its columns and its alignment. A short row does not feed a large
+// block; a row that does not start on 16 bytes is read one by one.
 template <typename Stored>
 cudaError_t launch_variant(const LogitsArgs& args, cudaStream_t stream) {
   constexpr int64_t kShortRow = 4096;
@@ -281,7 +280,7 @@ cudaError_t launch_scale(const ScaleArgs& args, cudaStream_t stream) {
 }
 
 // launcher<Stored>(args, stream) for the dtype at hand.
-#define IPO_EXT_FOR_DTYPE(dtype, launcher)      \
+#define IPO_EXT_FOR_DTYPE(dtype, launcher)                       \
   dtype == DType::kFloat16    ? launcher<Float16>(args, stream)  \
   : dtype == DType::kBFloat16 ? launcher<BFloat16>(args, stream) \
   : dtype == DType::kFloat64  ? launcher<double>(args, stream)   \
