@@ -152,7 +152,8 @@ def _ipo_loss_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any,
         raise RuntimeError(
             "ipo_ext::ipo_loss: expected with_gradient=True to run backward, got False"
         )
-    scaled = ScaleGradient.apply(ctx.saved_tensors[0], grad_loss, ctx.saved_tensors[1])
+    scale: Any = ScaleGradient.apply
+    scaled = scale(ctx.saved_tensors[0], grad_loss, ctx.saved_tensors[1])
     return (scaled, *(None for _ in range(ctx.num_inputs - 1)))
 
 
@@ -316,20 +317,24 @@ def _ipo_loss_from_logits_setup_context(
     ctx.with_gradient = with_gradient
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(gradient, normalizer)  # not the logits: they may be freed
+    ctx.set_materialize_grads(False)  # else backward makes zeros as large as the logits
 
 
 def _ipo_loss_from_logits_backward(
-    ctx: Any, grad_loss: torch.Tensor, *_: Any
+    ctx: Any, grad_loss: torch.Tensor | None, *_: Any
 ) -> tuple[torch.Tensor | None, ...]:
     """For those who call the operator: leaves the gradient, one of its outputs, as it is."""
     if not ctx.with_gradient:
         raise RuntimeError(
             "ipo_ext::ipo_loss_from_logits: expected with_gradient=True to run backward, got False"
         )
+    others = (None,) * (ctx.num_inputs - 1)
+    if grad_loss is None:
+        return (None, *others)
     gradient, normalizer = ctx.saved_tensors
     factor = _gradient_factor(gradient, grad_loss, normalizer)
-    scaled = ScaleGradient.apply(gradient, factor, gradient)
-    return (scaled, *(None for _ in range(ctx.num_inputs - 1)))
+    scale: Any = ScaleGradient.apply
+    return (scale(gradient, factor, gradient), *others)
 
 
 class IPOLossFromLogitsFunction(torch.autograd.Function):
@@ -343,15 +348,20 @@ class IPOLossFromLogitsFunction(torch.autograd.Function):
     vmap = staticmethod(_refuse_vmap)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_loss: torch.Tensor | None, *_: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        others = (None,) * (ctx.num_inputs - 1)
+        if grad_loss is None:
+            return (None, *others)
         gradient, normalizer = ctx.saved_tensors
         if not torch.compiler.is_compiling():
             if getattr(ctx, "handed_over", False):
                 raise RuntimeError(_ONE_BACKWARD)
             ctx.handed_over = True
         factor = _gradient_factor(gradient, grad_loss, normalizer)
-        scaled = ScaleOnce.apply(gradient, factor)
-        return (scaled, *(None for _ in range(ctx.num_inputs - 1)))
+        scale: Any = ScaleOnce.apply
+        return (scale(gradient, factor), *others)
 
 
 class IPOLossFromLogitsUnderForwardMode(_RefusesTangents, IPOLossFromLogitsFunction):
@@ -404,21 +414,26 @@ def _token_logprobs_setup_context(
     _, entropy, softmax = output
     ctx.mark_non_differentiable(softmax)
     ctx.save_for_backward(logits, labels, temperature, entropy, softmax)
+    ctx.set_materialize_grads(False)  # not for the softmax
 
 
 def _token_logprobs_backward(
-    ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor, *_: Any
+    ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     logits, labels, temperature, entropy, softmax = ctx.saved_tensors
-    gradient = TokenLogprobsGradient.apply(
+    if grad_logprobs is None and grad_entropy is None:
+        return None, None, None, None
+    nothing = torch.zeros_like(entropy)
+    run: Any = TokenLogprobsGradient.apply
+    gradient = run(
         logits,
         labels,
         temperature,
         ctx.softcap,
         entropy.detach(),
         softmax,
-        grad_logprobs,
-        grad_entropy,
+        nothing if grad_logprobs is None else grad_logprobs,
+        nothing if grad_entropy is None else grad_entropy,
     )
     return gradient, None, None, None
 
