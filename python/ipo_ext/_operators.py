@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -112,15 +114,21 @@ def _ipo_loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any
     ctx.with_gradient = with_gradient
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(gradient, trainer_logprobs)
+    ctx.set_materialize_grads(False)  # else backward makes zeros for the four other outputs
 
 
-def _ipo_loss_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+def _ipo_loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
     if not ctx.with_gradient:
         raise RuntimeError(
             "ipo_ext::ipo_loss: expected with_gradient=True to run backward, got False"
         )
-    scaled = ScaleGradient.apply(ctx.saved_tensors[0], grad_loss, ctx.saved_tensors[1])
-    return (scaled, *(None for _ in range(ctx.num_inputs - 1)))
+    others = (None,) * (ctx.num_inputs - 1)
+    if grad_loss is None:
+        return (None, *others)
+    # Only where a graph of the backward pass is built can a second derivative be asked for.
+    scale = ScaleGradient.apply if torch.is_grad_enabled() else ScaleGradient.forward
+    gradient, trainer_logprobs = ctx.saved_tensors
+    return (scale(gradient, grad_loss, trainer_logprobs), *others)
 
 
 def _refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -131,7 +139,7 @@ def _refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
 
 
 class IPOLossFunction(torch.autograd.Function):
-    """``ipo_loss`` as a function that torch.func understands; ``register_autograd`` alone is not."""
+    """``ipo_loss`` for torch.func too, which ``register_autograd`` alone does not reach."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -140,6 +148,10 @@ class IPOLossFunction(torch.autograd.Function):
     setup_context = staticmethod(_ipo_loss_setup_context)
     backward = staticmethod(_ipo_loss_backward)
     vmap = staticmethod(_refuse_vmap)
+
+
+# Function.apply asks for the signature on every call; made once, it costs nothing there.
+IPOLossFunction.forward.__signature__ = inspect.signature(IPOLossFunction.forward)  # type: ignore[attr-defined]
 
 
 class IPOLossUnderForwardMode(IPOLossFunction):
@@ -151,11 +163,12 @@ class IPOLossUnderForwardMode(IPOLossFunction):
 
 
 def run_ipo_loss(*inputs: Any) -> tuple[torch.Tensor, ...]:
-    """Calls the operator by the way that differentiates, or refuses to, as the inputs ask for it."""
+    """Calls the operator by the way that differentiates, or refuses to, as inputs ask for it."""
+    function: Callable[..., Any]
     if forward_ad._current_level >= 0:  # on its own, the operator would say that nothing flows
-        return cast("tuple[torch.Tensor, ...]", IPOLossUnderForwardMode.apply(*inputs))
-    with_gradient = inputs[-1]
-    function = IPOLossFunction.apply if with_gradient else library().ipo_loss
+        function = IPOLossUnderForwardMode.apply
+    else:
+        function = IPOLossFunction.apply if inputs[-1] else library().ipo_loss
     return cast("tuple[torch.Tensor, ...]", function(*inputs))
 
 

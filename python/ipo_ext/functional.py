@@ -68,7 +68,8 @@ def ipo_loss(
     """
     if not isinstance(config, IPOConfig):
         raise TypeError(
-            f"config: expected an IPOConfig, got {type(config).__name__}; use IPOConfig.from_mapping"
+            f"config: expected an IPOConfig, got {type(config).__name__}; "
+            "use IPOConfig.from_mapping"
         )
     if normalizer is not None and not isinstance(normalizer, torch.Tensor):
         normalizer = _normalizer_tensor(normalizer, trainer_logprobs)
