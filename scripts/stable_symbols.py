@@ -1,8 +1,8 @@
-"""Lists the C functions of torch's stable ABI: declared in its shim headers, exported by its libraries.
+"""Lists the functions of torch's stable ABI: declared in shim headers, exported by libraries.
 
-`python scripts/stable_symbols.py TORCH` prints the list for the torch package in folder TORCH, which
-must be a CUDA build, so that both kinds are seen: a function that only the CUDA libraries export is
-marked "cuda". tests/torch_2_11_symbols.txt is this list for the oldest torch that we support.
+`python scripts/stable_symbols.py TORCH` prints them for the torch package in folder TORCH, a CUDA
+build, so that both kinds are seen: "cuda" marks what only the CUDA libraries export.
+tests/torch_2_11_symbols.txt is this list for the oldest torch that we support.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEADERS = (
 
 
 def declared(torch: Path) -> set[str]:
-    """Every identifier that the headers call or declare; those that are no function export nothing."""
+    """Every identifier before a parenthesis; what is no function, no library exports."""
     headers = [path for pattern in HEADERS for path in (torch / "include").glob(pattern)]
     return {name for path in headers for name in re.findall(r"\b(\w+)\s*\(", path.read_text())}
 

@@ -1,8 +1,12 @@
 // SIMD vectors for the host, as wide as the instruction set this file is compiled for: GNU vector
-// types, no intrinsics.
+// types; intrinsics only for two conversions that GCC 12 takes apart.
 #pragma once
 
 #include "math/lanes.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace ipo_ext::math {
 
@@ -49,8 +53,16 @@ struct Lanes<FloatVector> {
   static IPO_HOST_DEVICE Wide widen(FloatVector value) {
     HalfFloatVector halves[2];
     memcpy(halves, &value, sizeof(value));
+#if defined(__AVX512F__)
+    return {(DoubleVector)_mm512_cvtps_pd((__m256)halves[0]),
+            (DoubleVector)_mm512_cvtps_pd((__m256)halves[1])};
+#elif defined(__AVX2__)
+    return {(DoubleVector)_mm256_cvtps_pd((__m128)halves[0]),
+            (DoubleVector)_mm256_cvtps_pd((__m128)halves[1])};
+#else
     return {__builtin_convertvector(halves[0], DoubleVector),
             __builtin_convertvector(halves[1], DoubleVector)};
+#endif
   }
 };
 
@@ -79,5 +91,26 @@ struct VectorOf<double> {
 };
 template <typename E>
 using Vector = typename VectorOf<E>::Type;
+
+template <typename T>
+constexpr int kLanesOf = sizeof(T) / sizeof(Element<T>);
+
+// Booleans in memory, bytes 0 and 1, as a mask.
+template <typename T>
+IPO_HOST_DEVICE Mask<T> load_mask(const bool* from) {
+#if defined(__AVX512F__)
+  if constexpr (kLanesOf<T> == 16) {
+    return -(Mask<T>)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+#elif defined(__AVX2__)
+  if constexpr (kLanesOf<T> == 8) {
+    return -(Mask<T>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  }
+#endif
+  typedef uint8_t Bytes __attribute__((vector_size(kLanesOf<T>)));
+  Bytes bytes;
+  memcpy(&bytes, from, sizeof(bytes));
+  return -__builtin_convertvector(bytes, Mask<T>);
+}
 
 }  // namespace ipo_ext::math

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
@@ -145,16 +146,21 @@ def _ipo_loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any
     ctx.with_gradient = with_gradient
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(gradient, trainer_logprobs)
+    ctx.set_materialize_grads(False)  # else backward makes zeros for the four other outputs
 
 
-def _ipo_loss_backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+def _ipo_loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
     if not ctx.with_gradient:
         raise RuntimeError(
             "ipo_ext::ipo_loss: expected with_gradient=True to run backward, got False"
         )
-    scale: Any = ScaleGradient.apply
-    scaled = scale(ctx.saved_tensors[0], grad_loss, ctx.saved_tensors[1])
-    return (scaled, *(None for _ in range(ctx.num_inputs - 1)))
+    others = (None,) * (ctx.num_inputs - 1)
+    if grad_loss is None:
+        return (None, *others)
+    # Only where a graph of the backward pass is built can a second derivative be asked for.
+    scale = ScaleGradient.apply if torch.is_grad_enabled() else ScaleGradient.forward
+    gradient, trainer_logprobs = ctx.saved_tensors
+    return (scale(gradient, grad_loss, trainer_logprobs), *others)
 
 
 def _refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -165,7 +171,7 @@ def _refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
 
 
 class IPOLossFunction(torch.autograd.Function):
-    """``ipo_loss`` for torch.func, which does not understand ``register_autograd`` alone."""
+    """``ipo_loss`` for torch.func too, which ``register_autograd`` alone does not reach."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -174,6 +180,10 @@ class IPOLossFunction(torch.autograd.Function):
     setup_context = staticmethod(_ipo_loss_setup_context)
     backward = staticmethod(_ipo_loss_backward)
     vmap = staticmethod(_refuse_vmap)
+
+
+# Function.apply asks for the signature on every call; made once, it costs nothing there.
+IPOLossFunction.forward.__signature__ = inspect.signature(IPOLossFunction.forward)  # type: ignore[attr-defined]
 
 
 class _RefusesTangents:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -38,6 +37,8 @@ class IPOConfig:
     kl_tau: float = 1e-3
     teacher_tau: float = 0.0
 
+    _log_bounds: ClassVar[dict[torch.dtype, tuple[float, float]]]  # of an instance; no field
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -55,6 +56,12 @@ class IPOConfig:
             raise ValueError(
                 f"dppo_mask_high: expected a number >= dppo_mask_low ({low!r}), got {high!r}"
             )
+
+        log_low, log_high = (math.log(ratio) if ratio > 0 else -math.inf for ratio in (low, high))
+        log_bounds = {
+            dtype: (_round_to(log_low, dtype), _round_to(log_high, dtype)) for dtype in _LOG_RANGE
+        }
+        object.__setattr__(self, "_log_bounds", log_bounds)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> IPOConfig:
@@ -74,17 +81,6 @@ class IPOConfig:
         infinite and ``exp`` of none overflows (docs/math.md, "The band").
         """
         return self._log_bounds[dtype]
-
-    @functools.cached_property
-    def _log_bounds(self) -> dict[torch.dtype, tuple[float, float]]:
-        low, high = (
-            math.log(ratio) if ratio > 0 else -math.inf
-            for ratio in (self.dppo_mask_low, self.dppo_mask_high)
-        )
-        return {
-            dtype: (_round_to(low, dtype), _round_to(high, dtype))
-            for dtype in (torch.float32, torch.float64)
-        }
 
 
 # -max, and the largest number whose exp is finite. (The float32 nearest to log(max) overflows.)

@@ -10,13 +10,13 @@ namespace {
 
 using namespace ipo_ext::math;
 
-constexpr int64_t kChunk = 256;  // tokens staged at once; a multiple of every vector's lanes
+constexpr int64_t kChunk = 1024;  // tokens staged at once; a multiple of every vector's lanes
 
-// One chunk of a tile, in the compute dtype: the caller's memory where it can be used as it is,
-// else `staged` copies.
+// Neighbouring tokens in the compute dtype, padded with inactive ones to whole vectors: the
+// caller's memory where it can be used as it is, else staged copies.
 template <typename E>
 struct Chunk {
-  const E* trainer;  // [kChunk], like the rest
+  const E* trainer;  // [padded count], like the rest
   const E* inference;
   const E* advantage;
   const E* teacher;
@@ -35,8 +35,36 @@ struct Staging {
   alignas(64) E weight[kChunk];
   alignas(64) E entropy[kChunk];
   alignas(64) E gradient[kChunk];
-  alignas(64) bool active[kChunk];
+  alignas(64) bool active[64];
 };
+
+// What an absent tensor holds.
+template <typename E>
+struct Constant {
+  alignas(64) E values[kChunk];
+  constexpr explicit Constant(E value) : values() {
+    for (E& each : values) each = value;
+  }
+};
+template <typename E>
+constexpr Constant<E> kZeros(0);
+template <typename E>
+constexpr Constant<E> kOnes(1);
+
+template <typename E>
+constexpr int64_t kLanes = kLanesOf<Vector<E>>;
+
+template <typename E>
+inline __attribute__((always_inline)) bool is_ragged(int64_t count) {
+  return count % kLanes<E> != 0;
+}
+
+// Tokens of the next chunk: as many whole vectors as there are, then the ragged tail.
+template <typename E>
+inline __attribute__((always_inline)) int64_t chunk_tokens(int64_t left) {
+  if (left >= kChunk) return kChunk;
+  return left < kLanes<E> ? left : left - left % kLanes<E>;
+}
 
 template <typename E>
 constexpr DType kDTypeOf = sizeof(E) == sizeof(float) ? DType::kFloat32 : DType::kFloat64;
@@ -46,19 +74,14 @@ inline __attribute__((always_inline)) void convert_tokens(const void* data, int6
                                                           int64_t count, E* out) {
   const Stored* tokens = static_cast<const Stored*>(data) + begin;
   for (int64_t i = 0; i < count; ++i) out[i] = convert<E>(tokens[i]);
+  for (int64_t i = count; i < count + kLanes<E> && is_ragged<E>(i); ++i) out[i] = 0;
 }
 
-// Tokens [begin, begin + count) as E, at least kChunk of them readable; `absent` in every lane of
-// an absent tensor.
+// Tokens [begin, begin + count) as E, padded to whole vectors.
 template <typename E>
-inline __attribute__((always_inline)) const E* stage(TokenInput input, E absent, int64_t begin,
-                                                     int64_t count, E* staged) {
-  if (input.data == nullptr) {
-    for (int64_t i = 0; i < kChunk; ++i) staged[i] = absent;
-    return staged;
-  }
-  if (input.dtype == kDTypeOf<E> && count == kChunk)
-    return static_cast<const E*>(input.data) + begin;
+inline __attribute__((always_inline)) const E* stage(TokenInput input, const Constant<E>& absent,
+                                                     int64_t begin, int64_t count, E* staged) {
+  if (input.data == nullptr) return absent.values;
   switch (input.dtype) {
     case DType::kFloat16:
       convert_tokens<E, Float16>(input.data, begin, count, staged);
@@ -67,12 +90,17 @@ inline __attribute__((always_inline)) const E* stage(TokenInput input, E absent,
       convert_tokens<E, BFloat16>(input.data, begin, count, staged);
       break;
     case DType::kFloat64:
+      if (kDTypeOf<E> == DType::kFloat64 && !is_ragged<E>(count)) {
+        return static_cast<const E*>(input.data) + begin;
+      }
       convert_tokens<E, double>(input.data, begin, count, staged);
       break;
     default:
+      if (kDTypeOf<E> == DType::kFloat32 && !is_ragged<E>(count)) {
+        return static_cast<const E*>(input.data) + begin;
+      }
       convert_tokens<E, float>(input.data, begin, count, staged);
   }
-  for (int64_t i = count; i < kChunk; ++i) staged[i] = absent;
   return staged;
 }
 
@@ -80,41 +108,42 @@ template <typename E>
 inline __attribute__((always_inline)) Chunk<E> stage_chunk(const IpoLossArgs& args, int64_t begin,
                                                            int64_t count, Staging<E>& staging) {
   Chunk<E> chunk;
-  chunk.trainer = stage<E>(args.trainer_logprobs, 0, begin, count, staging.trainer);
-  chunk.inference = stage<E>(args.inference_logprobs, 0, begin, count, staging.inference);
-  chunk.advantage = stage<E>(args.advantages, 0, begin, count, staging.advantage);
-  chunk.teacher = stage<E>(args.teacher_logprobs, 0, begin, count, staging.teacher);
-  chunk.weight = stage<E>(args.loss_weights, 1, begin, count, staging.weight);
-  chunk.entropy = stage<E>(args.entropy, 0, begin, count, staging.entropy);
+  chunk.trainer = stage<E>(args.trainer_logprobs, kZeros<E>, begin, count, staging.trainer);
+  chunk.inference = stage<E>(args.inference_logprobs, kZeros<E>, begin, count, staging.inference);
+  chunk.advantage = stage<E>(args.advantages, kZeros<E>, begin, count, staging.advantage);
+  chunk.teacher = stage<E>(args.teacher_logprobs, kZeros<E>, begin, count, staging.teacher);
+  chunk.weight = stage<E>(args.loss_weights, kOnes<E>, begin, count, staging.weight);
+  chunk.entropy = stage<E>(args.entropy, kZeros<E>, begin, count, staging.entropy);
   chunk.active = args.loss_mask + begin;
   chunk.gradient = static_cast<E*>(args.gradient) + begin;
-  if (count < kChunk) {
-    for (int64_t i = 0; i < kChunk; ++i) staging.active[i] = i < count && args.loss_mask[begin + i];
+  if (is_ragged<E>(count)) {
+    for (int64_t i = 0; i < kLanes<E>; ++i) {
+      staging.active[i] = i < count && args.loss_mask[begin + i];
+    }
     chunk.active = staging.active;
   }
-  if (count < kChunk || args.gradient == nullptr) chunk.gradient = staging.gradient;
+  if (is_ragged<E>(count) || args.gradient == nullptr) chunk.gradient = staging.gradient;
   return chunk;
 }
 
-// Bytes 0 and 1 to masks 0 and -1.
+// Row by row: assigned as a whole, the sums would live in memory instead of registers.
 template <typename T>
-inline __attribute__((always_inline)) Mask<T> load_mask(const bool* tokens) {
-  constexpr int kLanes = sizeof(T) / sizeof(Element<T>);
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-  Bytes bytes;
-  memcpy(&bytes, tokens, sizeof(bytes));
-  return -__builtin_convertvector(bytes, Mask<T>);
+inline __attribute__((always_inline)) void copy_sums(const TileSums<T>& from, TileSums<T>& to) {
+  for (int row = 0; row < sum::kNumRows; ++row) to.sums[row] = from.sums[row];
+  for (int row = 0; row < count::kNumRows; ++row) to.counts[row] = from.counts[row];
+  to.log_ratio_min = from.log_ratio_min;
+  to.log_ratio_max = from.log_ratio_max;
 }
 
 template <typename E>
-inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk,
+inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int64_t count,
                                                      const LossParams<E>& params,
                                                      const TokenExtras& has,
                                                      TileSums<Vector<E>>& tile) {
   using T = Vector<E>;
-  constexpr int kLanes = sizeof(T) / sizeof(E);
-  TileSums<T> sums = tile;
-  for (int64_t i = 0; i < kChunk; i += kLanes) {
+  TileSums<T> sums;
+  copy_sums(tile, sums);
+  for (int64_t i = 0; i < count; i += kLanes<E>) {
     const Token<T> token = {load<T>(chunk.trainer + i),   load<T>(chunk.inference + i),
                             load<T>(chunk.advantage + i), load<T>(chunk.teacher + i),
                             load<T>(chunk.weight + i),    load_mask<T>(chunk.active + i),
@@ -123,18 +152,16 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk,
     store(chunk.gradient + i, loss.gradient);
     add_token(sums, token, loss, has);
   }
-  tile = sums;
+  copy_sums(sums, tile);
 }
 
 // The lanes of a vector of tile sums, added in order.
 template <typename E>
 inline __attribute__((always_inline)) TileSums<E> merge_lanes(const TileSums<Vector<E>>& vector) {
-  using T = Vector<E>;
-  constexpr int kLanes = sizeof(T) / sizeof(E);
   TileSums<E> total = empty_tile_sums<E>();
-  double sums[sum::kNumRows][kLanes];
+  double sums[sum::kNumRows][kLanes<E>];
   memcpy(sums, vector.sums, sizeof(sums));
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int lane = 0; lane < kLanes<E>; ++lane) {
     for (int row = 0; row < sum::kNumRows; ++row) total.sums[row] += sums[row][lane];
     for (int row = 0; row < count::kNumRows; ++row) {
       total.counts[row] += static_cast<uint32_t>(vector.counts[row][lane]);
@@ -152,13 +179,14 @@ inline __attribute__((always_inline)) TileSums<E> piece_sums(const IpoLossArgs& 
   Staging<E> staging;
   TileSums<Vector<E>> tile = empty_tile_sums<Vector<E>>();
   const TokenExtras has = extras_of(args);
-  for (int64_t first = begin; first < end; first += kChunk) {
-    const int64_t count = end - first < kChunk ? end - first : kChunk;
+  for (int64_t first = begin; first < end;) {
+    const int64_t count = chunk_tokens<E>(end - first);
     const Chunk<E> chunk = stage_chunk<E>(args, first, count, staging);
-    add_chunk<E>(chunk, params, has, tile);
+    add_chunk<E>(chunk, count, params, has, tile);
     if (args.gradient != nullptr && chunk.gradient == staging.gradient) {
       memcpy(static_cast<E*>(args.gradient) + first, staging.gradient, count * sizeof(E));
     }
+    first += count;
   }
   return merge_lanes<E>(tile);
 }

@@ -5,10 +5,6 @@
 
 namespace ipo_ext::cpu {
 
-// Lanes of the vector type T.
-template <typename T>
-constexpr int kLanesOf = sizeof(T) / sizeof(math::Element<T>);
-
 template <typename T>
 inline __attribute__((always_inline)) T load(const math::Element<T>* elements) {
   T value;
