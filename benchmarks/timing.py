@@ -156,6 +156,7 @@ class Plan(NamedTuple):
     warmup: int = 3
     least: int = 5  # timings of a subject, however slow it is
     most: int = 400
+    settle: int = 1  # untimed runs before each timed one: the caches are a subject's own
 
 
 def interleave(
@@ -172,13 +173,15 @@ def interleave(
         estimates = {name: _warm_up(steps, clock, plan) for name, steps in subjects.items()}
         share = plan.seconds / len(subjects)
         turns = {
-            name: max(plan.least, min(plan.most, int(share / seconds)))
+            name: max(plan.least, min(plan.most, int(share / seconds / (1 + plan.settle))))
             for name, seconds in estimates.items()
         }
         timings: dict[str, list[Durations]] = {name: [] for name in subjects}
         for name in _schedule(turns):
-            steps = subjects[name]
-            timings[name].append(clock.time(steps[len(timings[name]) % len(steps)]))
+            step = subjects[name][len(timings[name]) % len(subjects[name])]
+            for _ in range(plan.settle):
+                clock.time(step)
+            timings[name].append(clock.time(step))
         return timings
 
 

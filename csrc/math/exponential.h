@@ -69,7 +69,7 @@ constexpr E kMaxLog = ExponentialConstants<E>::kHighest;
 template <typename T>
 struct Exponential {
   T exp;                  // exp(x), x clamped to kMaxLog; NaN for NaN
-  T exp_minus_1_minus_x;  // finite for -max <= x <= 80
+  T exp_minus_1_minus_x;  // finite for -max <= x <= 80; within 12 epsilons, relative
 };
 
 // With x = n ln(2) + f: exp(x) = 2^n (1 + f + f^2 tail(f)).

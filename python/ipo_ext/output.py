@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+import torch.utils._pytree as pytree
 
 
 class IPOOutput(NamedTuple):
@@ -22,3 +23,7 @@ class IPOOutput(NamedTuple):
     metrics: Mapping[str, torch.Tensor]
     logprobs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+
+
+# So that an exported program that returns it can be saved.
+pytree._register_namedtuple(IPOOutput, serialized_type_name="ipo_ext.IPOOutput")

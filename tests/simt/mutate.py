@@ -268,6 +268,8 @@ def first_failure(library: Path, tests: str) -> str | None:
     )
     if done.returncode == 0:
         return None
+    if done.returncode < 0:
+        return f"a crash: signal {-done.returncode}"
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if done.returncode != 1 or not failed:
         raise RuntimeError(f"pytest: exit status {done.returncode}: {done.stdout}{done.stderr}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
 from simt import build
 
 NAMESPACE = "ipo_ext_simt"
