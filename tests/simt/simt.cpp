@@ -194,7 +194,7 @@ class Scheduler {
   std::deque<Thread> threads_;
   std::deque<Arena> arenas_;
   std::vector<std::vector<Thread*>> warps_;  // of the cluster, in the order of this round
-  std::size_t starved_ = 0;  // this many of the first warps
+  std::size_t starved_ = 0;                  // this many of the first warps
   Random random_{0};
 };
 
