@@ -181,8 +181,9 @@ __global__ void __launch_bounds__(kFaultThreads) find_faults(const LogitsArgs ar
   if (threadIdx.x == 0) *args.fault = faults > 0;
 }
 
+// The second bound only frees the compiler from aiming at more blocks than registers allow.
 template <typename Stored, int kThreads, int kCount>
-__global__ void __launch_bounds__(kThreads) logits_rows(const LogitsArgs args) {
+__global__ void __launch_bounds__(kThreads, 512 / kThreads) logits_rows(const LogitsArgs args) {
   using E = Compute<Stored>;
   RowStorage<E, kThreads>& storage = shared_storage<RowStorage<E, kThreads>>();
   const int64_t index = blockIdx.x;
