@@ -106,8 +106,8 @@ MUTATIONS = (
     Mutation(
         "wrong-gradient-index",
         KERNEL,
-        "static_cast<E*>(gradient) + index;",
-        "static_cast<E*>(gradient) + index / kCount;",
+        "static_cast<E*>(args.gradient) + index, gradients",
+        "static_cast<E*>(args.gradient) + index / kCount, gradients",
     ),
     Mutation(
         "unchecked-alignment",
@@ -133,8 +133,8 @@ MUTATIONS = (
     Mutation(
         "dropped-second-barrier",
         REDUCE,
-        "  __syncthreads();  // before",
-        "  // before",
+        "storage.warps[other]);\n  }\n  __syncthreads();",
+        "storage.warps[other]);\n  }",
         "whatever_the_schedule",
     ),
     Mutation(
