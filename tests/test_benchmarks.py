@@ -139,7 +139,7 @@ def test_subjects_take_turns_and_a_slow_one_sits_out_rounds() -> None:
 
         return [step, step]
 
-    plan = timing.Plan(seconds=2.0, warmup=1, least=5, most=100)
+    plan = timing.Plan(seconds=2.0, warmup=1, least=5, most=100, settle=0)
     subjects = {"fast": subject("fast", 0.02), "slow": subject("slow", 0.1)}
     timings = timing.interleave(subjects, _CountingClock(), plan)
     assert {name: len(values) for name, values in timings.items()} == {"fast": 50, "slow": 10}
