@@ -447,6 +447,30 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("columns", [33, 37, 47, 5001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_aligned_rows_with_a_ragged_end(
+    backend: Backend, dtype: torch.dtype, columns: int
+) -> None:
+    """Vector loads for the most of a row, and what is left of it one by one."""
+    rows = 3
+    room = torch.full((rows, columns // 16 * 16 + 16), math.nan, dtype=dtype)
+    room[:, :columns] = torch.randn(rows, columns)
+    room[:, columns - 1] = 9.0  # the last column decides the sums
+    logits = room.to(backend.device)[:, :columns]
+    labels = torch.randint(0, columns, (rows,), device=backend.device)
+    ours, entropy = ipo_ext.token_logprobs(logits, labels)
+
+    def expected(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        every = values.log_softmax(-1)
+        return every.gather(-1, labels.long()[:, None])[:, 0], -(every.exp() * every).sum(-1)
+
+    exact, exact_entropy = expected(logits.double())
+    naive, naive_entropy = expected(logits.to(ours.dtype))
+    assert_close(ours, naive, exact, scale=exact.abs() + 9, name="logprobs")
+    assert_close(entropy, naive_entropy, exact_entropy, scale=exact_entropy + 9, name="entropy")
+
+
 @pytest.mark.parametrize("labels_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 2)])
 def test_slices_and_shapes(

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from simt import build, operators
 
 WORKERS = 2
-TESTS = ("tests/test_ipo_loss.py", "tests/test_properties.py")
+TESTS = ("tests/test_ipo_loss.py", "tests/test_properties.py", "tests/test_logits.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ LOADS = "kernels/cuda/vector_load.cuh"
 SEGMENTS = "kernels/segments.h"
 LOSS = "math/token_loss.h"
 METRICS = "math/metrics.h"
+LOGITS = "kernels/cuda/logits.cu"
 
 MUTATIONS = (
     Mutation(
@@ -194,6 +195,20 @@ MUTATIONS = (
         METRICS,
         "a.log_ratio_max = larger(",
         "a.log_ratio_max = smaller(",
+    ),
+    Mutation(
+        "lost-row-remainder",
+        LOGITS,
+        "column < columns; column += kThreads",
+        "column + 1 < columns; column += kThreads",
+        "ragged_end",
+    ),
+    Mutation(
+        "lost-row-vector",
+        LOGITS,
+        "column < whole;",
+        "column + kCount < whole;",
+        "test_matches_float64",
     ),
 )
 

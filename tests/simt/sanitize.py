@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels under the address and undefined-behaviour sanitizers, on every memory case.
+"""Runs the CUDA kernels under the address and undefined-behaviour sanitizers, on nasty shapes.
 
 `python tests/simt/sanitize.py` exits 1 at the first report. The operators are built with sanitizers
 and loaded into an ordinary Python, whose allocations the preloaded runtime watches.
@@ -16,13 +16,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from simt import build, operators
 
+# Tier 1 runs every memory case below; tier 2 the tests that reach its shapes, strides and faults.
+TIER_2 = (
+    "simt and (matches_float64 or slices_and_shapes or long_rows or contract_faults or nonfinite)"
+)
+
 
 def main() -> int:
     if "--inside" in sys.argv:
         return run_cases()
     library = operators.build_operators(sanitize=build.ADDRESS_AND_UNDEFINED)
-    command = [sys.executable, __file__, "--inside"]
-    return subprocess.run(command, env=sanitized_environment(library)).returncode
+    tier_1 = [sys.executable, __file__, "--inside"]
+    tier_2 = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_logits.py", "-k", TIER_2]
+    for command in (tier_1, tier_2):
+        done = subprocess.run(command, cwd=build.ROOT, env=sanitized_environment(library))
+        if done.returncode != 0:
+            return 1
+    return 0
 
 
 def sanitized_environment(library: Path) -> dict[str, str]:
