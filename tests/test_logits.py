@@ -449,9 +449,7 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("columns", [33, 37, 47, 5001])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_aligned_rows_with_a_ragged_end(
-    backend: Backend, dtype: torch.dtype, columns: int
-) -> None:
+def test_aligned_rows_with_a_ragged_end(backend: Backend, dtype: torch.dtype, columns: int) -> None:
     """Vector loads for the most of a row, and what is left of it one by one."""
     rows = 3
     room = torch.full((rows, columns // 16 * 16 + 16), math.nan, dtype=dtype)
