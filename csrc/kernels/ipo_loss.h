@@ -37,6 +37,20 @@ struct IpoLossArgs {
   void* workspace;   // [workspace_bytes(args)], aligned to 16 bytes, uninitialised
 };
 
+// What the tiles leave for the second step, in args.workspace.
+template <typename E>
+struct Workspace {
+  math::TileSums<E>* slots;  // [segments.num_slots()]
+  double* tile_losses;       // [segments.num_tiles()]
+
+  static size_t bytes(const Segments& segments) {
+    return segments.num_slots() * sizeof(math::TileSums<E>) + segments.num_tiles() * sizeof(double);
+  }
+  IPO_HOST_DEVICE explicit Workspace(const IpoLossArgs& args)
+      : slots(static_cast<math::TileSums<E>*>(args.workspace)),
+        tile_losses(reinterpret_cast<double*>(slots + args.segments.num_slots())) {}
+};
+
 struct MetricMeansArgs {
   DType compute_dtype;
   int64_t segments;

@@ -16,19 +16,6 @@ constexpr int64_t kTileSize = 2048;
 constexpr int64_t kTilesPerThread = 4;  // fewer do not pay for waking a thread
 
 template <typename E>
-struct Workspace {
-  TileSums<E>* slots;   // [segments.num_slots()]
-  double* tile_losses;  // [segments.num_tiles()]
-
-  static size_t bytes(const Segments& segments) {
-    return segments.num_slots() * sizeof(TileSums<E>) + segments.num_tiles() * sizeof(double);
-  }
-  explicit Workspace(const IpoLossArgs& args)
-      : slots(static_cast<TileSums<E>*>(args.workspace)),
-        tile_losses(reinterpret_cast<double*>(slots + args.segments.num_slots())) {}
-};
-
-template <typename E>
 using PieceSums = TileSums<E> (*)(const IpoLossArgs&, const math::LossParams<E>&, int64_t begin,
                                   int64_t end);
 

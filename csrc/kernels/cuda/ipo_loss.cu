@@ -21,19 +21,6 @@ constexpr int kTokensPerLoad = 16 / sizeof(E);
 // Device helpers
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <typename E>
-struct Workspace {
-  TileSums<E>* slots;   // [segments.num_slots()]
-  double* tile_losses;  // [segments.num_tiles()]
-
-  static size_t bytes(const Segments& segments) {
-    return segments.num_slots() * sizeof(TileSums<E>) + segments.num_tiles() * sizeof(double);
-  }
-  __device__ explicit Workspace(const IpoLossArgs& args)
-      : slots(static_cast<TileSums<E>*>(args.workspace)),
-        tile_losses(reinterpret_cast<double*>(slots + args.segments.num_slots())) {}
-};
-
 struct MergeTiles {
   template <typename E>
   __device__ __forceinline__ TileSums<E> operator()(const TileSums<E>& a,
