@@ -36,14 +36,17 @@ struct LogitsMatrix {
 //   backward  grad_logprobs and grad_entropy set; logprobs is not used, entropy and softmax are
 //   read
 struct LogitsArgs {
-  DType compute_dtype;       // kFloat64 for fp64 logits, else kFloat32; below "compute"
-  LogitsMatrix logits;       // [rows, columns]
-  LogitsMatrix gradient;     // [rows, columns], dtype of the logits; no data where none is wanted
-  const void* labels;        // [rows] int32 or int64
-  DType label_dtype;         //
-  TokenInput temperatures;   // [rows], or null:
-  ScalarInput temperature;   // one for all rows
-  double softcap;            // 0 for none
+  DType compute_dtype;    // kFloat64 for fp64 logits, else kFloat32; below "compute"
+  LogitsMatrix logits;    // [rows, columns]
+  LogitsMatrix gradient;  // [rows, columns]; no data where none is wanted. Of the logits' dtype,
+                          // or fp16 or bf16 for fp32 logits; each of its rows may start where
+                          // that row of the logits does, which it then overwrites
+  int64_t max_active = std::numeric_limits<int64_t>::max();  // what the caller has promised
+  const void* labels;                                        // [rows] int32 or int64
+  DType label_dtype;                                         //
+  TokenInput temperatures;                                   // [rows], or null:
+  ScalarInput temperature;                                   // one for all rows
+  double softcap;                                            // 0 for none
   IpoLossArgs loss = {};     // tokens are the rows; its trainer_logprobs and outputs are not used
   bool normalized = true;    // whether the gradient already holds 1 / normalizer
   void* logprobs = nullptr;  // [rows] compute
@@ -52,7 +55,7 @@ struct LogitsArgs {
                              // exponentials; null where nothing will need them
   const void* grad_logprobs = nullptr;  // [rows] compute
   const void* grad_entropy = nullptr;   // [rows] compute
-  int32_t* fault = nullptr;             // [1], CUDA: filled by the launcher, not 0 poisons
+  int32_t* fault = nullptr;             // [1], CUDA: filled by find_faults; not 0 poisons
 };
 
 constexpr int64_t kIgnoredLabel = -100;
@@ -180,8 +183,11 @@ void scale(const ScaleArgs& args, const ParallelFor& parallel_for);
 
 namespace cuda {
 
-// Two launches on `stream`, no host synchronisation. A contract fault (a label or a temperature of
-// an active row, the loss's cu_seqlens or normalizer) sets *fault and makes every output NaN.
+// One launch each on `stream`, no host synchronisation. find_faults fills *args.fault: not 0 for a
+// contract fault, which is a label or a temperature of an active row, more active rows than
+// args.max_active, the loss's cu_seqlens or normalizer. It reads no logits. Under a fault logits()
+// makes every output NaN.
+const char* find_faults(const LogitsArgs& args, CUstream_st* stream);
 const char* logits(const LogitsArgs& args, CUstream_st* stream);
 const char* scale(const ScaleArgs& args, CUstream_st* stream);
 

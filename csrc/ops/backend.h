@@ -49,6 +49,11 @@ struct CudaBackend {
                  [&](CUstream_st* stream) { return cuda::metric_means(args, stream); });
   }
 
+  static void find_faults(const LogitsArgs& args, const Tensor& on) {
+    check_launch("find_faults", on,
+                 [&](CUstream_st* stream) { return cuda::find_faults(args, stream); });
+  }
+
   static void logits(const LogitsArgs& args, const Tensor& on) {
     check_launch("logits", on, [&](CUstream_st* stream) { return cuda::logits(args, stream); });
   }

@@ -67,6 +67,15 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     allocate(cu_seqlens.has_value(), with_gradient);
   }
 
+  // Only what a fault can hide in, for tokens whose log-probabilities do not exist yet.
+  IpoLossCall(const Tensor& like, const Tensor& loss_mask, const std::optional<Tensor>& cu_seqlens,
+              const std::optional<Tensor>& normalizer)
+      : like_(like) {
+    args.normalizer = scalar_input(normalizer, like_, "normalizer");
+    take_mask(loss_mask);
+    take_segments(cu_seqlens);
+  }
+
   // Checks the values that the backend can look at.
   template <typename Backend>
   void check_values() const {

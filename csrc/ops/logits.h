@@ -1,5 +1,6 @@
 // Tier 2's operators: from a tensor of logits to the kernels' matrix, and tier 1's call on the
-// log-probabilities that come out.
+// log-probabilities that come out. Tier 3 runs the same three steps (faults, rows, loss) one by
+// one, the middle one for each chunk.
 #pragma once
 
 #include <tuple>
@@ -16,6 +17,35 @@ inline constexpr const char* kIpoLossFromLogitsSchema =
     "with_gradient) "
     "-> (Tensor loss, Tensor gradient, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, "
     "Tensor extremes)";
+
+// The same, the gradient written over the logits.
+inline constexpr const char* kIpoLossFromLogitsInplaceSchema =
+    "ipo_loss_from_logits_(Tensor(a!) logits, Tensor labels, Tensor inference_logprobs, Tensor "
+    "advantages, Tensor loss_mask, Tensor? temperature, float softcap, "
+    "Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, "
+    "float log_low, float log_high, float adv_tau, float kl_tau, float teacher_tau) "
+    "-> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, Tensor extremes)";
+
+// 0 in the one element of `fault` where all is well. On the CPU a fault raises instead.
+inline constexpr const char* kFindFaultsSchema =
+    "find_faults(Tensor labels, Tensor? loss_mask, Tensor? temperature, SymInt columns, "
+    "SymInt max_active, Tensor? cu_seqlens, Tensor? normalizer) -> Tensor fault";
+
+// Log-probabilities and entropies of rows whose faults have been looked for, and their share of the
+// loss's gradient, which may be narrower than the logits and lie over them.
+inline constexpr const char* kIpoLossRowsSchema =
+    "ipo_loss_rows(Tensor logits, Tensor labels, Tensor inference_logprobs, Tensor advantages, "
+    "Tensor loss_mask, Tensor? temperature, float softcap, Tensor? teacher_logprobs, "
+    "Tensor? loss_weights, Tensor? normalizer, float log_low, float log_high, float adv_tau, "
+    "float kl_tau, float teacher_tau, Tensor fault, Tensor(a!)? gradient) "
+    "-> (Tensor logprobs, Tensor entropy)";
+
+// Loss and metrics of all rows.
+inline constexpr const char* kIpoLossOfRowsSchema =
+    "ipo_loss_of_rows(Tensor logprobs, Tensor entropy, Tensor inference_logprobs, Tensor "
+    "advantages, Tensor loss_mask, Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? "
+    "cu_seqlens, Tensor? normalizer, float log_low, float log_high, float adv_tau, float kl_tau, "
+    "float teacher_tau, Tensor fault) -> (Tensor loss, Tensor means, Tensor sums, Tensor extremes)";
 
 inline constexpr const char* kTokenLogprobsSchema =
     "token_logprobs(Tensor logits, Tensor labels, Tensor? temperature, float softcap) "
@@ -40,6 +70,7 @@ class __attribute__((visibility("hidden"))) LogitsTensor {
     IPO_EXT_CHECK(tensor.dim() > 0, "logits: expected shape [..., vocabulary], got a 0-dim tensor");
     if (!describe()) {
       tensor_ = torch::stable::contiguous(tensor_);
+      is_copy_ = true;
       describe();
     }
     matrix_.data = const_cast<void*>(tensor_.const_data_ptr());
@@ -47,6 +78,7 @@ class __attribute__((visibility("hidden"))) LogitsTensor {
     IPO_EXT_CHECK(is_floating(matrix_.dtype), "logits: expected a floating dtype");
   }
   const LogitsMatrix& matrix() const { return matrix_; }
+  bool is_copy() const { return is_copy_; }
 
  private:
   // Folds the dimensions before the last, from the inside: first into rows of a block, then, from
@@ -79,7 +111,19 @@ class __attribute__((visibility("hidden"))) LogitsTensor {
 
   Tensor tensor_;
   LogitsMatrix matrix_;
+  bool is_copy_ = false;
 };
+
+// Whether no element of the matrix belongs to two rows: rows within blocks, or blocks within rows.
+inline bool rows_are_apart(const LogitsMatrix& matrix) {
+  const int64_t blocks = matrix.rows / matrix.block_rows;
+  const auto apart = [&](int64_t inner, int64_t inner_stride, int64_t outer, int64_t outer_stride) {
+    const int64_t extent = (inner - 1) * inner_stride + matrix.columns;
+    return (inner == 1 || inner_stride >= matrix.columns) && (outer <= 1 || outer_stride >= extent);
+  };
+  return apart(matrix.block_rows, matrix.row_stride, blocks, matrix.block_stride) ||
+         apart(blocks, matrix.block_stride, matrix.block_rows, matrix.row_stride);
+}
 
 // The same matrix, contiguous: where the gradient goes.
 inline LogitsMatrix contiguous_like(const LogitsMatrix& logits, void* data) {
@@ -93,8 +137,10 @@ inline LogitsMatrix contiguous_like(const LogitsMatrix& logits, void* data) {
 
 // CPU only: reads the values. The word "labels" at the start tells Python to raise IndexError.
 inline void check_rows(const LogitsArgs& args) {
+  int64_t active = 0;
   for (int64_t row = 0; row < args.logits.rows; ++row) {
     if (!row_is_active(args, row)) continue;
+    ++active;
     IPO_EXT_CHECK(label_is_valid(args, row), "labels: expected a token in [0, ",
                   args.logits.columns, ") wherever a row is active, got ", label_of(args, row),
                   " at row ", row);
@@ -102,40 +148,77 @@ inline void check_rows(const LogitsArgs& args) {
                   "temperature: expected a finite number > 0 wherever a row is active, got ",
                   temperature_of(args, row), " at row ", row);
   }
+  IPO_EXT_CHECK(active <= args.max_active, "num_active: expected at least the ", active,
+                " tokens that loss_mask has, got ", args.max_active);
 }
 
-// One call of tier 2's kernels: checks the inputs that all operators share and owns what they need.
-class __attribute__((visibility("hidden"))) LogitsCall {
+// The answer of an earlier call of find_faults.
+inline int32_t* fault_flag(const Tensor& fault, const Tensor& like) {
+  IPO_EXT_CHECK(
+      fault.scalar_type() == ScalarType::Int && fault.numel() == 1 && same_device(fault, like),
+      "fault: expected what find_faults has returned");
+  return static_cast<int32_t*>(fault.mutable_data_ptr());
+}
+
+// Labels and temperatures of rows: all that a call needs to look for faults.
+class __attribute__((visibility("hidden"))) RowsCall {
  public:
-  LogitsCall(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& temperature,
-             double softcap)
-      : on_(logits), logits_(logits), labels_(as_contiguous(labels)) {
-    args.logits = logits_.matrix();
-    args.compute_dtype = is_float64(logits) ? DType::kFloat64 : DType::kFloat32;
+  RowsCall(const Tensor& labels, int64_t columns, const std::optional<Tensor>& temperature)
+      : labels_(as_contiguous(labels)) {
+    args.logits.rows = labels.numel();
+    args.logits.columns = columns;
     args.labels = labels_.const_data_ptr();
     args.label_dtype = dtype_of(labels_, "labels");
-    args.softcap = softcap;
     IPO_EXT_CHECK(!is_floating(args.label_dtype), "labels: expected dtype int32 or int64");
-    IPO_EXT_CHECK(labels.numel() == args.logits.rows && same_device(labels, logits),
-                  "labels: expected ", args.logits.rows, " tokens on the device of logits, got ",
-                  labels.numel());
     if (temperature.has_value() && temperature->dim() > 0) {
       temperatures_ = PerToken(*temperature, labels_, "temperature");
       args.temperatures = temperatures_->input();
     } else {
-      args.temperature = scalar_input(temperature, logits, "temperature");
+      args.temperature = scalar_input(temperature, labels_, "temperature");
     }
   }
 
-  ScalarType compute() const {
-    return args.compute_dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  // Raises on the CPU, else leaves the answer in `fault`, on the device.
+  template <typename Backend>
+  void find_faults() {
+    fault = empty({1}, ScalarType::Int, labels_);
+    args.fault = static_cast<int32_t*>(fault.mutable_data_ptr());
+    if constexpr (Backend::kFaultsRaise) {
+      check_rows(args);
+      *args.fault = 0;
+    } else {
+      Backend::find_faults(args, labels_);
+    }
   }
 
-  // A new tensor in the compute dtype, of which the kernel knows the address.
-  Tensor per_token(void*& data) const {
-    Tensor tensor = empty(sizes_of(labels_), compute(), on_);
-    data = tensor.mutable_data_ptr();
-    return tensor;
+  LogitsArgs args = {};
+  Tensor fault;
+
+ protected:
+  Tensor labels_;
+
+ private:
+  std::optional<PerToken> temperatures_;
+};
+
+// One call of tier 2's kernels: checks the inputs that all operators share and owns what they need.
+class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
+ public:
+  LogitsCall(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& temperature,
+             double softcap)
+      : RowsCall(labels, logits.size(-1), temperature), on_(logits), logits_(logits) {
+    args.logits = logits_.matrix();
+    args.compute_dtype = is_float64(logits) ? DType::kFloat64 : DType::kFloat32;
+    args.softcap = softcap;
+    IPO_EXT_CHECK(labels.numel() == args.logits.rows && same_device(labels, logits),
+                  "labels: expected ", args.logits.rows, " tokens on the device of logits, got ",
+                  labels.numel());
+  }
+
+  // [rows] or [count, rows] in the compute dtype, of which the kernel knows the address.
+  Tensor per_token(void*& data) const { return new_output(sizes_of(labels_), data); }
+  Tensor per_token(int64_t count, void*& data) const {
+    return new_output({count, args.logits.rows}, data);
   }
 
   // An input that this tier's own operators have made: [rows] or [2, rows], in the compute dtype.
@@ -153,27 +236,76 @@ class __attribute__((visibility("hidden"))) LogitsCall {
     return gradient;
   }
 
+  void write_gradient_over_logits() {
+    IPO_EXT_CHECK(!logits_.is_copy() && rows_are_apart(args.logits),
+                  "logits: expected rows of adjacent elements that share no memory, so that the "
+                  "gradient can be written over them");
+    args.gradient = args.logits;
+  }
+
+  // Into a tensor of the same shape, fp16 or bf16 for fp32 logits; it may lie over them.
+  void write_gradient_to(const Tensor& gradient) {
+    const LogitsTensor matrix(gradient);
+    args.gradient = matrix.matrix();
+    const DType dtype = args.gradient.dtype;
+    const bool narrower = args.logits.dtype == DType::kFloat32 && dtype != DType::kFloat64;
+    IPO_EXT_CHECK(!matrix.is_copy() && rows_are_apart(args.gradient) &&
+                      args.gradient.rows == args.logits.rows &&
+                      args.gradient.columns == args.logits.columns && same_device(gradient, on_),
+                  "gradient: expected the shape and the device of logits, its rows apart");
+    IPO_EXT_CHECK(dtype == args.logits.dtype || narrower,
+                  "gradient: expected the dtype of logits, or fp16 or bf16 for fp32 logits");
+  }
+
   template <typename Backend>
   void run() {
-    if constexpr (Backend::kFaultsRaise) {
-      check_rows(args);
-    } else {
-      fault_ = empty({1}, ScalarType::Int, on_);
-      args.fault = static_cast<int32_t*>(fault_.mutable_data_ptr());
-    }
     Backend::logits(args, on_);
   }
 
-  LogitsArgs args = {};
+  LogitsCall(const LogitsCall&) = delete;
 
  private:
+  ScalarType compute() const {
+    return args.compute_dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  }
+  Tensor new_output(std::vector<int64_t> sizes, void*& data) const {
+    Tensor tensor = empty(std::move(sizes), compute(), on_);
+    data = tensor.mutable_data_ptr();
+    return tensor;
+  }
+
   Tensor on_;
   LogitsTensor logits_;
-  Tensor labels_;
-  std::optional<PerToken> temperatures_;
   std::vector<Tensor> kept_;
-  Tensor fault_;
 };
+
+// The rows' part of a loss: log-probabilities, entropies and, where the call has a place for it,
+// the gradient.
+template <typename Backend>
+void run_rows(LogitsCall& rows, const IpoLossCall& loss) {
+  rows.args.loss = loss.args;
+  rows.args.normalized = rows.args.gradient.dtype != DType::kFloat16;  // it would underflow
+  rows.run<Backend>();
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logits(
+    LogitsCall& rows, const Tensor& inference_logprobs, const Tensor& advantages,
+    const Tensor& loss_mask, const std::optional<Tensor>& teacher_logprobs,
+    const std::optional<Tensor>& loss_weights, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& normalizer, const math::LossParams<double>& params) {
+  const Tensor logprobs = rows.per_token(rows.args.logprobs);
+  const Tensor entropy = rows.per_token(rows.args.entropy);
+  IpoLossCall loss(logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
+                   loss_weights, cu_seqlens, normalizer, entropy, params, false);
+  loss.check_values<Backend>();
+  rows.args.loss = loss.args;
+  rows.find_faults<Backend>();
+  run_rows<Backend>(rows, loss);
+  loss.args.fault = rows.args.fault;
+  loss.run<Backend>();
+  return {loss.loss, logprobs, entropy, loss.means, loss.sums, loss.extremes};
+}
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits(
@@ -183,21 +315,76 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from
     std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer, double log_low,
     double log_high, double adv_tau, double kl_tau, double teacher_tau, bool with_gradient) {
   LogitsCall rows(logits, labels, temperature, softcap);
-  const Tensor logprobs = rows.per_token(rows.args.logprobs);
-  const Tensor entropy = rows.per_token(rows.args.entropy);
   const Tensor gradient =
       with_gradient ? rows.new_gradient() : empty({0}, logits.scalar_type(), logits);
+  const auto [loss, logprobs, entropy, means, sums, extremes] = loss_of_logits<Backend>(
+      rows, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights, cu_seqlens,
+      normalizer, {log_low, log_high, adv_tau, kl_tau, teacher_tau, 1});
+  return {loss, gradient, logprobs, entropy, means, sums, extremes};
+}
 
-  IpoLossCall call(logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits_(
+    const Tensor& logits, const Tensor& labels, const Tensor& inference_logprobs,
+    const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> temperature,
+    double softcap, std::optional<Tensor> teacher_logprobs, std::optional<Tensor> loss_weights,
+    std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer, double log_low,
+    double log_high, double adv_tau, double kl_tau, double teacher_tau) {
+  LogitsCall rows(logits, labels, temperature, softcap);
+  rows.write_gradient_over_logits();
+  return loss_of_logits<Backend>(rows, inference_logprobs, advantages, loss_mask, teacher_logprobs,
+                                 loss_weights, cu_seqlens, normalizer,
+                                 {log_low, log_high, adv_tau, kl_tau, teacher_tau, 1});
+}
+
+template <typename Backend>
+Tensor find_faults(const Tensor& labels, std::optional<Tensor> loss_mask,
+                   std::optional<Tensor> temperature, int64_t columns, int64_t max_active,
+                   std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer) {
+  RowsCall rows(labels, columns, temperature);
+  rows.args.max_active = max_active;
+  std::optional<IpoLossCall> loss;
+  if (loss_mask.has_value()) {
+    loss.emplace(labels, *loss_mask, cu_seqlens, normalizer);
+    loss->check_values<Backend>();
+    rows.args.loss = loss->args;
+  }
+  rows.find_faults<Backend>();
+  return rows.fault;
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> ipo_loss_rows(
+    const Tensor& logits, const Tensor& labels, const Tensor& inference_logprobs,
+    const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> temperature,
+    double softcap, std::optional<Tensor> teacher_logprobs, std::optional<Tensor> loss_weights,
+    std::optional<Tensor> normalizer, double log_low, double log_high, double adv_tau,
+    double kl_tau, double teacher_tau, const Tensor& fault, std::optional<Tensor> gradient) {
+  LogitsCall rows(logits, labels, temperature, softcap);
+  const Tensor logprobs = rows.per_token(rows.args.logprobs);
+  const Tensor entropy = rows.per_token(rows.args.entropy);
+  if (gradient.has_value()) rows.write_gradient_to(*gradient);
+  rows.args.fault = fault_flag(fault, logits);
+  const IpoLossCall loss(logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
+                         loss_weights, std::nullopt, normalizer, std::nullopt,
+                         {log_low, log_high, adv_tau, kl_tau, teacher_tau, 1}, false);
+  run_rows<Backend>(rows, loss);
+  return {logprobs, entropy};
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> ipo_loss_of_rows(
+    const Tensor& logprobs, const Tensor& entropy, const Tensor& inference_logprobs,
+    const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> teacher_logprobs,
+    std::optional<Tensor> loss_weights, std::optional<Tensor> cu_seqlens,
+    std::optional<Tensor> normalizer, double log_low, double log_high, double adv_tau,
+    double kl_tau, double teacher_tau, const Tensor& fault) {
+  IpoLossCall loss(logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
                    loss_weights, cu_seqlens, normalizer, entropy,
                    {log_low, log_high, adv_tau, kl_tau, teacher_tau, 1}, false);
-  call.check_values<Backend>();
-  rows.args.loss = call.args;
-  rows.args.normalized = logits.scalar_type() != ScalarType::Half;  // fp16 would underflow
-  rows.run<Backend>();
-  call.args.fault = rows.args.fault;
-  call.run<Backend>();
-  return {call.loss, gradient, logprobs, entropy, call.means, call.sums, call.extremes};
+  loss.args.fault = fault_flag(fault, logprobs);
+  loss.run<Backend>();
+  return {loss.loss, loss.means, loss.sums, loss.extremes};
 }
 
 template <typename Backend>
@@ -207,8 +394,8 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Te
   LogitsCall rows(logits, labels, temperature, softcap);
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
-  const Tensor softmax = empty({2, rows.args.logits.rows}, rows.compute(), logits);
-  rows.args.softmax = softmax.mutable_data_ptr();
+  const Tensor softmax = rows.per_token(2, rows.args.softmax);
+  rows.find_faults<Backend>();
   rows.run<Backend>();
   return {logprobs, entropy, softmax};
 }
@@ -225,6 +412,7 @@ Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
   rows.args.grad_logprobs = rows.saved(grad_logprobs, count, "grad_logprobs");
   rows.args.grad_entropy = rows.saved(grad_entropy, count, "grad_entropy");
   const Tensor gradient = rows.new_gradient();
+  rows.find_faults<Backend>();
   rows.run<Backend>();
   return gradient;
 }

@@ -19,6 +19,10 @@ STABLE_TORCH_LIBRARY(IPO_EXT_NAMESPACE, m) {
   m.def(ipo_ext::kIpoLossSchema);
   m.def(ipo_ext::kMetricMeansSchema);
   m.def(ipo_ext::kIpoLossFromLogitsSchema);
+  m.def(ipo_ext::kIpoLossFromLogitsInplaceSchema);
+  m.def(ipo_ext::kFindFaultsSchema);
+  m.def(ipo_ext::kIpoLossRowsSchema);
+  m.def(ipo_ext::kIpoLossOfRowsSchema);
   m.def(ipo_ext::kTokenLogprobsSchema);
   m.def(ipo_ext::kTokenLogprobsBackwardSchema);
   m.def(ipo_ext::kScaleSchema);
@@ -29,6 +33,10 @@ STABLE_TORCH_LIBRARY(IPO_EXT_NAMESPACE, m) {
     m.impl("ipo_loss", TORCH_BOX(&ipo_ext::ipo_loss<Backend>));                               \
     m.impl("metric_means", TORCH_BOX(&ipo_ext::metric_means<Backend>));                       \
     m.impl("ipo_loss_from_logits", TORCH_BOX(&ipo_ext::ipo_loss_from_logits<Backend>));       \
+    m.impl("ipo_loss_from_logits_", TORCH_BOX(&ipo_ext::ipo_loss_from_logits_<Backend>));     \
+    m.impl("find_faults", TORCH_BOX(&ipo_ext::find_faults<Backend>));                         \
+    m.impl("ipo_loss_rows", TORCH_BOX(&ipo_ext::ipo_loss_rows<Backend>));                     \
+    m.impl("ipo_loss_of_rows", TORCH_BOX(&ipo_ext::ipo_loss_of_rows<Backend>));               \
     m.impl("token_logprobs", TORCH_BOX(&ipo_ext::token_logprobs<Backend>));                   \
     m.impl("token_logprobs_backward", TORCH_BOX(&ipo_ext::token_logprobs_backward<Backend>)); \
     m.impl("scale_", TORCH_BOX(&ipo_ext::scale_<Backend>));                                   \

@@ -60,6 +60,7 @@ inline void check_per_token(const Tensor& tensor, const Tensor& trainer_logprobs
 // A per-token tensor as a kernel reads it; holds the contiguous copy where one was needed.
 class __attribute__((visibility("hidden"))) PerToken {
  public:
+  PerToken() = default;
   PerToken(const Tensor& tensor, const Tensor& trainer_logprobs, const char* name)
       : tensor_(as_contiguous(tensor)), input_{tensor_->const_data_ptr(), dtype_of(tensor, name)} {
     check_per_token(tensor, trainer_logprobs, name);

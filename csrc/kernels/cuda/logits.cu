@@ -34,6 +34,10 @@ struct Larger {
   }
 };
 
+struct Plus {
+  __device__ __forceinline__ int64_t operator()(int64_t a, int64_t b) const { return a + b; }
+};
+
 struct MergeRowSums {
   __device__ __forceinline__ RowSums operator()(const RowSums& a, const RowSums& b) const {
     return merge(a, b);
@@ -166,19 +170,24 @@ __device__ __forceinline__ RowPlan<E> plan_row(const LogitsArgs& args, int64_t i
 // ---------------------------------------------------------------------------------------------------------------------
 
 // One block looks at whatever a host would have to synchronise for, before any row is read.
-__global__ void __launch_bounds__(kFaultThreads) find_faults(const LogitsArgs args) {
+__global__ void __launch_bounds__(kFaultThreads) look_for_faults(const LogitsArgs args) {
+  BlockReduceStorage<int64_t, kFaultThreads>& storage =
+      shared_storage<BlockReduceStorage<int64_t, kFaultThreads>>();
   bool fault = false;
+  int64_t active = 0;
   for (int64_t row = threadIdx.x; row < args.logits.rows; row += kFaultThreads) {
-    if (row_is_active(args, row))
-      fault |= !label_is_valid(args, row) || !temperature_is_valid(args, row);
+    if (!row_is_active(args, row)) continue;
+    ++active;
+    fault |= !label_is_valid(args, row) || !temperature_is_valid(args, row);
   }
+  active = block_reduce<kFaultThreads>(active, Plus(), storage);
   if (has_loss(args)) {
     for (int64_t s = threadIdx.x; s <= args.loss.segments.count; s += kFaultThreads)
       fault |= !args.loss.segments.entry_is_valid(s);
     fault |= !(load_scalar(args.loss.normalizer) >= 0);
   }
   const int faults = __syncthreads_count(fault);
-  if (threadIdx.x == 0) *args.fault = faults > 0;
+  if (threadIdx.x == 0) *args.fault = faults > 0 || active > args.max_active;
 }
 
 // The second bound only frees the compiler from aiming at more blocks than registers allow.
@@ -289,9 +298,13 @@ cudaError_t launch_scale(const ScaleArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
+const char* find_faults(const LogitsArgs& args, CUstream_st* stream) {
+  using Storage = BlockReduceStorage<int64_t, kFaultThreads>;
+  return error_text(launch(look_for_faults, 1, kFaultThreads, sizeof(Storage), stream, args));
+}
+
 const char* logits(const LogitsArgs& args, CUstream_st* stream) {
-  const cudaError_t error = launch(find_faults, 1, kFaultThreads, 0, stream, args);
-  if (error != cudaSuccess || args.logits.rows == 0) return error_text(error);
+  if (args.logits.rows == 0) return nullptr;
   return error_text(IPO_EXT_FOR_DTYPE(args.logits.dtype, launch_variant));
 }
 
