@@ -55,6 +55,17 @@ inline constexpr const char* kTokenLogprobsBackwardSchema =
     "token_logprobs_backward(Tensor logits, Tensor labels, Tensor? temperature, float softcap, "
     "Tensor entropy, Tensor softmax, Tensor grad_logprobs, Tensor grad_entropy) -> Tensor";
 
+// The two of a chunk, whose faults have been looked for: `gradient` may be narrower than the logits
+// and lie over them.
+inline constexpr const char* kTokenLogprobsRowsSchema =
+    "token_logprobs_rows(Tensor logits, Tensor labels, Tensor? temperature, float softcap, Tensor "
+    "fault) -> (Tensor logprobs, Tensor entropy, Tensor softmax)";
+
+inline constexpr const char* kTokenLogprobsRowsBackwardSchema =
+    "token_logprobs_rows_backward(Tensor logits, Tensor labels, Tensor? temperature, float "
+    "softcap, Tensor entropy, Tensor softmax, Tensor grad_logprobs, Tensor grad_entropy, Tensor "
+    "fault, Tensor(a!) gradient) -> ()";
+
 inline constexpr const char* kScaleSchema = "scale_(Tensor(a!) gradient, Tensor factor) -> ()";
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
@@ -388,16 +399,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ipo_loss_of_rows(
 }
 
 template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor> forward_rows(LogitsCall& rows) {
+  const Tensor logprobs = rows.per_token(rows.args.logprobs);
+  const Tensor entropy = rows.per_token(rows.args.entropy);
+  const Tensor softmax = rows.per_token(2, rows.args.softmax);
+  rows.run<Backend>();
+  return {logprobs, entropy, softmax};
+}
+
+template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels,
                                                   std::optional<Tensor> temperature,
                                                   double softcap) {
   LogitsCall rows(logits, labels, temperature, softcap);
-  const Tensor logprobs = rows.per_token(rows.args.logprobs);
-  const Tensor entropy = rows.per_token(rows.args.entropy);
-  const Tensor softmax = rows.per_token(2, rows.args.softmax);
   rows.find_faults<Backend>();
+  return forward_rows<Backend>(rows);
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor> token_logprobs_rows(const Tensor& logits, const Tensor& labels,
+                                                       std::optional<Tensor> temperature,
+                                                       double softcap, const Tensor& fault) {
+  LogitsCall rows(logits, labels, temperature, softcap);
+  rows.args.fault = fault_flag(fault, logits);
+  return forward_rows<Backend>(rows);
+}
+
+template <typename Backend>
+void backward_rows(LogitsCall& rows, const Tensor& entropy, const Tensor& softmax,
+                   const Tensor& grad_logprobs, const Tensor& grad_entropy) {
+  const int64_t count = rows.args.logits.rows;
+  rows.args.entropy = rows.saved(entropy, count, "entropy");
+  rows.args.softmax = rows.saved(softmax, 2 * count, "softmax");
+  rows.args.grad_logprobs = rows.saved(grad_logprobs, count, "grad_logprobs");
+  rows.args.grad_entropy = rows.saved(grad_entropy, count, "grad_entropy");
   rows.run<Backend>();
-  return {logprobs, entropy, softmax};
 }
 
 template <typename Backend>
@@ -406,15 +442,22 @@ Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
                                const Tensor& entropy, const Tensor& softmax,
                                const Tensor& grad_logprobs, const Tensor& grad_entropy) {
   LogitsCall rows(logits, labels, temperature, softcap);
-  const int64_t count = rows.args.logits.rows;
-  rows.args.entropy = rows.saved(entropy, count, "entropy");
-  rows.args.softmax = rows.saved(softmax, 2 * count, "softmax");
-  rows.args.grad_logprobs = rows.saved(grad_logprobs, count, "grad_logprobs");
-  rows.args.grad_entropy = rows.saved(grad_entropy, count, "grad_entropy");
   const Tensor gradient = rows.new_gradient();
   rows.find_faults<Backend>();
-  rows.run<Backend>();
+  backward_rows<Backend>(rows, entropy, softmax, grad_logprobs, grad_entropy);
   return gradient;
+}
+
+template <typename Backend>
+void token_logprobs_rows_backward(const Tensor& logits, const Tensor& labels,
+                                  std::optional<Tensor> temperature, double softcap,
+                                  const Tensor& entropy, const Tensor& softmax,
+                                  const Tensor& grad_logprobs, const Tensor& grad_entropy,
+                                  const Tensor& fault, const Tensor& gradient) {
+  LogitsCall rows(logits, labels, temperature, softcap);
+  rows.write_gradient_to(gradient);
+  rows.args.fault = fault_flag(fault, logits);
+  backward_rows<Backend>(rows, entropy, softmax, grad_logprobs, grad_entropy);
 }
 
 template <typename Backend>

@@ -25,21 +25,27 @@ STABLE_TORCH_LIBRARY(IPO_EXT_NAMESPACE, m) {
   m.def(ipo_ext::kIpoLossOfRowsSchema);
   m.def(ipo_ext::kTokenLogprobsSchema);
   m.def(ipo_ext::kTokenLogprobsBackwardSchema);
+  m.def(ipo_ext::kTokenLogprobsRowsSchema);
+  m.def(ipo_ext::kTokenLogprobsRowsBackwardSchema);
   m.def(ipo_ext::kScaleSchema);
 }
 
-#define IPO_EXT_REGISTER(key, Backend)                                                        \
-  STABLE_TORCH_LIBRARY_IMPL(IPO_EXT_NAMESPACE, key, m) {                                      \
-    m.impl("ipo_loss", TORCH_BOX(&ipo_ext::ipo_loss<Backend>));                               \
-    m.impl("metric_means", TORCH_BOX(&ipo_ext::metric_means<Backend>));                       \
-    m.impl("ipo_loss_from_logits", TORCH_BOX(&ipo_ext::ipo_loss_from_logits<Backend>));       \
-    m.impl("ipo_loss_from_logits_", TORCH_BOX(&ipo_ext::ipo_loss_from_logits_<Backend>));     \
-    m.impl("find_faults", TORCH_BOX(&ipo_ext::find_faults<Backend>));                         \
-    m.impl("ipo_loss_rows", TORCH_BOX(&ipo_ext::ipo_loss_rows<Backend>));                     \
-    m.impl("ipo_loss_of_rows", TORCH_BOX(&ipo_ext::ipo_loss_of_rows<Backend>));               \
-    m.impl("token_logprobs", TORCH_BOX(&ipo_ext::token_logprobs<Backend>));                   \
-    m.impl("token_logprobs_backward", TORCH_BOX(&ipo_ext::token_logprobs_backward<Backend>)); \
-    m.impl("scale_", TORCH_BOX(&ipo_ext::scale_<Backend>));                                   \
+#define IPO_EXT_IMPL(op, Backend) m.impl(#op, TORCH_BOX(&ipo_ext::op<Backend>));
+
+#define IPO_EXT_REGISTER(key, Backend)                   \
+  STABLE_TORCH_LIBRARY_IMPL(IPO_EXT_NAMESPACE, key, m) { \
+    IPO_EXT_IMPL(ipo_loss, Backend)                      \
+    IPO_EXT_IMPL(metric_means, Backend)                  \
+    IPO_EXT_IMPL(ipo_loss_from_logits, Backend)          \
+    IPO_EXT_IMPL(ipo_loss_from_logits_, Backend)         \
+    IPO_EXT_IMPL(find_faults, Backend)                   \
+    IPO_EXT_IMPL(ipo_loss_rows, Backend)                 \
+    IPO_EXT_IMPL(ipo_loss_of_rows, Backend)              \
+    IPO_EXT_IMPL(token_logprobs, Backend)                \
+    IPO_EXT_IMPL(token_logprobs_backward, Backend)       \
+    IPO_EXT_IMPL(token_logprobs_rows, Backend)           \
+    IPO_EXT_IMPL(token_logprobs_rows_backward, Backend)  \
+    IPO_EXT_IMPL(scale_, Backend)                        \
   }
 
 #ifdef IPO_EXT_WITH_CPU

@@ -3,19 +3,29 @@
 from ipo_ext import reference
 from ipo_ext._C import VERSION as __version__
 from ipo_ext.config import IPOConfig
-from ipo_ext.functional import ipo_loss, ipo_loss_from_logits, token_logprobs
+from ipo_ext.functional import (
+    ipo_loss,
+    ipo_loss_from_hidden,
+    ipo_loss_from_logits,
+    linear_token_logprobs,
+    token_logprobs,
+)
 from ipo_ext.metrics import IPOMetrics
-from ipo_ext.modules import IPOLoss
+from ipo_ext.modules import IPOLMHead, IPOLoss, LinearIPOLoss
 from ipo_ext.output import IPOOutput
 
 __all__ = [
     "IPOConfig",
+    "IPOLMHead",
     "IPOLoss",
     "IPOMetrics",
     "IPOOutput",
+    "LinearIPOLoss",
     "__version__",
     "ipo_loss",
+    "ipo_loss_from_hidden",
     "ipo_loss_from_logits",
+    "linear_token_logprobs",
     "reference",
     "token_logprobs",
 ]

@@ -24,9 +24,12 @@ class _Like(NamedTuple):
 
 def compute_dtype(trainer_logprobs: torch.Tensor, inference_logprobs: torch.Tensor) -> torch.dtype:
     """float64 if either log-probability is, else float32."""
-    if torch.float64 in (trainer_logprobs.dtype, inference_logprobs.dtype):
-        return torch.float64
-    return torch.float32
+    return widened(torch.promote_types(trainer_logprobs.dtype, inference_logprobs.dtype))
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """What a tier computes in that sees tensors of ``dtype``: float64 or float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def check_per_token_loss(
@@ -92,17 +95,82 @@ def check_logits(
     check_device_supported("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape [..., vocabulary], got {_shape(logits)}")
+    _check_labels(labels, _Like("logits", logits), temperature)
+
+
+def _check_labels(labels: torch.Tensor, rows: _Like, temperature: torch.Tensor | None) -> None:
+    """Raises unless there is a label, and a temperature if they differ, for each row."""
     _check_tensor("labels", labels, LABELS)
-    if labels.shape != logits.shape[:-1]:
+    if labels.shape != rows.tensor.shape[:-1]:
         raise ValueError(
-            f"labels: expected shape {_shape(logits)[:-1]}, that of logits {_shape(logits)} "
-            f"without its last dimension, got {_shape(labels)}"
+            f"labels: expected shape {_shape(rows.tensor)[:-1]}, that of {rows.name} "
+            f"{_shape(rows.tensor)} without its last dimension, got {_shape(labels)}"
         )
-    _check_device("labels", labels, _Like("logits", logits))
+    _check_device("labels", labels, rows)
     if temperature is not None and temperature.dim() > 0:
         _check_per_token("temperature", temperature, FLOATING, _Like("labels", labels))
     elif temperature is not None:
-        _check_scalar("temperature", temperature, FLOATING, _Like("logits", logits))
+        _check_scalar("temperature", temperature, FLOATING, rows)
+
+
+def check_hidden_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    temperature: torch.Tensor | None,
+    teacher_logprobs: torch.Tensor | None,
+    loss_weights: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    normalizer: torch.Tensor | None,
+    teacher_tau: float,
+) -> None:
+    """Raises unless the arguments of tier 3 agree."""
+    check_hidden(hidden, weight, labels, temperature)
+    _check_constants_of_loss(
+        _Like("labels", labels),
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        teacher_logprobs,
+        loss_weights,
+        cu_seqlens,
+        normalizer,
+        teacher_tau,
+    )
+
+
+def check_hidden(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: torch.Tensor | None,
+) -> None:
+    """Raises unless hidden states, weight, labels and temperature agree."""
+    _check_tensor("hidden", hidden, FLOATING)
+    check_device_supported("hidden", hidden)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden: expected shape [..., width], got {_shape(hidden)}")
+    _check_tensor("weight", weight, FLOATING)
+    if type(weight).__name__ == "DTensor":
+        raise TypeError(
+            "weight: expected a plain tensor, got a DTensor: a head that is spread over ranks is "
+            "not supported; pass weight.full_tensor()"
+        )
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight: expected shape [vocabulary, {hidden.shape[-1]}] for hidden "
+            f"{_shape(hidden)}, got {_shape(weight)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"weight: expected dtype {hidden.dtype} like hidden, got {weight.dtype}; convert one, "
+            "or call under torch.autocast"
+        )
+    _check_device("weight", weight, _Like("hidden", hidden))
+    _check_labels(labels, _Like("hidden", hidden), temperature)
 
 
 def _check_constants_of_loss(

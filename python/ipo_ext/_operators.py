@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -24,28 +25,13 @@ def library() -> Any:
 
 def register(namespace: str) -> None:
     """Registers fakes and autograd formulas for the operators of ``namespace``."""
-    torch.library.register_fake(f"{namespace}::ipo_loss", _ipo_loss_fake)
-    torch.library.register_fake(f"{namespace}::metric_means", _metric_means_fake)
-    torch.library.register_autograd(
-        f"{namespace}::ipo_loss", _ipo_loss_backward, setup_context=_ipo_loss_setup_context
-    )
-    torch.library.register_vmap(f"{namespace}::ipo_loss", _refuse_vmap)
-    torch.library.register_fake(f"{namespace}::ipo_loss_from_logits", _ipo_loss_from_logits_fake)
-    torch.library.register_fake(f"{namespace}::token_logprobs", _token_logprobs_fake)
-    torch.library.register_fake(
-        f"{namespace}::token_logprobs_backward", _token_logprobs_backward_fake
-    )
-    torch.library.register_fake(f"{namespace}::scale_", _scale_fake)
-    torch.library.register_autograd(
-        f"{namespace}::ipo_loss_from_logits",
-        _ipo_loss_from_logits_backward,
-        setup_context=_ipo_loss_from_logits_setup_context,
-    )
-    torch.library.register_autograd(
-        f"{namespace}::token_logprobs",
-        _token_logprobs_backward,
-        setup_context=_token_logprobs_setup_context,
-    )
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    for name, (backward, setup_context) in _AUTOGRAD.items():
+        torch.library.register_autograd(
+            f"{namespace}::{name}", backward, setup_context=setup_context
+        )
+    torch.library.register_vmap(f"{namespace}::ipo_loss", refuse_vmap)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -84,11 +70,11 @@ def _ipo_loss_fake(
     return (
         new((), dtype=compute),
         new(trainer_logprobs.shape if with_gradient else (0,), dtype=compute),
-        *_metrics_fake(trainer_logprobs, cu_seqlens, compute),
+        *metrics_fake(trainer_logprobs, cu_seqlens, compute),
     )
 
 
-def _metrics_fake(
+def metrics_fake(
     like: torch.Tensor, cu_seqlens: torch.Tensor | None, compute: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
     """Means, sums and extremes."""
@@ -105,7 +91,7 @@ def _metric_means_fake(sums: torch.Tensor, extremes: torch.Tensor, float64: bool
     return sums.new_empty((len(_C.MEAN_ROWS), *sums.shape[1:]), dtype=dtype)
 
 
-_NO_SECOND_DERIVATIVE = (
+NO_SECOND_DERIVATIVE = (
     "ipo_ext: the loss cannot be differentiated twice. Its gradient is made in the forward "
     "pass and is a constant from then on; use ipo_ext.reference for higher derivatives"
 )
@@ -136,7 +122,7 @@ class ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
+        raise NotImplementedError(NO_SECOND_DERIVATIVE)
 
 
 def _ipo_loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -163,7 +149,7 @@ def _ipo_loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tup
     return (scale(gradient, grad_loss, trainer_logprobs), *others)
 
 
-def _refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+def refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
     raise NotImplementedError(
         "ipo_ext: vmap over the loss is not supported. Sequences of a batch need none: pass them "
         "packed, with cu_seqlens for metrics of each"
@@ -179,14 +165,14 @@ class IPOLossFunction(torch.autograd.Function):
 
     setup_context = staticmethod(_ipo_loss_setup_context)
     backward = staticmethod(_ipo_loss_backward)
-    vmap = staticmethod(_refuse_vmap)
+    vmap = staticmethod(refuse_vmap)
 
 
 # Function.apply asks for the signature on every call; made once, it costs nothing there.
 IPOLossFunction.forward.__signature__ = inspect.signature(IPOLossFunction.forward)  # type: ignore[attr-defined]
 
 
-class _RefusesTangents:
+class RefusesTangents:
     """For a class of its own: torch.compile traces no Function that has a ``jvp``."""
 
     @staticmethod
@@ -194,16 +180,16 @@ class _RefusesTangents:
         raise NotImplementedError(_NO_FORWARD_MODE)
 
 
-class IPOLossUnderForwardMode(_RefusesTangents, IPOLossFunction):
+class IPOLossUnderForwardMode(RefusesTangents, IPOLossFunction):
     pass
 
 
 def run_ipo_loss(*inputs: Any) -> tuple[torch.Tensor, ...]:
     """Calls the operator in the way that differentiates, or refuses to, as the inputs ask."""
-    return _run(library().ipo_loss, IPOLossFunction, IPOLossUnderForwardMode, inputs, inputs[-1])
+    return run(library().ipo_loss, IPOLossFunction, IPOLossUnderForwardMode, inputs, inputs[-1])
 
 
-def _run(
+def run(
     operator: Any, function: Any, under_forward_mode: Any, inputs: Any, with_gradient: bool
 ) -> tuple[torch.Tensor, ...]:
     if forward_ad._current_level >= 0:  # on its own, the operator would say that nothing flows
@@ -255,8 +241,56 @@ def _ipo_loss_from_logits_fake(
         logits.new_empty(logits.shape if with_gradient else (0,)),
         logits.new_empty(labels.shape, dtype=per_token),
         logits.new_empty(labels.shape, dtype=per_token),
-        *_metrics_fake(logits, cu_seqlens, compute),
+        *metrics_fake(logits, cu_seqlens, compute),
     )
+
+
+def _ipo_loss_from_logits_inplace_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    loss, _, *others = _ipo_loss_from_logits_fake(*inputs, *(False,))
+    return (loss, *others)
+
+
+def _find_faults_fake(labels: torch.Tensor, *_: Any) -> torch.Tensor:
+    return labels.new_empty((1,), dtype=torch.int32)
+
+
+def _ipo_loss_rows_fake(
+    logits: torch.Tensor, labels: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, ...]:
+    compute = _checks.compute_dtype(logits, logits)
+    return logits.new_empty(labels.shape, dtype=compute), logits.new_empty(
+        labels.shape, dtype=compute
+    )
+
+
+def _token_logprobs_rows_fake(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: torch.Tensor | None,
+    softcap: float,
+    fault: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    return _token_logprobs_fake(logits, labels, temperature, softcap)
+
+
+def _nothing_fake(*_: Any) -> None:
+    return None
+
+
+def _ipo_loss_of_rows_fake(
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    teacher_logprobs: torch.Tensor | None,
+    loss_weights: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    *_: Any,
+) -> tuple[torch.Tensor, ...]:
+    compute = _checks.compute_dtype(logprobs, inference_logprobs)
+    loss = logprobs.new_empty((), dtype=compute)
+    return (loss, *metrics_fake(logprobs, cu_seqlens, compute))
 
 
 def _token_logprobs_fake(
@@ -275,37 +309,58 @@ def _token_logprobs_backward_fake(logits: torch.Tensor, *_: Any) -> torch.Tensor
     return logits.new_empty(logits.shape)
 
 
-def _scale_fake(gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    return None
-
-
 _ONE_BACKWARD = (
-    "ipo_ext: the loss from logits can run backward once. Its gradient, as large as the logits, is "
-    "scaled in place and handed over; call the function again for another backward"
+    "ipo_ext: this loss can run backward once. Its gradient, made in the forward pass, is scaled "
+    "in place and handed over; call the function again for another backward"
 )
 
 
-def _gradient_factor(
-    gradient: torch.Tensor, grad_loss: torch.Tensor, normalizer: torch.Tensor | None
-) -> torch.Tensor:
-    """What the gradient made in forward lacks: in fp16 also 1 / normalizer (0 for 0)."""
-    if gradient.dtype != torch.float16 or normalizer is None:
-        return grad_loss
-    nothing = normalizer == 0
-    inverse = torch.where(nothing, 0.0, 1 / torch.where(nothing, 1, normalizer.double()))
-    return grad_loss * inverse.to(grad_loss.dtype)
+class Anchor(torch.autograd.Function):
+    """A scalar without a value that depends on ``tensors``, whose memory it does not keep.
+
+    Through it a second derivative arrives at ``ScaleOnce.backward`` instead of being silently 0.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*tensors: torch.Tensor) -> torch.Tensor:
+        return tensors[0].new_empty(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.num_inputs = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return (None,) * ctx.num_inputs
+
+
+def anchor(*tensors: torch.Tensor) -> torch.Tensor | None:
+    """None while compiling: a compiled graph has no second derivative."""
+    if torch.compiler.is_compiling():
+        return None
+    run: Any = Anchor.apply
+    return cast(torch.Tensor, run(*tensors))
 
 
 class ScaleOnce(torch.autograd.Function):
-    """``gradient * factor``, over the gradient itself; it too refuses to be differentiated.
+    """``gradient * factor`` in ``dtype``, over the gradient itself; cannot be differentiated.
 
     A compiled graph multiplies instead: it may not change what it has saved.
     """
 
     @staticmethod
-    def forward(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    def forward(
+        gradient: torch.Tensor,
+        factor: torch.Tensor,
+        dtype: torch.dtype,
+        anchor: torch.Tensor | None,
+    ) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+            return (gradient.to(factor.dtype) * factor).to(dtype)
+        if gradient.dtype != dtype:
+            return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
         library().scale_(gradient, factor)
         return gradient
 
@@ -315,7 +370,27 @@ class ScaleOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
+        raise NotImplementedError(NO_SECOND_DERIVATIVE)
+
+
+def gradient_factor(
+    dtype: torch.dtype, grad_loss: torch.Tensor, normalizer: torch.Tensor | None
+) -> torch.Tensor:
+    """What a gradient made in forward lacks: for one in fp16 also 1 / normalizer (0 for 0)."""
+    if dtype != torch.float16 or normalizer is None:
+        return grad_loss
+    nothing = normalizer == 0
+    inverse = torch.where(nothing, 0.0, 1 / torch.where(nothing, 1, normalizer.double()))
+    return grad_loss * inverse.to(grad_loss.device, grad_loss.dtype)
+
+
+def hand_over_once(ctx: Any) -> None:
+    """Raises when the gradients of ``ctx`` are asked for again."""
+    if torch.compiler.is_compiling():
+        return
+    if getattr(ctx, "handed_over", False):
+        raise RuntimeError(_ONE_BACKWARD)
+    ctx.handed_over = True
 
 
 def _ipo_loss_from_logits_setup_context(
@@ -342,7 +417,7 @@ def _ipo_loss_from_logits_backward(
     if grad_loss is None:
         return (None, *others)
     gradient, normalizer = ctx.saved_tensors
-    factor = _gradient_factor(gradient, grad_loss, normalizer)
+    factor = gradient_factor(gradient.dtype, grad_loss, normalizer)
     scale: Any = ScaleGradient.apply
     return (scale(gradient, factor, gradient), *others)
 
@@ -351,42 +426,76 @@ class IPOLossFromLogitsFunction(torch.autograd.Function):
     """``ipo_loss_from_logits``, whose gradient is scaled where it lies: one backward only."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(library().ipo_loss_from_logits(*inputs))
+    def forward(anchor: torch.Tensor | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        loss, gradient, *others = library().ipo_loss_from_logits(*inputs)
+        return (loss, *others, gradient)
 
-    setup_context = staticmethod(_ipo_loss_from_logits_setup_context)
-    vmap = staticmethod(_refuse_vmap)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        anchor, *operands = inputs
+        _, *rest, gradient = output
+        ctx.mark_non_differentiable(*rest, gradient)
+        ctx.num_inputs = len(inputs)
+        ctx.save_for_backward(gradient, operands[10], anchor)  # not the logits: they may be freed
+        ctx.set_materialize_grads(False)  # else backward makes zeros as large as the logits
 
     @staticmethod
     def backward(
         ctx: Any, grad_loss: torch.Tensor | None, *_: Any
     ) -> tuple[torch.Tensor | None, ...]:
-        others = (None,) * (ctx.num_inputs - 1)
+        others = (None,) * (ctx.num_inputs - 2)
         if grad_loss is None:
-            return (None, *others)
-        gradient, normalizer = ctx.saved_tensors
-        if not torch.compiler.is_compiling():
-            if getattr(ctx, "handed_over", False):
-                raise RuntimeError(_ONE_BACKWARD)
-            ctx.handed_over = True
-        factor = _gradient_factor(gradient, grad_loss, normalizer)
+            return (None, None, *others)
+        hand_over_once(ctx)
+        gradient, normalizer, anchor = ctx.saved_tensors
+        factor = gradient_factor(gradient.dtype, grad_loss, normalizer)
         scale: Any = ScaleOnce.apply
-        return (scale(gradient, factor), *others)
+        return (None, scale(gradient.detach(), factor, gradient.dtype, anchor), *others)
+
+    vmap = staticmethod(refuse_vmap)
 
 
-class IPOLossFromLogitsUnderForwardMode(_RefusesTangents, IPOLossFromLogitsFunction):
+class IPOLossFromLogitsInplace(IPOLossFromLogitsFunction):
+    """The same with the gradient written over the logits.
+
+    The operator bumps no version. Done here, a producer that has saved its output, the logits, for
+    its own backward pass finds them changed and raises, instead of using a gradient as if it were
+    logits.
+    """
+
+    @staticmethod
+    def forward(anchor: torch.Tensor | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        logits, *others, _ = inputs
+        outputs = library().ipo_loss_from_logits_(logits.detach(), *others)
+        torch.autograd.graph.increment_version(logits)
+        return tuple(outputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        anchor, *operands = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.num_inputs = len(inputs)
+        ctx.save_for_backward(operands[0], operands[10], anchor)
+        ctx.set_materialize_grads(False)
+
+
+class IPOLossFromLogitsUnderForwardMode(RefusesTangents, IPOLossFromLogitsFunction):
     pass
 
 
-def run_ipo_loss_from_logits(*inputs: Any) -> tuple[torch.Tensor, ...]:
-    """As ``run_ipo_loss``."""
-    return _run(
-        library().ipo_loss_from_logits,
-        IPOLossFromLogitsFunction,
-        IPOLossFromLogitsUnderForwardMode,
-        inputs,
-        inputs[-1],
-    )
+def run_ipo_loss_from_logits(*inputs: Any, inplace: bool = False) -> tuple[torch.Tensor, ...]:
+    """Loss, log-probabilities, entropy, means, sums and extremes; as ``run_ipo_loss``."""
+    logits, with_gradient = inputs[0], inputs[-1]
+    function: Any
+    if forward_ad._current_level >= 0:
+        function = IPOLossFromLogitsUnderForwardMode
+    elif not with_gradient:
+        loss, _, *others = library().ipo_loss_from_logits(*inputs)
+        return (loss, *others)
+    else:
+        function = IPOLossFromLogitsInplace if inplace else IPOLossFromLogitsFunction
+    outputs = cast("tuple[torch.Tensor, ...]", function.apply(anchor(logits), *inputs))
+    return outputs[:6]
 
 
 class TokenLogprobsGradient(torch.autograd.Function):
@@ -414,7 +523,7 @@ class TokenLogprobsGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        raise NotImplementedError(_NO_SECOND_DERIVATIVE)
+        raise NotImplementedError(NO_SECOND_DERIVATIVE)
 
 
 def _token_logprobs_setup_context(
@@ -457,16 +566,16 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
     setup_context = staticmethod(_token_logprobs_setup_context)
     backward = staticmethod(_token_logprobs_backward)
-    vmap = staticmethod(_refuse_vmap)
+    vmap = staticmethod(refuse_vmap)
 
 
-class TokenLogprobsUnderForwardMode(_RefusesTangents, TokenLogprobsFunction):
+class TokenLogprobsUnderForwardMode(RefusesTangents, TokenLogprobsFunction):
     pass
 
 
 def run_token_logprobs(*inputs: Any) -> tuple[torch.Tensor, ...]:
     """As ``run_ipo_loss``."""
-    return _run(
+    return run(
         library().token_logprobs,
         TokenLogprobsFunction,
         TokenLogprobsUnderForwardMode,
@@ -474,5 +583,28 @@ def run_token_logprobs(*inputs: Any) -> tuple[torch.Tensor, ...]:
         inputs[0].requires_grad and torch.is_grad_enabled(),
     )
 
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "ipo_loss": _ipo_loss_fake,
+    "metric_means": _metric_means_fake,
+    "ipo_loss_from_logits": _ipo_loss_from_logits_fake,
+    "ipo_loss_from_logits_": _ipo_loss_from_logits_inplace_fake,
+    "find_faults": _find_faults_fake,
+    "ipo_loss_rows": _ipo_loss_rows_fake,
+    "ipo_loss_of_rows": _ipo_loss_of_rows_fake,
+    "token_logprobs": _token_logprobs_fake,
+    "token_logprobs_backward": _token_logprobs_backward_fake,
+    "token_logprobs_rows": _token_logprobs_rows_fake,
+    "token_logprobs_rows_backward": _nothing_fake,
+    "scale_": _nothing_fake,
+}
+_AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "ipo_loss": (_ipo_loss_backward, _ipo_loss_setup_context),
+    "ipo_loss_from_logits": (
+        _ipo_loss_from_logits_backward,
+        _ipo_loss_from_logits_setup_context,
+    ),
+    "token_logprobs": (_token_logprobs_backward, _token_logprobs_setup_context),
+}
 
 register(_namespace)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ipo_ext import _checks, _operators
+from ipo_ext import _checks, _linear, _operators
 from ipo_ext.config import IPOConfig
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
@@ -146,7 +147,10 @@ def ipo_loss_from_logits(
             ``[...]`` of one for each token. Default 1.
         softcap: ``c`` of ``c * tanh(logits / c)``, applied before the temperature. Default none.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
-        inplace: to write the gradient over the logits; not implemented yet.
+        inplace: writes the gradient over the logits, which saves as much memory as they take. They
+            hold no logits afterwards, so they must come from an operation whose backward pass does
+            not need them: a matrix product, not a softmax or tanh, whose backward pass then raises.
+            Without a gradient to write nothing is overwritten. Default False.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
@@ -157,7 +161,8 @@ def ipo_loss_from_logits(
         IndexError: on CPU, a label of an active token is not in ``[0, V)``. (A RuntimeError in a
             compiled graph; on CUDA the loss and every gradient are NaN instead.)
         RuntimeError: on CPU, as for ``ipo_loss``, or a temperature of an active token is not finite
-            and > 0 (on CUDA: NaN); anywhere, on a second backward.
+            and > 0 (on CUDA: NaN); anywhere, on a second backward, or where ``inplace`` cannot be:
+            rows that share memory or whose elements are not adjacent.
 
     Example:
         >>> out = ipo_loss_from_logits(
@@ -165,11 +170,6 @@ def ipo_loss_from_logits(
         ... )
         >>> out.loss.backward()
     """
-    if inplace:
-        raise NotImplementedError(
-            "inplace: expected False, got True: writing the gradient over the logits is not "
-            "implemented yet"
-        )
     _check_config(config)
     normalizer = _scalar("normalizer", normalizer, logits)
     temperature = _scalar("temperature", temperature, logits)
@@ -197,8 +197,11 @@ def ipo_loss_from_logits(
         )
     )
     compute = _checks.compute_dtype(logits, inference_logprobs)
-    loss, _, logprobs, entropy, means, sums, extremes = _with_index_error(
-        _operators.run_ipo_loss_from_logits,
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    if inplace and with_gradient:
+        _check_may_be_overwritten(logits)
+    loss, logprobs, entropy, means, sums, extremes = _with_index_error(
+        functools.partial(_operators.run_ipo_loss_from_logits, inplace=inplace),
         logits,
         labels,
         inference_logprobs,
@@ -211,7 +214,7 @@ def ipo_loss_from_logits(
         cu_seqlens,
         normalizer,
         *_settings(config, compute),
-        logits.requires_grad and torch.is_grad_enabled(),
+        with_gradient,
     )
     metrics = IPOMetrics(
         means, sums, extremes, has_teacher=teacher_logprobs is not None, has_entropy=True
@@ -249,6 +252,175 @@ def token_logprobs(
         _operators.run_token_logprobs, logits, labels, temperature, _softcap(softcap)
     )
     return logprobs, entropy
+
+
+def ipo_loss_from_hidden(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor | None = None,
+    softcap: float | None = None,
+    teacher_logprobs: torch.Tensor | None = None,
+    loss_weights: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    num_active: int | None = None,
+    config: IPOConfig = _DEFAULT,
+) -> IPOOutput:
+    r"""The IPO+KL loss from hidden states and the LM head's weight (tier 3): that of ``ipo_loss``.
+
+    The logits ``hidden @ weight.T`` never exist as a whole. Tokens that the loss mask leaves out
+    are gathered away; of the others a chunk of rows at a time becomes logits, log-probabilities,
+    the gradient over the logits, and what that adds to the gradients of hidden states and weight:
+    three matrix products and none for tokens that do not train. The gradients are made in forward,
+    so the loss can run backward once; only those that are needed are made.
+
+    Logits are float32 (float64 for float64 inputs) whatever the dtype of ``hidden``; the weight's
+    gradient is summed in float32 and rounded once, in backward. Under ``torch.autocast`` hidden
+    states and weight are cast as ``torch.nn.functional.linear`` would.
+
+    Args:
+        hidden: ``[..., H]``, any floating dtype.
+        weight: ``[V, H]``, the LM head's weight (no bias), dtype and device of ``hidden``.
+        labels: ``[...]``, int32 or int64: ``labels[t]`` is the token that ``hidden[t]`` predicts.
+            Nothing is shifted here. Not read where the loss mask is false.
+        inference_logprobs, advantages, loss_mask, temperature, softcap: as for
+            ``ipo_loss_from_logits``.
+        teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
+        chunk_size: rows of a chunk, at least 1. Default: the largest multiple of 128 whose logits
+            take no more than 1.25 GB on a GPU (2048 rows of 151,936), 64 MiB on a CPU.
+        num_active: an upper bound of the number of true elements in ``loss_mask``, which a data
+            loader knows. With it nothing is synchronised; without it one count is read back from a
+            GPU (under CUDA graph capture all tokens are worked on instead). The closer, the less
+            work.
+
+    Returns:
+        An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
+        loss mask leaves out.
+
+    Raises:
+        TypeError, ValueError: as for ``ipo_loss``.
+        IndexError: on CPU, a label of an active token is not in ``[0, V)``. (A RuntimeError in a
+            compiled graph; on CUDA the loss and every gradient are NaN instead.)
+        RuntimeError: on CPU, as for ``ipo_loss``, a temperature of an active token is not finite
+            and > 0, or ``num_active`` is below the truth (on CUDA: NaN); anywhere, on a second
+            backward.
+
+    Example:
+        >>> out = ipo_loss_from_hidden(
+        ...     hidden[:, :-1], lm_head.weight, tokens[:, 1:], inference, advantages, mask
+        ... )
+        >>> out.loss.backward()
+    """
+    _check_config(config)
+    normalizer = _scalar("normalizer", normalizer, hidden)
+    temperature = _scalar("temperature", temperature, hidden)
+    hidden, weight = _autocast(hidden, weight)
+    _checks.check_hidden_loss(
+        hidden,
+        weight,
+        labels,
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        temperature,
+        teacher_logprobs,
+        loss_weights,
+        cu_seqlens,
+        normalizer,
+        config.teacher_tau,
+    )
+    _checks.check_constants(
+        (
+            ("inference_logprobs", inference_logprobs),
+            ("advantages", advantages),
+            ("temperature", temperature),
+            ("teacher_logprobs", teacher_logprobs),
+            ("loss_weights", loss_weights),
+            ("normalizer", normalizer),
+        )
+    )
+    compute = _checks.compute_dtype(hidden, inference_logprobs)
+    with_gradient = torch.is_grad_enabled()
+    loss, logprobs, entropy, means, sums, extremes = _with_index_error(
+        _linear.run_ipo_loss_from_hidden,
+        hidden,
+        weight,
+        labels,
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        temperature,
+        _softcap(softcap),
+        teacher_logprobs,
+        loss_weights,
+        cu_seqlens,
+        normalizer,
+        *_settings(config, compute),
+        _chunk_size(chunk_size, hidden, weight),
+        _count("num_active", num_active, 0),
+        hidden.requires_grad and with_gradient,
+        weight.requires_grad and with_gradient,
+    )
+    metrics = IPOMetrics(
+        means, sums, extremes, has_teacher=teacher_logprobs is not None, has_entropy=True
+    )
+    return IPOOutput(loss, metrics, logprobs, entropy)
+
+
+def linear_token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor | None = None,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``token_logprobs`` of ``hidden @ weight.T``, whose logits never exist as a whole.
+
+    Both results are differentiable; the backward pass makes the logits again, a chunk at a time
+    (four matrix products in all), and only for rows into which a gradient flows that is not exactly
+    0. A label of -100 marks a row that takes no part: no product, outputs 0, gradient 0. On a GPU
+    each pass reads one count back (under CUDA graph capture it works on all rows instead).
+
+    Args:
+        hidden, weight, chunk_size: as for ``ipo_loss_from_hidden``.
+        labels, temperature, softcap: as for ``token_logprobs``.
+
+    Returns:
+        ``(logprobs, entropy)``, each ``[...]``, float64 for float64 inputs, else float32.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
+    """
+    temperature = _scalar("temperature", temperature, hidden)
+    hidden, weight = _autocast(hidden, weight)
+    _checks.check_hidden(hidden, weight, labels, temperature)
+    _checks.check_constants((("temperature", temperature),))
+    logprobs, entropy, _ = _with_index_error(
+        _linear.run_linear_token_logprobs,
+        hidden,
+        weight,
+        labels,
+        temperature,
+        _softcap(softcap),
+        _chunk_size(chunk_size, hidden, weight),
+    )
+    return logprobs, entropy
+
+
+def _check_may_be_overwritten(logits: torch.Tensor) -> None:
+    if logits.is_leaf:
+        raise ValueError(
+            "logits: expected the result of an operation because inplace is True, got a leaf, "
+            "whose value belongs to the caller; pass inplace=False"
+        )
 
 
 def _check_config(config: object) -> None:
@@ -289,6 +461,34 @@ def _softcap(softcap: float | None) -> float:
     if not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
     return float(softcap)
+
+
+def _count(name: str, value: int | None, least: int) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected a number >= {least} or None, got {value!r}")
+    return value
+
+
+def _chunk_size(chunk_size: int | None, hidden: torch.Tensor, weight: torch.Tensor) -> int:
+    given = _count("chunk_size", chunk_size, 1)
+    if given is None:
+        return _linear.default_chunk_size(weight.shape[0], hidden.dtype, hidden.device)
+    return given
+
+
+def _autocast(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as ``torch.nn.functional.linear`` would take them."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(kind)
+    if torch.float64 in (hidden.dtype, weight.dtype):
+        return hidden, weight  # autocast leaves double precision alone
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def _with_index_error(

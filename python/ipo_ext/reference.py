@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 
@@ -173,6 +174,45 @@ def ipo_loss_from_logits(
         dtype=dtype,
     )
     return IPOOutput(loss, metrics, logprobs.detach(), entropy.detach())
+
+
+def ipo_loss_from_hidden(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> IPOOutput:
+    """As ``ipo_ext.ipo_loss_from_hidden``, in eager torch, with all of the logits."""
+    logits = _logits(hidden, weight, loss_mask, dtype)
+    constants = (labels, inference_logprobs, advantages, loss_mask)
+    return ipo_loss_from_logits(logits, *constants, dtype=dtype, **options)
+
+
+def linear_token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``ipo_ext.linear_token_logprobs``, in eager torch, with all of the logits."""
+    logits = _logits(hidden, weight, labels != _IGNORED, dtype)
+    return token_logprobs(logits, labels, dtype=dtype, **options)
+
+
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, active: torch.Tensor, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """``hidden @ weight.T`` in at least float32; 0 for a row whose hidden state must not matter."""
+    dtype = dtype or torch.promote_types(hidden.dtype, torch.float32)
+    hidden = torch.where(active[..., None], hidden, 0)
+    return hidden.to(dtype) @ weight.to(dtype).t()
 
 
 def token_logprobs(
