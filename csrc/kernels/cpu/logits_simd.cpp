@@ -40,7 +40,7 @@ IPO_EXT_INLINE const E* stage(const Stored* row, int64_t begin, int64_t count, E
   if constexpr (std::is_same_v<E, Stored>) {
     if (count == kLogitsChunk) return row + begin;
   }
-  for (int64_t i = 0; i < count; ++i) staged[i] = convert<E>(row[begin + i]);
+  for (int64_t i = 0; i < count; ++i) staged[i] = convert<E>(load_one(row + begin + i));
   pad(staged, count);
   return staged;
 }
@@ -140,19 +140,20 @@ IPO_EXT_INLINE void derive_from_kept(const E* exponentials, int64_t count,
   }
 }
 
-template <typename E, typename Stored>
+// The gradient may lie over the row, and be narrower: columns are read before they are written
+// over, and the label's, which is needed last, before all others.
+template <typename E, typename Stored, typename Gradient>
 IPO_EXT_INLINE void write_gradient(const Stored* row, int64_t columns, int64_t label,
                                    const LogitScale<E>& scale, E largest,
                                    const RowDerivative<E>& derivative, const E* kept,
-                                   Stored* gradient) {
-  // The label's logit first: the gradient may lie over the logits.
-  const CappedLogit<E> capped = cap_logit(convert<E>(row[label]), scale.softcap);
+                                   Gradient* gradient) {
+  const CappedLogit<E> capped = cap_logit(convert<E>(load_one(row + label)), scale.softcap);
   const RowTerm<E> term = row_term(capped.value, largest, scale.inverse_temperature);
   alignas(64) E staged[kLogitsChunk];
   alignas(64) E derived[kLogitsChunk];
   for_each_chunk(columns, [&](int64_t begin, int64_t count) {
     E* out = derived;
-    if constexpr (std::is_same_v<E, Stored>) {
+    if constexpr (std::is_same_v<E, Gradient>) {
       if (count == kLogitsChunk) out = gradient + begin;
     }
     if (kept != nullptr) {
@@ -161,23 +162,25 @@ IPO_EXT_INLINE void write_gradient(const Stored* row, int64_t columns, int64_t l
       derive(stage<E>(row, begin, count, staged), count, scale, largest, derivative, out);
     }
     if (out == derived) {
-      for (int64_t i = 0; i < count; ++i) gradient[begin + i] = narrow<Stored>(derived[i]);
+      for (int64_t i = 0; i < count; ++i) {
+        store_one(gradient + begin + i, narrow<Gradient>(derived[i]));
+      }
     }
   });
-  gradient[label] = narrow<Stored>(derivative.label(term, capped.slope));
+  store_one(gradient + label, narrow<Gradient>(derivative.label(term, capped.slope)));
 }
 
-template <typename E, typename Stored>
+template <typename E, typename Stored, typename Gradient>
 IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, E* scratch) {
   const int64_t columns = args.logits.columns;
   const Stored* row = args.logits.row<Stored>(index);
-  Stored* gradient = args.gradient.data != nullptr ? args.gradient.row<Stored>(index) : nullptr;
+  Gradient* gradient = args.gradient.data != nullptr ? args.gradient.row<Gradient>(index) : nullptr;
 
   bool flows = row_is_active(args, index);
   if (flows && is_backward(args)) flows = !upstream_slopes<E>(args, index).are_zero();
   if (!flows) {
     fill_results(args, index, E(0));
-    if (gradient != nullptr) memset(gradient, 0, columns * sizeof(Stored));
+    if (gradient != nullptr) memset(gradient, 0, columns * sizeof(Gradient));
     return;
   }
 
@@ -193,22 +196,33 @@ IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, E* scratch) {
     largest = cap_logit(largest_logit<E>(row, columns), scale.softcap).value;
     E* keep = gradient != nullptr && args.softcap == 0 ? scratch : nullptr;
     const RowSums sums = row_sums(row, columns, scale, largest, keep);
-    const E label_capped = cap_logit(convert<E>(row[label]), scale.softcap).value;
+    const E label_capped = cap_logit(convert<E>(load_one(row + label)), scale.softcap).value;
     derivative = finish_row(args, index, sums, largest, label_capped);
     kept = keep;
   }
   if (gradient == nullptr) return;
   if (derivative.slopes.are_zero()) {
-    memset(gradient, 0, columns * sizeof(Stored));
+    memset(gradient, 0, columns * sizeof(Gradient));
   } else {
     write_gradient(row, columns, label, scale, largest, derivative, kept, gradient);
   }
 }
 
-template <typename E, typename Stored>
+template <typename E, typename Stored, typename Gradient>
 void run_rows(const LogitsArgs& args, int64_t begin, int64_t end, void* scratch) {
   for (int64_t row = begin; row < end; ++row) {
-    run_row<E, Stored>(args, row, static_cast<E*>(scratch));
+    run_row<E, Stored, Gradient>(args, row, static_cast<E*>(scratch));
+  }
+}
+
+void run_fp32_rows(const LogitsArgs& args, int64_t begin, int64_t end, void* scratch) {
+  switch (args.gradient.dtype) {
+    case DType::kFloat16:
+      return run_rows<float, float, Float16>(args, begin, end, scratch);
+    case DType::kBFloat16:
+      return run_rows<float, float, BFloat16>(args, begin, end, scratch);
+    default:
+      return run_rows<float, float, float>(args, begin, end, scratch);
   }
 }
 
@@ -225,13 +239,13 @@ IPO_EXT_INLINE void scale_stored(const ScaleArgs& args, E factor, int64_t begin,
 void logits_rows(const LogitsArgs& args, int64_t begin, int64_t end, void* scratch) {
   switch (args.logits.dtype) {
     case DType::kFloat16:
-      return run_rows<float, Float16>(args, begin, end, scratch);
+      return run_rows<float, Float16, Float16>(args, begin, end, scratch);
     case DType::kBFloat16:
-      return run_rows<float, BFloat16>(args, begin, end, scratch);
+      return run_rows<float, BFloat16, BFloat16>(args, begin, end, scratch);
     case DType::kFloat64:
-      return run_rows<double, double>(args, begin, end, scratch);
+      return run_rows<double, double, double>(args, begin, end, scratch);
     default:
-      return run_rows<float, float>(args, begin, end, scratch);
+      return run_fp32_rows(args, begin, end, scratch);
   }
 }
 

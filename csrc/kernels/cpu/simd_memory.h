@@ -1,4 +1,5 @@
-// Vectors from memory and back, for the SIMD loops. Always inlined, like the math (math/lanes.h).
+// Vectors and single elements from memory and back, for the SIMD loops. By bytes, so that one
+// matrix may lie over another of a different dtype. Always inlined, like the math (math/lanes.h).
 #pragma once
 
 #include "math/simd.h"
@@ -15,6 +16,18 @@ inline __attribute__((always_inline)) T load(const math::Element<T>* elements) {
 template <typename T>
 inline __attribute__((always_inline)) void store(math::Element<T>* elements, const T& value) {
   memcpy(elements, &value, sizeof(value));
+}
+
+template <typename Stored>
+inline __attribute__((always_inline)) Stored load_one(const Stored* element) {
+  Stored value;
+  memcpy(&value, element, sizeof(value));
+  return value;
+}
+
+template <typename Stored>
+inline __attribute__((always_inline)) void store_one(Stored* element, const Stored& value) {
+  memcpy(element, &value, sizeof(value));
 }
 
 }  // namespace ipo_ext::cpu

@@ -74,13 +74,13 @@ __device__ __forceinline__ void for_each_group(int64_t columns, const Body& body
   }
 }
 
-template <int kThreads, int kCount, typename E, typename Stored>
-__device__ __forceinline__ void fill_row(Stored* gradient, int64_t columns, E value) {
+template <int kThreads, int kCount, typename E, typename Gradient>
+__device__ __forceinline__ void fill_row(Gradient* gradient, int64_t columns, E value) {
   if (gradient == nullptr) return;
   for_each_group<kThreads, kCount>(columns, [&](int64_t column, auto count) {
-    Stored values[count];
+    Gradient values[count];
 #pragma unroll
-    for (int i = 0; i < count; ++i) values[i] = narrow<Stored>(value);
+    for (int i = 0; i < count; ++i) values[i] = narrow<Gradient>(value);
     store_aligned(gradient + column, values);
   });
 }
@@ -91,7 +91,7 @@ __device__ __forceinline__ E largest_of_thread(const Stored* row, int64_t column
   E largest = -std::numeric_limits<E>::infinity();
   for_each_group<kThreads, kCount>(columns, [&](int64_t column, auto count) {
     Stored logits[count];
-    load_aligned(row, column, logits);
+    load_mutable(row + column, logits);
 #pragma unroll
     for (int i = 0; i < count; ++i) largest = Larger()(convert<E>(logits[i]), largest);
   });
@@ -105,7 +105,7 @@ __device__ __forceinline__ RowSums sums_of_thread(const Stored* row, int64_t col
   E exponentials = 0, weighted_sum = 0;
   for_each_group<kThreads, kCount>(columns, [&](int64_t column, auto count) {
     Stored logits[count];
-    load_aligned(row, column, logits);
+    load_mutable(row + column, logits);
     E group_exponentials = 0, group_weighted = 0;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
@@ -120,22 +120,34 @@ __device__ __forceinline__ RowSums sums_of_thread(const Stored* row, int64_t col
   return {exponentials, weighted_sum};
 }
 
-template <int kThreads, int kCount, typename E, typename Stored>
+// The gradient may lie over the logits. One that is narrower than they are meets columns of other
+// threads, always lower ones: no step stores before the block has loaded all of it.
+template <int kThreads, int kCount, typename E, typename Stored, typename Gradient>
 __device__ __forceinline__ void write_gradient(const Stored* row, int64_t columns,
                                                const LogitScale<E>& scale, const RowPlan<E>& plan,
-                                               Stored* gradient) {
-  for_each_group<kThreads, kCount>(columns, [&](int64_t column, auto count) {
+                                               Gradient* gradient) {
+  const auto step = [&](int64_t column, bool exists, auto count) {
     Stored logits[count];
-    load_aligned(row, column, logits);
-    Stored values[count];
+    Gradient values[count];
+    if (exists) load_mutable(row + column, logits);
+    if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();
+    if (!exists) return;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       const CappedLogit<E> capped = cap_logit(convert<E>(logits[i]), scale.softcap);
       const RowTerm<E> term = row_term(capped.value, plan.largest, scale.inverse_temperature);
-      values[i] = narrow<Stored>(plan.derivative.other(term, capped.slope));
+      values[i] = narrow<Gradient>(plan.derivative.other(term, capped.slope));
     }
     store_aligned(gradient + column, values);
-  });
+  };
+  const int64_t whole = columns - columns % kCount;
+  for (int64_t first = 0; first < whole; first += kThreads * kCount) {
+    const int64_t column = first + static_cast<int64_t>(threadIdx.x) * kCount;
+    step(column, column < whole, std::integral_constant<int, kCount>());
+  }
+  for (int64_t first = whole; first < columns; first += kThreads) {
+    step(first + threadIdx.x, first + threadIdx.x < columns, std::integral_constant<int, 1>());
+  }
 }
 
 // Reduces the row, or takes what the forward pass has saved. All threads must call; valid in all.
@@ -191,13 +203,13 @@ __global__ void __launch_bounds__(kFaultThreads) look_for_faults(const LogitsArg
 }
 
 // The second bound only frees the compiler from aiming at more blocks than registers allow.
-template <typename Stored, int kThreads, int kCount>
+template <typename Stored, typename Gradient, int kThreads, int kCount>
 __global__ void __launch_bounds__(kThreads, 512 / kThreads) logits_rows(const LogitsArgs args) {
   using E = Compute<Stored>;
   RowStorage<E, kThreads>& storage = shared_storage<RowStorage<E, kThreads>>();
   const int64_t index = blockIdx.x;
   const int64_t columns = args.logits.columns;
-  Stored* gradient = args.gradient.data != nullptr ? args.gradient.row<Stored>(index) : nullptr;
+  Gradient* gradient = args.gradient.data != nullptr ? args.gradient.row<Gradient>(index) : nullptr;
 
   const bool poisoned = *args.fault != 0;
   bool flows = !poisoned && row_is_active(args, index);
@@ -224,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) logits_rows(const Lo
   if (threadIdx.x == 0) {
     const CappedLogit<E> capped = cap_logit(label_logit, scale.softcap);
     const RowTerm<E> term = row_term(capped.value, plan.largest, scale.inverse_temperature);
-    gradient[label] = narrow<Stored>(plan.derivative.label(term, capped.slope));
+    gradient[label] = narrow<Gradient>(plan.derivative.label(term, capped.slope));
   }
 }
 
@@ -237,7 +249,7 @@ __global__ void __launch_bounds__(kScaleThreads) scale_elements(const ScaleArgs 
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * kCount;
   if (first + kCount <= args.count) {
     Stored values[kCount];
-    load_aligned(gradient, first, values);
+    load_mutable(gradient + first, values);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] = narrow<Stored>(convert<E>(values[i]) * factor);
     store_aligned(gradient + first, values);
@@ -251,33 +263,49 @@ __global__ void __launch_bounds__(kScaleThreads) scale_elements(const ScaleArgs 
 // Launchers
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <typename Stored>
+// Whether kCount columns can be loaded or stored at once at every multiple of kCount of every row.
+template <typename Stored, int kCount>
 bool rows_are_aligned(const LogitsMatrix& matrix) {
-  const auto aligned = [](int64_t elements) { return elements * sizeof(Stored) % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && aligned(matrix.row_stride) &&
-         aligned(matrix.block_stride);
+  constexpr int64_t kBytes = sizeof(Stored) * kCount;
+  return reinterpret_cast<uintptr_t>(matrix.data) % kBytes == 0 &&
+         matrix.row_stride % kCount == 0 && matrix.block_stride % kCount == 0;
 }
 
-template <typename Stored, int kThreads, int kCount>
+template <typename Stored, typename Gradient, int kThreads, int kCount>
 cudaError_t launch_rows(const LogitsArgs& args, cudaStream_t stream) {
   using Storage = RowStorage<Compute<Stored>, kThreads>;
-  return launch(logits_rows<Stored, kThreads, kCount>, args.logits.rows, kThreads, sizeof(Storage),
-                stream, args);
+  return launch(logits_rows<Stored, Gradient, kThreads, kCount>, args.logits.rows, kThreads,
+                sizeof(Storage), stream, args);
 }
 
 // The variant for a matrix, by its columns and its alignment. A short row does not feed a large
 // block; a row that does not start on 16 bytes is read one by one.
-template <typename Stored>
+template <typename Stored, typename Gradient>
 cudaError_t launch_variant(const LogitsArgs& args, cudaStream_t stream) {
   constexpr int64_t kShortRow = 4096;
   constexpr int kVector = kLogitsPerLoad<Stored>;
   const bool is_short = args.logits.columns <= kShortRow;
-  if (rows_are_aligned<Stored>(args.logits) && rows_are_aligned<Stored>(args.gradient)) {
-    return is_short ? launch_rows<Stored, 128, kVector>(args, stream)
-                    : launch_rows<Stored, 512, kVector>(args, stream);
+  if (rows_are_aligned<Stored, kVector>(args.logits) &&
+      rows_are_aligned<Gradient, kVector>(args.gradient)) {
+    return is_short ? launch_rows<Stored, Gradient, 128, kVector>(args, stream)
+                    : launch_rows<Stored, Gradient, 512, kVector>(args, stream);
   }
-  return is_short ? launch_rows<Stored, 128, 1>(args, stream)
-                  : launch_rows<Stored, 512, 1>(args, stream);
+  return is_short ? launch_rows<Stored, Gradient, 128, 1>(args, stream)
+                  : launch_rows<Stored, Gradient, 512, 1>(args, stream);
+}
+
+// fp32 logits may have a narrower gradient.
+template <typename Stored>
+cudaError_t launch_logits(const LogitsArgs& args, cudaStream_t stream) {
+  if constexpr (std::is_same_v<Stored, float>) {
+    if (args.gradient.data != nullptr) {
+      if (args.gradient.dtype == DType::kFloat16)
+        return launch_variant<float, Float16>(args, stream);
+      if (args.gradient.dtype == DType::kBFloat16)
+        return launch_variant<float, BFloat16>(args, stream);
+    }
+  }
+  return launch_variant<Stored, Stored>(args, stream);
 }
 
 template <typename Stored>
@@ -305,7 +333,7 @@ const char* find_faults(const LogitsArgs& args, CUstream_st* stream) {
 
 const char* logits(const LogitsArgs& args, CUstream_st* stream) {
   if (args.logits.rows == 0) return nullptr;
-  return error_text(IPO_EXT_FOR_DTYPE(args.logits.dtype, launch_variant));
+  return error_text(IPO_EXT_FOR_DTYPE(args.logits.dtype, launch_logits));
 }
 
 const char* scale(const ScaleArgs& args, CUstream_st* stream) {

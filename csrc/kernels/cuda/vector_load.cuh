@@ -29,18 +29,33 @@ struct WordOf<16> {
   using Type = uint4;
 };
 
-// kCount elements from data[index]; the address must be aligned to min(16, their bytes).
+// What moves kCount elements at once: words of at most 16 bytes.
+template <typename Stored, int kCount>
+using WordFor =
+    typename WordOf<(sizeof(Stored) * kCount < 16 ? sizeof(Stored) * kCount : 16)>::Type;
+
+// kCount elements from data[index], which nobody writes while the kernel runs; the address must be
+// aligned to min(16, their bytes).
 template <typename Stored, int kCount>
 __device__ __forceinline__ void load_aligned(const void* data, int64_t index,
                                              Stored (&out)[kCount]) {
-  constexpr int kBytes = sizeof(Stored) * kCount;
-  using Word = typename WordOf<(kBytes < 16 ? kBytes : 16)>::Type;
-  constexpr int kWords = kBytes / sizeof(Word);
+  using Word = WordFor<Stored, kCount>;
+  constexpr int kWords = sizeof(out) / sizeof(Word);
   const Word* from = reinterpret_cast<const Word*>(static_cast<const Stored*>(data) + index);
   Word words[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) words[i] = __ldg(from + i);
-  memcpy(out, words, kBytes);
+  memcpy(out, words, sizeof(out));
+}
+
+// The same for one word of data that the kernel may overwrite later: not through the read-only
+// cache, and not through L1, which would keep what is read once.
+template <typename Stored, int kCount>
+__device__ __forceinline__ void load_mutable(const Stored* from, Stored (&out)[kCount]) {
+  using Word = WordFor<Stored, kCount>;
+  static_assert(sizeof(out) == sizeof(Word), "one load");
+  const Word word = __ldcg(reinterpret_cast<const Word*>(from));
+  memcpy(out, &word, sizeof(out));
 }
 
 template <typename To, typename Stored, int kCount>
@@ -67,16 +82,17 @@ __device__ __forceinline__ void load_tokens(const TokenInput& input, int64_t ind
   }
 }
 
-// kCount neighbours to `to`, 16 bytes or one element.
+// kCount neighbours to `to`, aligned to their bytes: one element, or a word of at most 16 bytes.
 template <typename Stored, int kCount>
 __device__ __forceinline__ void store_aligned(Stored* to, const Stored (&values)[kCount]) {
   if constexpr (kCount == 1) {
     *to = values[0];
   } else {
-    static_assert(sizeof(values) == sizeof(uint4), "one vector store");
-    uint4 word;
+    using Word = WordFor<Stored, kCount>;
+    static_assert(sizeof(values) == sizeof(Word), "one vector store");
+    Word word;
     memcpy(&word, values, sizeof(word));
-    __stwb(reinterpret_cast<uint4*>(to), word);  // a plain assignment is split into four stores
+    __stwb(reinterpret_cast<Word*>(to), word);  // a plain assignment is split into four stores
   }
 }
 
