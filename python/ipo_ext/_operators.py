@@ -246,7 +246,8 @@ def _ipo_loss_from_logits_fake(
 
 
 def _ipo_loss_from_logits_inplace_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
-    loss, _, *others = _ipo_loss_from_logits_fake(*inputs, *(False,))
+    fake: Callable[..., Any] = _ipo_loss_from_logits_fake
+    loss, _, *others = fake(*inputs, with_gradient=False)
     return (loss, *others)
 
 

@@ -44,11 +44,12 @@ def load() -> ctypes.CDLL:
 
     IPO_EXT_SIMT_LIBRARY names a library built elsewhere (under sanitizers, say) to load instead.
     """
-    from ipo_ext import _operators
+    from ipo_ext import _linear, _operators
 
     library = os.environ.get("IPO_EXT_SIMT_LIBRARY") or str(build_operators())
     torch.ops.load_library(library)
     _operators.register(NAMESPACE)
+    _linear.register(NAMESPACE)
     harness = ctypes.CDLL(library)
     harness.simt_set_schedule.argtypes = [ctypes.c_uint64]
     harness.simt_launches.restype = ctypes.c_uint64
