@@ -637,8 +637,9 @@ def test_contract_faults_of_token_logprobs(backend: Backend) -> None:
 
 def test_refusals(backend: Backend) -> None:
     case = random_case().to(backend.device)
-    with pytest.raises(NotImplementedError, match="inplace: expected False"):
-        case.call(inplace=True)
+    with pytest.raises(ValueError, match="logits: expected the result of an operation"):
+        case.with_(logits=case.logits.requires_grad_()).call(inplace=True)
+    case.logits.requires_grad_(False)
     with pytest.raises(ValueError, match=r"labels: expected shape \[9\]"):
         case.with_(labels=case.labels[:-1]).call()
     with pytest.raises(TypeError, match=r"labels: expected dtype torch\.int32"):

@@ -595,8 +595,35 @@ class LinearTokenLogprobsGradient(torch.autograd.Function):
     """The backward pass of ``linear_token_logprobs``, refusing to be differentiated in turn."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(_operators.library().linear_token_logprobs_backward(*inputs))
+    def forward(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: torch.Tensor | None,
+        softcap: float,
+        chunk_size: int,
+        entropy: torch.Tensor,
+        softmax: torch.Tensor,
+        grad_logprobs: torch.Tensor,
+        grad_entropy: torch.Tensor,
+        hidden_gradient: bool,
+        weight_gradient: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        gradients = _operators.library().linear_token_logprobs_backward(
+            hidden,
+            weight,
+            labels,
+            temperature,
+            softcap,
+            chunk_size,
+            entropy,
+            softmax,
+            grad_logprobs,
+            grad_entropy,
+            hidden_gradient,
+            weight_gradient,
+        )
+        return tuple(gradients)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

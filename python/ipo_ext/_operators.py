@@ -338,8 +338,8 @@ class Anchor(torch.autograd.Function):
 
 
 def anchor(*tensors: torch.Tensor) -> torch.Tensor | None:
-    """None while compiling: a compiled graph has no second derivative."""
-    if torch.compiler.is_compiling():
+    """None while compiling, which makes no second derivative, or in forward mode, to be refused."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return None
     run: Any = Anchor.apply
     return cast(torch.Tensor, run(*tensors))
