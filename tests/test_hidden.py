@@ -781,6 +781,7 @@ def test_micro_batches_add_up(backend: Backend) -> None:
 @pytest.mark.parametrize("grad_loss", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_compiled_equals_eager(backend: Backend, dtype: torch.dtype, grad_loss: float) -> None:
+    torch._dynamo.reset()
     compiled = torch.compile(ipo_ext.ipo_loss_from_hidden, fullgraph=True, dynamic=True)
     for tokens in (20, 31):
         case = random_case(tokens, dtype=dtype, normalizer=3.0 + tokens).to(backend.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -75,6 +76,17 @@ def into(case: Case, gradient: torch.Tensor | None) -> Result:
     return Result(gradient, logprobs, entropy)
 
 
+def loss_of_rows(case: Case, rows: Result) -> tuple[torch.Tensor, ...]:
+    """Loss and metrics of log-probabilities and entropies that are there."""
+    what = ("inference_logprobs", "advantages", "loss_mask", "teacher_logprobs", "loss_weights")
+    inputs = {name: rows_of(case)[name] for name in (*what, "normalizer", *LOSS)}
+    return tuple(
+        _operators.library().ipo_loss_of_rows(
+            rows.logprobs, rows.entropy, **inputs, cu_seqlens=None, fault=no_fault(case)
+        )
+    )
+
+
 def at_row_starts(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The same shape in a narrower dtype, each row at the address of that row of the logits."""
     gradient = logits.view(dtype)[..., : logits.shape[-1]]
@@ -104,10 +116,9 @@ def test_over_the_logits(
     backend: Backend, dtype: torch.dtype, columns: int, layout: str, softcap: float | None
 ) -> None:
     case = random_case(9, columns, dtype, temperature=0.8, softcap=softcap).to(backend.device)
-    expected = apart(copy_of(case))
     ours = over_logits(copy_of(case, layout))
-    assert_same(ours, expected)
-    for mine, theirs in zip(ours.loss, expected.loss, strict=True):
+    assert_same(ours, into(copy_of(case, layout), copy_of(case, layout).logits))
+    for mine, theirs in zip(ours.loss, loss_of_rows(case, ours), strict=True):
         assert torch.equal(bits(mine), bits(theirs))
 
 
@@ -120,8 +131,8 @@ def test_narrower_over_fp32_logits(
 ) -> None:
     """Rounded once, and nothing of a row is lost before it is needed."""
     case = random_case(9, columns, temperature=0.8, softcap=softcap).to(backend.device)
-    expected = apart(copy_of(case))
-    case = copy_of(case, layout)
+    case, copy = copy_of(case, layout), copy_of(case, layout)
+    expected = into(copy, copy_of(case, layout).logits)
     ours = into(case, at_row_starts(case.logits, dtype))
     rounded = dataclasses.replace(expected, gradient=expected.gradient.to(dtype))
     assert_same(ours, rounded)
@@ -254,3 +265,120 @@ def test_rows_that_share_memory_are_refused(backend: Backend) -> None:
         over_logits(case.with_(logits=room[:8].expand(3, 8)))
     with pytest.raises(RuntimeError, match="gradient: expected the shape"):
         into(case, torch.empty(3, 9, device=backend.device))
+
+
+# -------------------------------------------------------------------------------------------------
+# inplace=True, through autograd
+
+PRODUCERS = {
+    "softmax": lambda z: z.softmax(-1),
+    "tanh": torch.tanh,
+    "exp": torch.exp,
+}
+
+
+def step(case: Case, leaf: torch.Tensor, *, inplace: bool, producer: Any = None) -> torch.Tensor:
+    """The loss of logits that a matrix product, or ``producer``, has made from ``leaf``."""
+    logits = leaf @ torch.ones_like(leaf[:1]).t().expand(-1, 33) + case.logits
+    logits = logits if producer is None else producer(logits)
+    return case.with_(logits=logits).call(inplace=inplace).loss
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_inplace_equals_apart(
+    backend: Backend, dtype: torch.dtype, factor: float, compiled: bool
+) -> None:
+    torch._dynamo.reset()
+    case = random_case(dtype=dtype, normalizer=3.0).to(backend.device)
+    run = torch.compile(step, fullgraph=True) if compiled else step
+    gradients = []
+    for inplace in (False, True):
+        leaf = torch.zeros(9, 4, dtype=dtype, device=backend.device, requires_grad=True)
+        (run(case, leaf, inplace=inplace) * factor).backward()
+        gradients.append(leaf.grad)
+    assert gradients[0].any()
+    assert torch.equal(*map(bits, gradients))
+
+
+def test_inplace_needs_no_second_matrix(backend: Backend) -> None:
+    case = random_case().to(backend.device)
+    logits = case.logits.clone().requires_grad_() * 1
+    case.with_(logits=logits).call(inplace=True).loss.backward()
+    expected = case.logits.clone().requires_grad_()
+    case.with_(logits=expected).call().loss.backward()
+    assert torch.equal(bits(logits), bits(expected.grad))  # the logits hold their gradient
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", list(PRODUCERS))
+def test_a_producer_that_saved_its_output_raises(
+    backend: Backend, name: str, compiled: bool
+) -> None:
+    torch._dynamo.reset()
+    case = random_case().to(backend.device)
+    run = torch.compile(step, fullgraph=True) if compiled else step
+    leaf = torch.zeros(9, 4, device=backend.device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run(case, leaf, inplace=True, producer=PRODUCERS[name]).backward()
+    run(case, leaf, inplace=False, producer=PRODUCERS[name]).backward()
+    assert leaf.grad is not None
+
+
+def test_logits_changed_before_backward_raise(backend: Backend) -> None:
+    case = random_case().to(backend.device)
+    logits = case.logits.requires_grad_() * 1
+    loss = case.with_(logits=logits).call(inplace=True).loss
+    with torch.no_grad():
+        logits.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_without_a_gradient_leaves_the_logits(backend: Backend) -> None:
+    case = random_case().to(backend.device)
+    before = case.logits.clone()
+    case.call(inplace=True)
+    with torch.no_grad():
+        case.with_(logits=case.logits.requires_grad_()).call(inplace=True)
+    assert torch.equal(case.logits, before)
+
+
+def test_inplace_refusals(backend: Backend) -> None:
+    case = random_case().to(backend.device)
+    leaf = case.logits.requires_grad_()
+    with pytest.raises(ValueError, match="logits: expected the result of an operation"):
+        case.call(inplace=True)
+    shared = (leaf[:1] * 1).expand(9, -1)
+    for logits in (shared, (leaf * 1).t().contiguous().t()):
+        with pytest.raises(RuntimeError, match="logits: expected rows of adjacent elements"):
+            case.with_(logits=logits).call(inplace=True)
+    loss = case.with_(logits=leaf * 1).call(inplace=True).loss
+    torch.autograd.grad(loss, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match="can run backward once"):
+        torch.autograd.grad(loss, leaf)
+
+
+def test_inplace_copies_nothing_when_compiled(backend: Backend) -> None:
+    """No tensor as large as the logits is made besides the logits."""
+    torch._dynamo.reset()
+    case = random_case(64, 33).to(backend.device)
+    code = torch._inductor.utils.run_and_get_code
+    compiled = torch.compile(step, fullgraph=True)
+    leaf = torch.zeros(64, 4, device=backend.device, requires_grad=True)
+    _, sources = code(lambda: compiled(case, leaf, inplace=True))
+    forward = sources[0]
+    operator = f"{backend.namespace}.ipo_loss_from_logits_.default"
+    assert operator in forward
+    assert len(re.findall(r"empty_strided_\w+\(\(64, 33\)", forward)) == 1, forward
+
+
+def test_second_derivative_is_refused(backend: Backend) -> None:
+    case = random_case().to(backend.device)
+    leaf = case.logits.requires_grad_()
+    for inplace in (False, True):
+        loss = case.with_(logits=leaf * 1).call(inplace=inplace).loss + (leaf**2).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+            torch.autograd.grad(gradient.sum(), leaf)
