@@ -1,4 +1,7 @@
-"""What one eager call costs beyond its arithmetic: ipo_loss on 64 tokens, layer by layer."""
+"""What one eager call costs beyond its arithmetic: ipo_loss on 64 tokens, layer by layer.
+
+And where a step at the size of the CPU's target goes: 65,536 tokens in 64 sequences.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import torch
 import ipo_ext
 
 TOKENS = 64
+TARGET = (65_536, 64)
 CALLS = 50  # in one timing
 
 
@@ -52,6 +56,43 @@ def subjects(device: str) -> dict[str, Callable[[], object]]:
         "ipo_loss, float normalizer": lambda: loss(leaf, normalizer=48.0),
         "ipo_loss, packed, float normalizer": lambda: loss(leaf, **packed),
         "the same, backward, metrics read": lambda: _whole(loss(leaf, **packed), leaf),
+    }
+
+
+class _Nothing(torch.autograd.Function):
+    """What autograd and Python cost where a Function computes nothing at all."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return leaf.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return ctx.saved_tensors[0], None
+
+
+def parts(device: str) -> dict[str, Callable[[], object]]:
+    """A whole step, what it is made of, and the step of torch.compile that it is measured by."""
+    batch = baselines.make_batch(*TARGET, device=device)
+    leaf, gradient = batch.trainer_logprobs, torch.rand(TARGET[0], device=device)
+    compiled = baselines.compiled(baselines.packed)
+
+    def loss() -> ipo_ext.IPOOutput:
+        return ipo_ext.ipo_loss(
+            *batch[:4], cu_seqlens=batch.cu_seqlens, normalizer=batch.loss_scale
+        )
+
+    metrics = loss().metrics
+    assert isinstance(metrics, ipo_ext.IPOMetrics)
+    return {
+        "ipo_loss": loss,
+        "ipo_loss, backward": lambda: _backward(loss().loss, leaf),
+        "ipo_loss, backward, metrics read": lambda: _whole(loss(), leaf),
+        "torch.compile of the packed form, backward": lambda: _backward(compiled(batch)[0], leaf),
+        "a Function that computes nothing": lambda: _Nothing.apply(leaf, gradient),
+        "the same, backward": lambda: _backward(_Nothing.apply(leaf, gradient), leaf),
+        "reading the metrics": metrics.tolist,
     }
 
 
@@ -99,22 +140,29 @@ def main(argv: list[str] | None = None) -> int:
     content = {"benchmark": "overhead", **report.facts(arguments.device), "tokens": TOKENS}
     if warning := report.busy(content["machine"]):
         terminal.line(warning)
-    terminal.progress("timing")
-    plan = timing.Plan(seconds=1e9, warmup=5, most=arguments.turns)
-    steps = {name: [_many(call)] for name, call in subjects(arguments.device).items()}
-    timings = timing.interleave(steps, _CallClock(), plan)
-    summaries = {
-        name: timing.summarise([sum(value) for value in values]) for name, values in timings.items()
+    titles = {
+        f"One call on {TOKENS} tokens": subjects,
+        "{:,} tokens in {} sequences".format(*TARGET): parts,
     }
-    content["results"] = {name: summary._asdict() for name, summary in summaries.items()}
+    content["results"] = {}
+    for title, calls in titles.items():
+        terminal.progress(title)
+        plan = timing.Plan(seconds=1e9, warmup=5, most=arguments.turns)
+        steps = {name: [_many(call)] for name, call in calls(arguments.device).items()}
+        timings = timing.interleave(steps, _CallClock(), plan)
+        summaries = {
+            name: timing.summarise([sum(value) for value in values])
+            for name, values in timings.items()
+        }
+        content["results"][title] = {name: each._asdict() for name, each in summaries.items()}
+        rows = [
+            [name, *(report.duration(value) for value in summary[:4])]
+            for name, summary in summaries.items()
+        ]
+        columns = ["", "median", "lower quartile", "upper quartile", "minimum"]
+        terminal.table(f"{title}, {arguments.device}", columns, rows)
     if arguments.json:
         report.write_json(arguments.json, content)
-    rows = [
-        [name, *(report.duration(value) for value in summary[:4])]
-        for name, summary in summaries.items()
-    ]
-    columns = ["", "median", "lower quartile", "upper quartile", "minimum"]
-    terminal.table(f"One call on {TOKENS} tokens, {arguments.device}", columns, rows)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -336,6 +338,37 @@ def test_a_retained_graph_gives_the_same_gradient(case: Case) -> None:
     first = trainer.grad.clone()
     loss.backward()
     assert same_bits(trainer.grad, first * 2)
+
+
+def test_a_changed_gradient_is_not_handed_out_again(case: Case) -> None:
+    trainer = leaf(case)
+    loss = loss_of(case)(trainer)
+    (first,) = torch.autograd.grad(loss, trainer, retain_graph=True)
+    expected = first.clone()
+    (half,) = torch.autograd.grad(loss, trainer, loss.new_tensor(0.5), retain_graph=True)
+    assert same_bits(half, expected * 0.5)
+    first.zero_()
+    with contextlib.suppress(RuntimeError):  # torch's words for a saved tensor that has changed
+        (second,) = torch.autograd.grad(loss, trainer)
+        assert same_bits(second, expected)
+
+
+def test_several_incoming_gradients_at_once(case: Case) -> None:
+    trainer = leaf(case)
+    loss = loss_of(case)(trainer)
+    factors = loss.new_tensor([1.0, 0.5])
+    (gradients,) = torch.autograd.grad(loss, trainer, factors, is_grads_batched=True)
+    (expected,) = torch.autograd.grad(loss_of(case)(trainer), trainer)
+    assert same_bits(gradients, torch.stack([expected, expected * 0.5]))
+
+
+def test_fakes_run_a_whole_step(case: Case) -> None:
+    with FakeTensorMode() as mode:
+        fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, vars(case))
+        fake = Case(**fake)
+        trainer = leaf(fake)
+        (gradient,) = torch.autograd.grad(loss_of(fake)(trainer), trainer)
+    assert gradient.shape == trainer.shape
 
 
 def test_gradients_accumulate_over_micro_batches(backend: Backend) -> None:

@@ -80,8 +80,7 @@ IPO_HOST_DEVICE Exponential<T> exponential(T x) {
   using Int = typename Lanes<T>::Int;
   using Unsigned = typename Lanes<T>::Unsigned;
 
-  const T above = select<T>(x < C::kLowest, splat<T>(C::kLowest), x);
-  const T bounded = select<T>(above > C::kHighest, splat<T>(C::kHighest), above);
+  const T bounded = smaller(splat<T>(C::kHighest), larger(splat<T>(C::kLowest), x));  // keeps NaN
   const T rounded = bounded * C::kLog2E + C::kRoundMagic;
   const T n = rounded - C::kRoundMagic;
   const T f = (bounded - n * C::kLn2High) - n * C::kLn2Low;

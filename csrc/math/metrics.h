@@ -88,16 +88,6 @@ IPO_HOST_DEVICE TileSums<T> empty_tile_sums() {
   return empty;
 }
 
-template <typename T>
-IPO_HOST_DEVICE T smaller(T a, T b) {
-  return select<T>(a < b, a, b);
-}
-
-template <typename T>
-IPO_HOST_DEVICE T larger(T a, T b) {
-  return select<T>(a > b, a, b);
-}
-
 // Which optional inputs of a token are there.
 struct TokenExtras {
   bool teacher;

@@ -61,11 +61,16 @@ constexpr double kMismatchClamp = 80;
 constexpr double kMismatchAtClamp = 5.54062238439351e34;  // exp(80) - 1 - 80
 
 template <typename T>
-IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token,
+IPO_HOST_DEVICE T log_ratio(const Token<T>& token) {
+  return token.trainer_logprob - token.inference_logprob;
+}
+
+// exponential_x is exponential(log_ratio(token)), which a caller may have made earlier.
+template <typename T>
+IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential<T>& exponential_x,
                                         const LossParams<Element<T>>& params) {
   using E = Element<T>;
-  const T x = token.trainer_logprob - token.inference_logprob;
-  const Exponential<T> exponential_x = exponential(x);
+  const T x = log_ratio(token);
   const T r = exponential_x.exp;
 
   const Mask<T> kept = token.active & (x >= params.log_low) & (x <= params.log_high);
@@ -104,6 +109,12 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token,
           select<T>(kept, pg_loss, T{}),
           select<T>(kept, kl_loss, T{}),
           gradient};
+}
+
+template <typename T>
+IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token,
+                                        const LossParams<Element<T>>& params) {
+  return token_loss(token, exponential(log_ratio(token)), params);
 }
 
 }  // namespace ipo_ext::math

@@ -2,10 +2,12 @@
 // users are Python's (ipo_ext/_checks.py), which has looked at every argument before.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -87,8 +89,21 @@ inline ScalarInput scalar_input(const std::optional<Tensor>& tensor, const Tenso
   return {nullptr, DType::kFloat64, load_scalar(input)};
 }
 
-inline Tensor empty(std::vector<int64_t> sizes, ScalarType dtype, const Tensor& like) {
-  return torch::stable::new_empty(like, sizes, dtype);
+// Contiguous, on the device of `like`. Past the dispatcher, which costs more than the allocation.
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0; stride *= std::max<int64_t>(sizes[dim], 1)) {
+    strides[dim] = stride;
+  }
+  int32_t device_type;
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      like.get_device_index(), &tensor));
+  return Tensor(tensor);
 }
 
 // [rows, segments] for a packed batch, else [rows].

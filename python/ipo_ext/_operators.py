@@ -143,10 +143,35 @@ def _ipo_loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tup
     others = (None,) * (ctx.num_inputs - 1)
     if grad_loss is None:
         return (None, *others)
-    # Only where a graph of the backward pass is built can a second derivative be asked for.
-    scale = ScaleGradient.apply if torch.is_grad_enabled() else ScaleGradient.forward
     gradient, trainer_logprobs = ctx.saved_tensors
-    return (scale(gradient, grad_loss, trainer_logprobs), *others)
+    return (_scaled(gradient, trainer_logprobs, grad_loss), *others)
+
+
+def _scaled(
+    gradient: torch.Tensor, trainer_logprobs: torch.Tensor, factor: torch.Tensor
+) -> torch.Tensor:
+    # Only where a graph of the backward pass is built can a second derivative be asked for.
+    differentiable = torch.is_grad_enabled()
+    if not differentiable and gradient.dtype == trainer_logprobs.dtype and _is_one(factor):
+        return gradient
+    scale: Any = ScaleGradient.apply if differentiable else ScaleGradient.forward
+    return cast(torch.Tensor, scale(gradient, factor, trainer_logprobs))
+
+
+def _is_one(factor: torch.Tensor) -> bool:
+    """Whether it is known to be 1 without waiting for a device."""
+    if not _is_eager() or torch._C._functorch.is_legacy_batchedtensor(factor):
+        return False  # the latter: is_grads_batched=True
+    return type(factor) is torch.Tensor and factor.is_cpu and factor.item() == 1
+
+
+def _is_eager() -> bool:
+    """Whether nothing traces, transforms or fakes what is called: tensors are what they seem."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
 
 
 def refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
@@ -184,14 +209,57 @@ class IPOLossUnderForwardMode(RefusesTangents, IPOLossFunction):
     pass
 
 
+class EagerIPOLoss(torch.autograd.Function):
+    """``ipo_loss`` where nothing traces or transforms it, at half the cost of the general form.
+
+    Autograd sees one input and one output; ``metrics`` receives the rest of what the operator
+    returns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        trainer_logprobs: torch.Tensor,
+        constants: tuple[Any, ...],
+        metrics: list[torch.Tensor],
+    ) -> torch.Tensor:
+        loss, gradient, *metrics[:] = _below_autograd(
+            library().ipo_loss, trainer_logprobs, *constants
+        )
+        ctx.save_for_backward(gradient, trainer_logprobs)
+        return cast(torch.Tensor, loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        return _scaled(*ctx.saved_tensors, *grad_outputs), None, None
+
+
+def _below_autograd(operator: Any, *inputs: Any) -> Any:
+    """Calls ``operator`` without its autograd formula, which is a detour through Python."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
+
+
 def run_ipo_loss(*inputs: Any) -> tuple[torch.Tensor, ...]:
-    """Calls the operator in the way that differentiates, or refuses to, as the inputs ask."""
-    return run(library().ipo_loss, IPOLossFunction, IPOLossUnderForwardMode, inputs, inputs[-1])
+    """Loss, means, sums and extremes, differentiable as the inputs ask, or refusing to be."""
+    with_gradient = inputs[-1]
+    if forward_ad._current_level >= 0 or not _is_eager():
+        loss, _, *metrics = run(
+            library().ipo_loss, IPOLossFunction, IPOLossUnderForwardMode, inputs, with_gradient
+        )
+    elif with_gradient:
+        metrics = []
+        attach: Any = EagerIPOLoss.apply
+        loss = attach(inputs[0], inputs[1:], metrics)
+    else:
+        loss, _, *metrics = _below_autograd(library().ipo_loss, *inputs)
+    return loss, *metrics
 
 
 def run(
     operator: Any, function: Any, under_forward_mode: Any, inputs: Any, with_gradient: bool
 ) -> tuple[torch.Tensor, ...]:
+    """Calls the operator in the way that differentiates, or refuses to, as the inputs ask."""
     if forward_ad._current_level >= 0:  # on its own, the operator would say that nothing flows
         return cast("tuple[torch.Tensor, ...]", under_forward_mode.apply(*inputs))
     call = function.apply if with_gradient else operator

@@ -93,7 +93,7 @@ def ipo_loss(
     )
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
     compute = _checks.compute_dtype(trainer_logprobs, inference_logprobs)
-    loss, _, means, sums, extremes = _operators.run_ipo_loss(
+    loss, means, sums, extremes = _operators.run_ipo_loss(
         trainer_logprobs,
         inference_logprobs,
         advantages,

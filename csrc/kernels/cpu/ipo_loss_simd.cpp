@@ -137,10 +137,21 @@ inline __attribute__((always_inline)) void copy_sums(const TileSums<T>& from, Ti
 
 template <typename E>
 inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int64_t count,
-                                                     const LossParams<E>& params,
+                                                     const LossParams<E>& shared_params,
                                                      const TokenExtras& has,
                                                      TileSums<Vector<E>>& tile) {
   using T = Vector<E>;
+  // A copy: the gradient's stores could change the caller's, and every token would reload them.
+  const LossParams<E> params = shared_params;
+  // In a loop of their own: it is short enough for the processor to overlap the long chains of
+  // dependent operations of several vectors.
+  alignas(64) E ratios[kChunk], mismatches[kChunk];
+  for (int64_t i = 0; i < count; i += kLanes<E>) {
+    const Exponential<T> each =
+        exponential(load<T>(chunk.trainer + i) - load<T>(chunk.inference + i));
+    store(ratios + i, each.exp);
+    store(mismatches + i, each.exp_minus_1_minus_x);
+  }
   TileSums<T> sums;
   copy_sums(tile, sums);
   for (int64_t i = 0; i < count; i += kLanes<E>) {
@@ -148,7 +159,8 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int6
                             load<T>(chunk.advantage + i), load<T>(chunk.teacher + i),
                             load<T>(chunk.weight + i),    load_mask<T>(chunk.active + i),
                             load<T>(chunk.entropy + i)};
-    const TokenLoss<T> loss = token_loss(token, params);
+    const TokenLoss<T> loss =
+        token_loss(token, {load<T>(ratios + i), load<T>(mismatches + i)}, params);
     store(chunk.gradient + i, loss.gradient);
     add_token(sums, token, loss, has);
   }
