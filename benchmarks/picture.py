@@ -83,7 +83,7 @@ def _scales(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_xticks([2**exponent for exponent in exponents])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -101,7 +101,7 @@ def _count(value: float) -> str:
     return f"{value:g}"
 
 
-def _tick(seconds: float) -> str:
+def tick(seconds: float) -> str:
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size * 0.999:
             return f"{seconds / size:g} {unit}"
@@ -160,7 +160,6 @@ def _distances(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _words(figure: Any, axes: Any, content: Mapping[str, Any]) -> None:
-    versions, machine = content["versions"], content["machine"]
     figure.text(
         0.012,
         0.965,
@@ -170,7 +169,14 @@ def _words(figure: Any, axes: Any, content: Mapping[str, Any]) -> None:
         fontweight="bold",
         va="center",
     )
-    where = f"{report.device_name(machine)}; torch {versions['torch']}; medians, quartiles shaded"
-    where += f"; {content['date'][:10]}; ipo_ext {versions['ipo_ext']} ({content['commit'][:9]})"
+    where = provenance(content)
     figure.text(0.012, 0.925, where, fontsize=9, color=GREY, va="center")
     figure.subplots_adjust(left=0.085, right=0.80, top=0.885, bottom=0.095)
+
+
+def provenance(content: Mapping[str, Any]) -> str:
+    """Where a picture's figures come from."""
+    versions, machine = content["versions"], content["machine"]
+    where = f"{report.device_name(machine)}; torch {versions['torch']}; medians, quartiles shaded"
+    version = f"ipo_ext {versions['ipo_ext']} ({content['commit'][:9]})"
+    return f"{where}; {content['date'][:10]}; {version}"

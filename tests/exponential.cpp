@@ -182,6 +182,27 @@ void check_special_values() {
   if (exponential(E(-0.0)).exp != 1) fail("at -0\n");
 }
 
+// The softmax's exponential, over its whole range: its error in ULP, less 5/4 |x|.
+template <typename E>
+double worst_of_nonpositive() {
+  using T = Vector<E>;
+  constexpr int kLanes = sizeof(T) / sizeof(E), kCount = 2'000'000;
+  double worst = 0;
+  for (int i = 0; i < kCount; ++i) {
+    const E x = kVanishing<E> * (static_cast<E>(i) / kCount);
+    const E got = exponential_of_nonpositive(x);
+    if (got != exponential_of_nonpositive(splat<T>(x))[i % kLanes]) fail("SIMD at %a\n", double(x));
+    const auto exact = std::exp(static_cast<typename Wider<E>::Type>(x));
+    if (exact < std::numeric_limits<E>::min()) continue;
+    worst = std::max(worst, ulp_error<E>(got, exact) + 1.25 * double(x));
+  }
+  if (exponential_of_nonpositive(E(0)) != 1) fail("softmax: exp(0) is not 1\n");
+  if (exponential_of_nonpositive(kVanishing<E>) != 0) fail("softmax: no 0 at the end\n");
+  if (!std::isnan(exponential_of_nonpositive(std::numeric_limits<E>::quiet_NaN())))
+    fail("softmax: exp(NaN) is not NaN\n");
+  return worst;
+}
+
 template <typename E>
 void check(const char* name, const std::vector<std::vector<E>>& batches) {
   Worst<E> worst;
@@ -193,6 +214,8 @@ void check(const char* name, const std::vector<std::vector<E>>& batches) {
   if (!(worst.exp <= kExpUlp)) fail("exp: %g ULP at %a\n", worst.exp, worst.exp_at);
   if (!(worst.mismatch <= kMismatchEpsilons))
     fail("exp(x) - 1 - x: %g eps at %a\n", worst.mismatch, worst.mismatch_at);
+  const double worst_softmax = worst_of_nonpositive<E>();
+  if (!(worst_softmax <= 2)) fail("softmax: %g ULP beyond 5/4 |x|\n", worst_softmax);
   std::printf("%s digest %016llx exp %.3f ULP, exp - 1 - x %.3f eps\n", name,
               static_cast<unsigned long long>(hash), worst.exp, worst.mismatch);
 }

@@ -21,6 +21,8 @@ import baselines  # noqa: E402
 import picture  # noqa: E402
 import report  # noqa: E402
 import tier1  # noqa: E402
+import tier2  # noqa: E402
+import tier2_providers  # noqa: E402
 import timing  # noqa: E402
 
 SEVEN = {
@@ -105,6 +107,35 @@ def test_a_wrong_provider_is_refused(wrong, complaint) -> None:
 
     with pytest.raises(ValueError, match=complaint):
         tier1.errors(call, baselines.make_batch(2048, 3))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.01])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_wrong_gradient_from_logits_is_refused(dtype: str, scale: float) -> None:
+    batch = tier2_providers.make_batch(3, 50, tier2.DTYPES[dtype], "cpu")
+    wanted = tier2_providers.expected(tier2_providers.exact, batch)
+    forward = tier2_providers.by_autograd(tier2_providers.ours)
+
+    def scaled(batch: tier2_providers.Batch):
+        loss, backward = forward(batch)
+        return loss, lambda grad_out: backward(grad_out) * scale
+
+    if scale == 1:
+        assert tier2.errors(scaled, batch, wanted, dtype)["gradient"] > 0
+    else:
+        with pytest.raises(ValueError, match="gradient: relative error"):
+            tier2.errors(scaled, batch, wanted, dtype)
+
+
+def test_expected_gradients_are_made_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = tier2_providers.make_batch(7, 11, torch.float32, "cpu")
+    loss, gradient = tier2_providers.expected(tier2_providers.exact, batch)
+    monkeypatch.setattr(tier2_providers, "SLAB", 2 * 11)
+    in_slabs, gradients = tier2_providers.expected(tier2_providers.exact, batch)
+    assert in_slabs == pytest.approx(loss)
+    assert torch.equal(gradients, gradient)
+    plain = tier2_providers.plain(batch)
+    assert plain.item() == pytest.approx(loss, rel=1e-5)
 
 
 # ---- Counting ----
@@ -234,6 +265,33 @@ def test_a_quick_run_writes_json_and_a_picture(tmp_path: Path) -> None:
     assert png_path.stat().st_size > 20_000
 
 
+def test_a_quick_run_from_logits_writes_json_and_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    json_path, png_path = tmp_path / "tier2.json", tmp_path / "tier2.png"
+    command = [sys.executable, "benchmarks/tier2.py", "--quick", "--threads", "1"]
+    command += ["--providers", "ipo_ext,eager,quack"]
+    command += ["--json", str(json_path), "--picture", str(png_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    content = json.loads(json_path.read_text())
+    (missing,) = content["left_out"]
+    assert missing["provider"] == "quack"
+    assert missing["reason"].startswith("unavailable")
+    assert {row["provider"] for row in content["results"]} == {"ipo_ext", "eager", "copy"}
+    assert len(content["results"]) == 4 * 3 * len(tier2.GRAD_OUTS)
+    for row in content["results"]:
+        total = row["seconds"]["total"]
+        assert 0 < total["minimum"] <= total["lower"] <= total["median"] <= total["upper"]
+        logits = row["rows"] * row["columns"] * {"fp32": 4, "bf16": 2}[row["dtype"]]
+        least = {"ipo_ext": 1, "eager": 3, "copy": 1}[row["provider"]]
+        assert least * logits <= row["peak_bytes"] < (least + 4) * logits
+        if row["provider"] != "copy":
+            assert set(row["seconds"]) == {"forward", "backward", "total"}
+            assert row["relative_errors"]["loss"] < 1e-5
+    assert png_path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_an_unknown_provider_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tier1.parse(["--providers", "ipo_ext,apex"])
@@ -241,7 +299,7 @@ def test_an_unknown_provider_is_an_error(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize("script", ["tier1.py", "overhead.py"])
+@pytest.mark.parametrize("script", ["tier1.py", "tier2.py", "overhead.py"])
 def test_without_a_gpu_no_gpu_figure(script: str) -> None:
     command = [sys.executable, f"benchmarks/{script}", "--device", "cuda"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -20,7 +20,7 @@ struct ExponentialConstants<float> {
   static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr float kLowest = -104.0f;              // exp is 0 below
   static constexpr float kHighest = 88.72283172607422f;  // exp is infinite above
-  static constexpr float kLowestNormal = -87.33654f;     // exp is subnormal below
+  static constexpr float kVanishing = -88.02969f;        // -127 ln(2)
 
   // (exp(f) - 1 - f) / f^2 for |f| <= ln(2) / 2: Cephes' minimax polynomial.
   template <typename T>
@@ -30,6 +30,16 @@ struct ExponentialConstants<float> {
     q = q * f + 4.1665795894e-2f;
     q = q * f + 1.6666665459e-1f;
     return q * f + 5.0000001201e-1f;
+  }
+
+  // 2^f for |f| <= 1/2 within 9.2e-8, relative: the minimax polynomial whose constant is 1.
+  template <typename T>
+  static IPO_HOST_DEVICE T power_of_2(T f) {
+    T q = 1.3264727e-3f * f + 9.6715128e-3f;
+    q = q * f + 5.5507337e-2f;
+    q = q * f + 2.4022242e-1f;
+    q = q * f + 6.9314698e-1f;
+    return q * f + 1.0f;
   }
 };
 
@@ -43,7 +53,7 @@ struct ExponentialConstants<double> {
   static constexpr double kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kLowest = -746.0;
   static constexpr double kHighest = 709.782712893384;
-  static constexpr double kLowestNormal = -708.3964185322641;
+  static constexpr double kVanishing = -709.0895657128241;  // -1023 ln(2)
 
   // The same by Taylor: the first term left out is below 2^-57.
   template <typename T>
@@ -59,6 +69,11 @@ struct ExponentialConstants<double> {
     q = q * f + 1.0 / 24.0;
     q = q * f + 1.0 / 6.0;
     return q * f + 0.5;
+  }
+  template <typename T>
+  static IPO_HOST_DEVICE T power_of_2(T f) {
+    const T g = f * 0.693147180559945309417;
+    return (g + g * g * tail(g)) + 1.0;
   }
 };
 
@@ -100,21 +115,24 @@ IPO_HOST_DEVICE Exponential<T> exponential(T x) {
           scale * tail + ((scale * f - x) + (scale - E(1)))};
 }
 
-// exp(x) for x that exceeds 0 by no more than rounding: 2^n is one factor. Exactly 0 where exp(x)
-// would be subnormal, -inf included; NaN for NaN.
+// Where the softmax's exponentials end: exponential_of_nonpositive is exactly 0 there.
+template <typename E>
+constexpr E kVanishing = ExponentialConstants<E>::kVanishing;
+
+// exp(x) for x from kVanishing to what rounding leaves above 0; NaN for NaN. 2^n is one factor, and
+// the sum that rounds to n holds its biased exponent already. Off by 2 + 5/4 |x| ULP: about what
+// rounding x itself has cost.
 template <typename T>
 IPO_HOST_DEVICE T exponential_of_nonpositive(T x) {
   using E = Element<T>;
   using C = ExponentialConstants<E>;
   using Unsigned = typename Lanes<T>::Unsigned;
 
-  const T rounded = x * C::kLog2E + C::kRoundMagic;
-  const T n = rounded - C::kRoundMagic;
-  const T f = (x - n * C::kLn2High) - n * C::kLn2Low;
-  const Unsigned exponent =
-      bit_cast<Unsigned>(rounded) - bit_cast<Unsigned>(splat<T>(C::kRoundMagic));
-  const T scale = bit_cast<T>((exponent + C::kBias) << C::kMantissaBits);
-  return select<T>(x < C::kLowestNormal, T{}, ((f + f * f * C::tail(f)) + E(1)) * scale);
+  constexpr E kMagic = C::kRoundMagic + C::kBias;
+  const T y = x * C::kLog2E;
+  const T rounded = y + kMagic;
+  const T f = y - (rounded - kMagic);
+  return C::power_of_2(f) * bit_cast<T>(bit_cast<Unsigned>(rounded) << C::kMantissaBits);
 }
 
 }  // namespace ipo_ext::math

@@ -50,22 +50,23 @@ IPO_HOST_DEVICE RowSums merge(const RowSums& a, const RowSums& b) {
 
 template <typename T>
 struct RowTerm {
-  T distance;     // d
-  T exponential;  // exp(d)
+  T distance;     // d, no less than kVanishing
+  T exponential;  // exp(d), 0 from there on: for a logit of -inf, too
 };
 
 // The difference is taken before the temperature divides it: an offset common to all logits,
 // however large, costs no digits.
 template <typename T>
 IPO_HOST_DEVICE RowTerm<T> row_term(T capped, Element<T> largest, Element<T> inverse_temperature) {
-  const T distance = (capped - largest) * inverse_temperature;
+  const T unbounded = (capped - largest) * inverse_temperature;
+  const T lowest = splat<T>(kVanishing<Element<T>>);
+  const T distance = select<T>(unbounded < lowest, lowest, unbounded);
   return {distance, exponential_of_nonpositive(distance)};
 }
 
-// exp(d) * d, which is 0 for a logit of -inf.
 template <typename T>
 IPO_HOST_DEVICE T weighted(const RowTerm<T>& term) {
-  return select<T>(term.exponential == Element<T>(0), T{}, term.exponential * term.distance);
+  return term.exponential * term.distance;
 }
 
 // NaN in both where the row holds NaN or +inf, or nothing but -inf.

@@ -19,10 +19,15 @@ class Steps {
  public:
   Steps(int64_t rows, int64_t size) : rows_(rows), size_(size) {}
 
-  bool next(int64_t& begin, int64_t& end) {
-    begin = next_.fetch_add(size_, std::memory_order_relaxed);
-    end = std::min(begin + size_, rows_);
-    return begin < rows_;
+  // Empty after the last row.
+  RowRange next() {
+    const int64_t begin = std::min(next_.fetch_add(size_, std::memory_order_relaxed), rows_);
+    return {begin, std::min(begin + size_, rows_)};
+  }
+  // The same, while there are enough for every thread to get one.
+  RowRange next_of_many(int64_t threads) {
+    if (next_.load(std::memory_order_relaxed) + threads * size_ > rows_) return {rows_, rows_};
+    return next();
   }
 
  private:
@@ -32,7 +37,7 @@ class Steps {
 
 int64_t scratch_bytes(const LogitsArgs& args) {
   const int64_t element = args.compute_dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  return (args.logits.columns + kLogitsChunk) * element;
+  return args.logits.columns * element;
 }
 
 }  // namespace
@@ -42,9 +47,14 @@ void logits(const LogitsArgs& args, const ParallelFor& parallel_for) {
   const int64_t step =
       std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, args.logits.columns));
   Steps steps(args.logits.rows, step);
-  parallel_for(args.logits.rows, step, [&](int64_t, int64_t) {
+  parallel_for(args.logits.rows, step, [&](int64_t begin, int64_t end) {
+    const int64_t threads = (args.logits.rows + end - begin - 1) / (end - begin);
     const std::unique_ptr<char[]> scratch(new char[scratch_bytes(args)]);
-    for (int64_t begin, end; steps.next(begin, end);) rows(args, begin, end, scratch.get());
+    for (RowRange range = steps.next(); range.begin < range.end;) {
+      const RowRange after = steps.next_of_many(threads);  // early: it is fetched on the way
+      rows(args, range, after.begin, scratch.get());
+      range = after.begin < after.end ? after : steps.next();
+    }
   });
 }
 

@@ -1,7 +1,8 @@
 // Tier 2 on the CPU, rows of logits: a SIMD loop over each of a row's passes (maximum, sums,
-// gradient), between which the row stays in the cache. Compiled once for each instruction set
-// (IPO_EXT_CPU_ARCH names it), chosen at run time in logits.cpp; ragged tails run the same vector
-// code, padded with logits of -inf.
+// gradient), between which the row stays in the cache. Memory is waited for in none of them: the
+// pass of exponentials, which is all arithmetic, fetches what the others will need. Compiled once
+// for each instruction set (IPO_EXT_CPU_ARCH names it), chosen at run time in logits.cpp; ragged
+// tails run the same vector code, padded with logits of -inf.
 #include "kernels/cpu/logits_simd.h"
 
 #include <type_traits>
@@ -15,7 +16,9 @@ namespace {
 
 using namespace ipo_ext::math;
 
-constexpr int kUnroll = 4;  // vectors a step, to hide the latency of their chains
+constexpr int64_t kChunk = 512;        // columns that are staged at once
+constexpr int64_t kFetchedBytes = 64;  // by one prefetch: a cache line
+constexpr int kUnroll = 4;             // vectors a step, to hide the latency of their chains
 
 template <typename E>
 constexpr int64_t kStep = kUnroll * kLanesOf<Vector<E>>;
@@ -23,9 +26,17 @@ constexpr int64_t kStep = kUnroll * kLanesOf<Vector<E>>;
 // Calls body(begin, count) for the chunks of a row.
 template <typename Body>
 IPO_EXT_INLINE void for_each_chunk(int64_t columns, const Body& body) {
-  for (int64_t begin = 0; begin < columns; begin += kLogitsChunk) {
-    body(begin, columns - begin < kLogitsChunk ? columns - begin : kLogitsChunk);
+  for (int64_t begin = 0; begin < columns; begin += kChunk) {
+    body(begin, columns - begin < kChunk ? columns - begin : kChunk);
   }
+}
+
+// Asks for a row's columns, to be read or written soon, and does not wait for them.
+template <typename Stored>
+IPO_EXT_INLINE void fetch(const Stored* row, int64_t begin, int64_t count) {
+  if (row == nullptr) return;
+  constexpr int64_t kColumns = kFetchedBytes / sizeof(Stored);
+  for (int64_t i = 0; i < count; i += kColumns) __builtin_prefetch(row + begin + i);
 }
 
 template <typename E>
@@ -38,7 +49,7 @@ IPO_EXT_INLINE void pad(E* staged, int64_t count) {
 template <typename E, typename Stored>
 IPO_EXT_INLINE const E* stage(const Stored* row, int64_t begin, int64_t count, E* staged) {
   if constexpr (std::is_same_v<E, Stored>) {
-    if (count == kLogitsChunk) return row + begin;
+    if (count == kChunk) return row + begin;
   }
   for (int64_t i = 0; i < count; ++i) staged[i] = convert<E>(load_one(row + begin + i));
   pad(staged, count);
@@ -65,7 +76,7 @@ IPO_EXT_INLINE E largest_logit(const Stored* row, int64_t columns) {
   using T = Vector<E>;
   T largest[kUnroll];
   for (T& part : largest) part = splat<T>(-std::numeric_limits<E>::infinity());
-  alignas(64) E staged[kLogitsChunk];
+  alignas(64) E staged[kChunk];
   for_each_chunk(columns, [&](int64_t begin, int64_t count) {
     const E* logits = stage<E>(row, begin, count, staged);
     for (int64_t i = 0; i < count; i += kStep<E>) {
@@ -92,25 +103,31 @@ IPO_EXT_INLINE double sum_of_lanes(const Wide<T>& wide) {
 }
 
 // The row's sums, in the compute dtype within a chunk and in fp64 beyond; keeps the exponentials
-// where `kept` is not null.
-template <typename E, typename Stored>
+// where `kept` is not null, and it may be the row itself. Fetches the two other rows.
+template <typename E, typename Stored, typename Gradient>
 IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitScale<E>& of_row,
-                                E largest_of_row, E* kept) {
+                                E largest_of_row, E* kept, const Stored* next_row,
+                                const Gradient* gradient) {
   using T = Vector<E>;
   Wide<T> exponentials = {}, weighted_sum = {};
-  alignas(64) E staged[kLogitsChunk];
+  alignas(64) E staged[kChunk];
+  alignas(64) E ragged[kChunk];
   for_each_chunk(columns, [&](int64_t begin, int64_t count) {
+    fetch(next_row, begin, count);
+    fetch(gradient, begin, count);
     const LogitScale<E> scale =
         of_row;  // copies, which no store can change: they stay in registers
     const E largest = largest_of_row;
     const E* capped = stage_capped(row, begin, count, scale.softcap, staged);
+    E* keep = count == kChunk ? kept + begin : ragged;
     T chunk_exponentials = {}, chunk_weighted = {};
     for (int64_t i = 0; i < count; i += kLanesOf<T>) {
       const RowTerm<T> term = row_term(load<T>(capped + i), largest, scale.inverse_temperature);
       chunk_exponentials += term.exponential;
       chunk_weighted += weighted(term);
-      if (kept != nullptr) store(kept + begin + i, term.exponential);
+      if (kept != nullptr) store(keep + i, term.exponential);
     }
+    if (kept != nullptr && keep == ragged) memcpy(kept + begin, ragged, count * sizeof(E));
     exponentials += Lanes<T>::widen(chunk_exponentials);
     weighted_sum += Lanes<T>::widen(chunk_weighted);
   });
@@ -140,25 +157,23 @@ IPO_EXT_INLINE void derive_from_kept(const E* exponentials, int64_t count,
   }
 }
 
-// The gradient may lie over the row, and be narrower: columns are read before they are written
-// over, and the label's, which is needed last, before all others.
+// The gradient may lie over the row or over `kept`, and be narrower than the row: columns are read
+// before they are written over.
 template <typename E, typename Stored, typename Gradient>
-IPO_EXT_INLINE void write_gradient(const Stored* row, int64_t columns, int64_t label,
-                                   const LogitScale<E>& scale, E largest,
-                                   const RowDerivative<E>& derivative, const E* kept,
-                                   Gradient* gradient) {
-  const CappedLogit<E> capped = cap_logit(convert<E>(load_one(row + label)), scale.softcap);
-  const RowTerm<E> term = row_term(capped.value, largest, scale.inverse_temperature);
-  alignas(64) E staged[kLogitsChunk];
-  alignas(64) E derived[kLogitsChunk];
+IPO_EXT_INLINE void write_gradient(const Stored* row, int64_t columns, const LogitScale<E>& scale,
+                                   E largest, const RowDerivative<E>& derivative, const E* kept,
+                                   const Stored* next_row, Gradient* gradient) {
+  alignas(64) E staged[kChunk];
+  alignas(64) E derived[kChunk];
   for_each_chunk(columns, [&](int64_t begin, int64_t count) {
     E* out = derived;
     if constexpr (std::is_same_v<E, Gradient>) {
-      if (count == kLogitsChunk) out = gradient + begin;
+      if (count == kChunk) out = gradient + begin;
     }
     if (kept != nullptr) {
-      derive_from_kept(kept + begin, count, derivative, out);
+      derive_from_kept(stage<E>(kept, begin, count, staged), count, derivative, out);
     } else {
+      fetch(next_row, begin, count);
       derive(stage<E>(row, begin, count, staged), count, scale, largest, derivative, out);
     }
     if (out == derived) {
@@ -167,11 +182,21 @@ IPO_EXT_INLINE void write_gradient(const Stored* row, int64_t columns, int64_t l
       }
     }
   });
-  store_one(gradient + label, narrow<Gradient>(derivative.label(term, capped.slope)));
 }
 
+// Where the exponentials are kept: in the gradient's place if they fit there, else in scratch.
+// Nowhere if the gradient is not wanted, or needs more than them.
+template <typename E, typename Gradient>
+IPO_EXT_INLINE E* place_to_keep(const LogitsArgs& args, Gradient* gradient, E* scratch) {
+  if (gradient == nullptr || args.softcap != 0) return nullptr;
+  if constexpr (std::is_same_v<E, Gradient>) return gradient;
+  return scratch;
+}
+
+// One row; next_row is what this thread will read then, or null.
 template <typename E, typename Stored, typename Gradient>
-IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, E* scratch) {
+IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, const Stored* next_row,
+                            E* scratch) {
   const int64_t columns = args.logits.columns;
   const Stored* row = args.logits.row<Stored>(index);
   Gradient* gradient = args.gradient.data != nullptr ? args.gradient.row<Gradient>(index) : nullptr;
@@ -186,43 +211,48 @@ IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, E* scratch) {
 
   const int64_t label = label_of(args, index);
   const LogitScale<E> scale = scale_of<E>(args, index);
+  // Read before anything is written: the gradient may lie over the row.
+  const CappedLogit<E> at_label = cap_logit(convert<E>(load_one(row + label)), scale.softcap);
   E largest;
   RowDerivative<E> derivative;
-  const E* kept = nullptr;
+  E* kept = nullptr;
   if (is_backward(args)) {
     largest = saved_largest<E>(args, index);
     derivative = restore_row<E>(args, index, upstream_slopes<E>(args, index));
   } else {
     largest = cap_logit(largest_logit<E>(row, columns), scale.softcap).value;
-    E* keep = gradient != nullptr && args.softcap == 0 ? scratch : nullptr;
-    const RowSums sums = row_sums(row, columns, scale, largest, keep);
-    const E label_capped = cap_logit(convert<E>(load_one(row + label)), scale.softcap).value;
-    derivative = finish_row(args, index, sums, largest, label_capped);
-    kept = keep;
+    kept = place_to_keep(args, gradient, scratch);
+    const RowSums sums = row_sums(row, columns, scale, largest, kept, next_row, gradient);
+    derivative = finish_row(args, index, sums, largest, at_label.value);
   }
   if (gradient == nullptr) return;
   if (derivative.slopes.are_zero()) {
     memset(gradient, 0, columns * sizeof(Gradient));
-  } else {
-    write_gradient(row, columns, label, scale, largest, derivative, kept, gradient);
+    return;
   }
+  write_gradient(row, columns, scale, largest, derivative, kept, next_row, gradient);
+  const RowTerm<E> term = row_term(at_label.value, largest, scale.inverse_temperature);
+  store_one(gradient + label, narrow<Gradient>(derivative.label(term, at_label.slope)));
 }
 
 template <typename E, typename Stored, typename Gradient>
-void run_rows(const LogitsArgs& args, int64_t begin, int64_t end, void* scratch) {
-  for (int64_t row = begin; row < end; ++row) {
-    run_row<E, Stored, Gradient>(args, row, static_cast<E*>(scratch));
+void run_rows(const LogitsArgs& args, RowRange range, int64_t after, void* scratch) {
+  for (int64_t row = range.begin; row < range.end; ++row) {
+    const int64_t next = row + 1 < range.end ? row + 1 : after;
+    const bool is_read = next < args.logits.rows && row_is_active(args, next);
+    const Stored* next_row = is_read ? args.logits.row<Stored>(next) : nullptr;
+    run_row<E, Stored, Gradient>(args, row, next_row, static_cast<E*>(scratch));
   }
 }
 
-void run_fp32_rows(const LogitsArgs& args, int64_t begin, int64_t end, void* scratch) {
+void run_fp32_rows(const LogitsArgs& args, RowRange range, int64_t after, void* scratch) {
   switch (args.gradient.dtype) {
     case DType::kFloat16:
-      return run_rows<float, float, Float16>(args, begin, end, scratch);
+      return run_rows<float, float, Float16>(args, range, after, scratch);
     case DType::kBFloat16:
-      return run_rows<float, float, BFloat16>(args, begin, end, scratch);
+      return run_rows<float, float, BFloat16>(args, range, after, scratch);
     default:
-      return run_rows<float, float, float>(args, begin, end, scratch);
+      return run_rows<float, float, float>(args, range, after, scratch);
   }
 }
 
@@ -236,16 +266,16 @@ IPO_EXT_INLINE void scale_stored(const ScaleArgs& args, E factor, int64_t begin,
 
 }  // namespace
 
-void logits_rows(const LogitsArgs& args, int64_t begin, int64_t end, void* scratch) {
+void logits_rows(const LogitsArgs& args, RowRange range, int64_t after, void* scratch) {
   switch (args.logits.dtype) {
     case DType::kFloat16:
-      return run_rows<float, Float16, Float16>(args, begin, end, scratch);
+      return run_rows<float, Float16, Float16>(args, range, after, scratch);
     case DType::kBFloat16:
-      return run_rows<float, BFloat16, BFloat16>(args, begin, end, scratch);
+      return run_rows<float, BFloat16, BFloat16>(args, range, after, scratch);
     case DType::kFloat64:
-      return run_rows<double, double, double>(args, begin, end, scratch);
+      return run_rows<double, double, double>(args, range, after, scratch);
     default:
-      return run_fp32_rows(args, begin, end, scratch);
+      return run_fp32_rows(args, range, after, scratch);
   }
 }
 

@@ -6,15 +6,17 @@
 
 namespace ipo_ext::cpu {
 
-// Columns that are staged at once; a row's scratch is rounded up to whole chunks.
-constexpr int64_t kLogitsChunk = 512;
+struct RowRange {
+  int64_t begin, end;
+};
 
-// logits_rows: rows [begin, end), with scratch for one row in the compute dtype.
+// logits_rows: the rows of range, with scratch for one row in the compute dtype; `after` is the row
+// that this thread will take then, or no row.
 // scale_elements: elements [begin, end) of the gradient, times factor.
-#define IPO_EXT_DECLARE_ARCH(arch)                                                       \
-  namespace arch {                                                                       \
-  void logits_rows(const LogitsArgs& args, int64_t begin, int64_t end, void* scratch);   \
-  void scale_elements(const ScaleArgs& args, double factor, int64_t begin, int64_t end); \
+#define IPO_EXT_DECLARE_ARCH(arch)                                                        \
+  namespace arch {                                                                        \
+  void logits_rows(const LogitsArgs& args, RowRange range, int64_t after, void* scratch); \
+  void scale_elements(const ScaleArgs& args, double factor, int64_t begin, int64_t end);  \
   }
 IPO_EXT_CPU_ARCHS(IPO_EXT_DECLARE_ARCH)
 #undef IPO_EXT_DECLARE_ARCH
