@@ -1,0 +1,22 @@
+"""Tests inside the real trainers: each file needs its host and runs where the host is installed.
+
+``scripts/test_integrations.py`` makes an environment for each, since their requirements conflict.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # models are made here, none is downloaded
+
+HOSTS = ("trl", "verl")
+collect_ignore = [f"test_{host}.py" for host in HOSTS if importlib.util.find_spec(host) is None]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
