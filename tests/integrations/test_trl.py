@@ -83,7 +83,7 @@ def trainer_of(
         "per_device_eval_batch_size": 4,
         "num_generations": 4,
         "gradient_accumulation_steps": 2,
-        "max_completion_length": 6,
+        "max_completion_length": 8,
         "max_steps": 3,
         "learning_rate": 1e-2,
         "logging_steps": 1,
@@ -130,7 +130,7 @@ def averaged(losses: torch.Tensor, mask: torch.Tensor, inputs: dict, how: str) -
     if how == "bnpo":
         return losses.sum() / mask.sum() / 2
     if how == "dr_grpo":
-        return losses.sum() / (len(mask) * 6) / 2
+        return losses.sum() / (len(mask) * 8) / 2
     return (losses.sum(1) / mask.sum(1).clamp(min=1)).mean() / 2
 
 
