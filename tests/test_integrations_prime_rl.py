@@ -224,18 +224,6 @@ def test_what_is_not_this_loss_is_refused() -> None:
 class TestFusedOutputLinear:
     hidden_size, vocab = 6, 11
 
-    @pytest.fixture(autouse=True)
-    def _stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        if not hasattr(ipo_ext, "linear_token_logprobs"):
-
-            def from_logits(hidden, weight, labels, *, temperature, softcap, chunk_size):
-                logits = hidden @ weight.T
-                return ipo_ext.token_logprobs(
-                    logits, labels, temperature=temperature, softcap=softcap
-                )
-
-            monkeypatch.setattr(ipo_ext, "linear_token_logprobs", from_logits, raising=False)
-
     def inputs(self) -> dict[str, torch.Tensor]:
         return {
             "hidden_states": torch.randn(2, 3, self.hidden_size, requires_grad=True),

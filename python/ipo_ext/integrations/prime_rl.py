@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ipo_ext.config import IPOConfig
-from ipo_ext.functional import ipo_loss
+from ipo_ext.functional import ipo_loss, linear_token_logprobs
 from ipo_ext.output import IPOOutput
 
 Sequences = Sequence[torch.Tensor]  # one [tokens] of each packed sequence
@@ -169,7 +169,8 @@ class FusedOutputLinear(nn.Linear):
 
     Constructed, called and answering as upstream's, so that it can stand in its module's place:
     ``prime_rl.trainer.models.layers.lm_head.FusedOutputLinear = FusedOutputLinear``. Both outputs
-    are differentiable; a label of -100 marks a row that takes no part.
+    are differentiable; the backward pass takes only the rows whose gradient is not 0, so neither
+    prompts nor tokens that the loss dropped. A label of -100 marks a row that takes no part.
 
     Args:
         chunk_size: rows whose logits exist at a time.
@@ -199,11 +200,9 @@ class FusedOutputLinear(nn.Linear):
         Returns:
             ``{"logprobs": [B, T], "entropy": [B, T]}``, a pytree for FSDP's hooks, as upstream's.
         """
-        from ipo_ext import linear_token_logprobs
-
-        for name, value in (("labels", labels), ("temperature", temperature)):
-            if value is None:
-                raise ValueError(f"{name}: expected a tensor [B, T], got None")
+        if labels is None or temperature is None:
+            missing = "labels" if labels is None else "temperature"
+            raise ValueError(f"{missing}: expected a tensor [B, T], got None")
         if sampling_mask is not None:
             raise ValueError(
                 "sampling_mask: expected None: log-probabilities over a part of the vocabulary are "
