@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +114,14 @@ def test_loss_fn_is_the_loss_of_one_sequence(kind) -> None:
     assert UPSTREAM_METRICS | {"teacher_kl"} <= set(out.metrics)
     for name, value in out.metrics.items():
         torch.testing.assert_close(value.double(), expected.metrics[name])
+
+
+def test_the_example_is_a_section_that_loads() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    example = Path(__file__).parents[1] / "examples" / "prime_rl.toml"
+    section = CustomLossConfig(**tomllib.loads(example.read_text())["trainer"]["loss"])
+    assert section.type == "custom"
+    assert prime_rl.setup_loss_fn(section).config == IPOConfig()
 
 
 def test_loss_weights_count() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,5 +20,6 @@ collect_ignore = [f"test_{host}.py" for host in HOSTS if importlib.util.find_spe
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)  # trainers write where they run

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -217,6 +219,56 @@ def test_metrics_are_those_of_all_micro_batches_since_the_last_log() -> None:
         assert log["ipo/is_masked"] == pytest.approx(metrics["is_masked"].item())
         assert "entropy" in log
     assert logs[0]["ipo/nonfinite"] > 0  # the token without a log-probability
+
+
+def repeatable_rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+    """Completions that depend on the prompt and the place in its group alone, not on the rank."""
+    out = {"prompt_ids": trainer.processing_class(prompts).input_ids}
+    out["completion_ids"], out["logprobs"] = [], []
+    for i, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(1000 * (i % 4) + sum(map(ord, prompt)))
+        length = 1 + int(torch.randint(6, (), generator=generator))
+        tokens = torch.randint(2, len(SYMBOLS), (length,), generator=generator)
+        logprobs = -1.5 - 2 * torch.rand(length, generator=generator)
+        out["completion_ids"].append(tokens.tolist())
+        out["logprobs"].append(logprobs.tolist())
+    return out
+
+
+def trained(ranks: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    torch.manual_seed(0)
+    trainer = trainer_of(
+        rollout_func=repeatable_rollout,
+        ipo_config=BAND,
+        per_device_train_batch_size=8 // ranks,
+        max_steps=2,
+        optim="sgd",
+        learning_rate=1.0,
+    )
+    trainer.train()
+    return trainer.model.state_dict(), trainer.state.log_history[:2]
+
+
+def train_on_a_rank(rank: int, ranks: int, port: int, result: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    outcome = trained(ranks)
+    if rank == 0:
+        torch.save(outcome, result)
+
+
+def test_two_ranks_train_as_one(tmp_path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    result = str(tmp_path / "two.pt")
+    torch.multiprocessing.spawn(train_on_a_rank, (2, port, result), nprocs=2)
+    (weights, logs), (expected, expected_logs) = torch.load(result), trained(1)
+    torch.testing.assert_close(weights, expected)
+    for log, expected_log in zip(logs, expected_logs, strict=True):
+        assert 0 < log["ipo/is_masked"] < 1
+        for name in (name for name in log if name.startswith("ipo/")):
+            assert log[name] == pytest.approx(expected_log[name], rel=1e-4, abs=1e-6), name
 
 
 def test_evaluates() -> None:
