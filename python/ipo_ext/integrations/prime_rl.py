@@ -173,8 +173,11 @@ class FusedOutputLinear(nn.Linear):
     prompts nor tokens that the loss dropped. A label of -100 marks a row that takes no part.
 
     Args:
-        chunk_size: rows whose logits exist at a time.
-        softcap: ``c`` of ``c * tanh(logits / c)``, as upstream's ``GemmaFusedOutputLinear``.
+        chunk_size: rows whose logits exist at a time, over the whole vocabulary. (Upstream cuts the
+            vocabulary as well: of the same number, this head needs more memory.) Default: as
+            ``linear_token_logprobs``.
+        softcap: ``c`` of ``c * tanh(logits / c)``, as upstream's ``GemmaFusedOutputLinear``, in
+            whose place it can stand as well.
     """
 
     def __init__(
