@@ -14,8 +14,11 @@ import pytest
 import torch
 import transformers
 from eager import token_losses
+from omegaconf import OmegaConf
+from verl.protocol import DataProto
 from verl.trainer.config import RolloutCorrectionConfig
-from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, get_policy_loss_fn
+from verl.trainer.ppo.rollout_corr_helper import apply_bypass_mode
 from verl.utils import tensordict_utils
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
@@ -242,6 +245,24 @@ def test_bypass_and_decoupled_mode_are_honoured() -> None:
         loss, _ = ppo_loss(actor_config(policy_loss=options), {"log_probs": logprobs}, data)
         losses.append(loss)
     assert losses[0] == losses[1]
+
+
+def test_verls_older_trainer_finds_the_loss_as_bypass_mode(monkeypatch) -> None:
+    monkeypatch.setitem(POLICY_LOSS_REGISTRY, "bypass_mode", None)
+    adapter.register(BAND, name="bypass_mode")
+    data = batch(LOCAL)
+    output = {"log_probs": packed_logprobs(policy(), data)}
+    proto = DataProto.from_dict({"rollout_log_probs": data["old_log_probs"]})
+    config = OmegaConf.structured(PolicyLossConfig(loss_mode="ipo"))
+    correction = RolloutCorrectionConfig(bypass_mode=True)
+    apply_bypass_mode(proto, correction, config)
+    assert config.loss_mode == "bypass_mode"
+
+    expected, _ = ppo_loss(actor_config(), output, data)
+    data["old_log_probs"] = proto.batch["old_log_probs"]
+    options = PolicyLossConfig(loss_mode=config.loss_mode, rollout_correction=correction)
+    loss, _ = ppo_loss(actor_config(policy_loss=options), output, data)
+    assert loss == expected
 
 
 def test_every_option_of_the_config_is_accounted_for() -> None:
