@@ -15,6 +15,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # models are made here, none is downloaded
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is, and stands for an engine here
 
+torch.set_num_threads(1)  # models this small are slower with more
+
 HOSTS = ("trl", "verl")
 collect_ignore = [f"test_{host}.py" for host in HOSTS if importlib.util.find_spec(host) is None]
 

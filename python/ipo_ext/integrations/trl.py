@@ -51,15 +51,10 @@ class IPOTrainer(GRPOTrainer):
             config=self.ipo_config,
         )
         self._record(out.metrics, entropies, mask)
-        if aux_loss is None:
-            return out.loss
-        self._metrics[self._mode]["aux_loss"].append(
-            self.accelerator.gather_for_metrics(aux_loss.detach()).mean().item()
-        )
-        return out.loss + self.router_aux_loss_coef * aux_loss / self._accumulation_steps
+        return out.loss if aux_loss is None else out.loss + self._balance(aux_loss)
 
     def _forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """Log-probabilities and entropies of the completions, and the experts' balancing loss."""
+        """Log-probabilities and entropies of the completions; the experts' balance, or None."""
         compute = self._get_per_token_logps_and_entropies
         passed_on = inspect.signature(compute).parameters.keys() & inputs.keys()  # images and such
         return compute(
@@ -88,6 +83,12 @@ class IPOTrainer(GRPOTrainer):
             return None, len(mask) * self.max_completion_length * steps
         lengths = mask.sum(1, keepdim=True).clamp(min=1)
         return (1 / lengths).expand(mask.shape), len(mask) * steps
+
+    def _balance(self, aux_loss: torch.Tensor) -> torch.Tensor:
+        """The loss that keeps a mixture's experts in use, as TRL adds it."""
+        mean = self.accelerator.gather_for_metrics(aux_loss.detach()).mean()
+        self._metrics[self._mode]["aux_loss"].append(mean.item())
+        return self.router_aux_loss_coef * aux_loss / self._accumulation_steps
 
     @property
     def _mode(self) -> str:
