@@ -1,0 +1,173 @@
+"""TRL's GRPOTrainer with this loss; an option of its config that the loss cannot honour raises."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from ipo_ext.config import IPOConfig
+from ipo_ext.functional import ipo_loss
+
+
+class IPOTrainer(GRPOTrainer):
+    """``GRPOTrainer`` whose loss is ``ipo_loss``, logged as ``ipo/<metric>``.
+
+    The ratio is the trained policy's over what sampled: the log-probabilities that vLLM or a
+    ``rollout_func`` returned where the batch has them, otherwise those of the policy at the time
+    of generation. A completion is a sequence, as far as a mask rule asks. Of ``loss_type`` only
+    the average counts: ``"dapo"``, ``"bnpo"``, ``"dr_grpo"`` or ``"grpo"``.
+
+    Args:
+        ipo_config: the loss; default ``IPOConfig()``. All others are ``GRPOTrainer``'s.
+
+    Raises:
+        ValueError: an option of ``GRPOConfig`` that this loss does not honour is set.
+    """
+
+    def __init__(self, *args: Any, ipo_config: IPOConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ipo_config = ipo_config if ipo_config is not None else IPOConfig()
+        self._ipo_metrics: dict[str, Any] = {}  # IPOMetrics by mode, since the last log
+        _refuse_what_is_not_honoured(self.args, self.ipo_config)
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        logprobs, entropies, aux_loss = self._forward(model, inputs)
+        weights, normalizer = self._average(mask, inputs)
+        advantages = inputs["advantages"]
+        out = ipo_loss(
+            logprobs,
+            _sampling_logprobs(inputs, logprobs),
+            advantages.reshape(len(mask), -1).expand(mask.shape),
+            mask,
+            loss_weights=weights,
+            normalizer=normalizer,
+            config=self.ipo_config,
+        )
+        self._record(out.metrics, entropies, mask)
+        return out.loss if aux_loss is None else out.loss + self._balance(aux_loss)
+
+    def _forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Log-probabilities and entropies of the completions; the experts' balance, or None."""
+        compute = self._get_per_token_logps_and_entropies
+        passed_on = inspect.signature(compute).parameters.keys() & inputs.keys()  # images and such
+        return compute(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].shape[1],
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: inputs[name] for name in passed_on},
+        )
+
+    def _average(
+        self, mask: torch.Tensor, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | float]:
+        """Token weights and normalizer that average as ``loss_type`` does, per rank and step."""
+        steps = self._accumulation_steps
+        if self.loss_type == "dapo":  # the tokens of the whole generation batch, this rank's share
+            share = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            if self._mode == "train":
+                share = share * steps / self.args.steps_per_generation
+            return None, share
+        if self.loss_type == "bnpo":
+            return None, mask.sum().clamp(min=1) * steps
+        if self.loss_type == "dr_grpo":
+            return None, len(mask) * self.max_completion_length * steps
+        lengths = mask.sum(1, keepdim=True).clamp(min=1)
+        return (1 / lengths).expand(mask.shape), len(mask) * steps
+
+    def _balance(self, aux_loss: torch.Tensor) -> torch.Tensor:
+        """The loss that keeps a mixture's experts in use, as TRL adds it."""
+        mean = self.accelerator.gather_for_metrics(aux_loss.detach()).mean()
+        self._metrics[self._mode]["aux_loss"].append(mean.item())
+        return self.router_aux_loss_coef * aux_loss / self._accumulation_steps
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @property
+    def _accumulation_steps(self) -> int:
+        return self.current_gradient_accumulation_steps if self.model.training else 1
+
+    def _record(self, metrics: Any, entropies: torch.Tensor, mask: torch.Tensor) -> None:
+        mode = self._mode
+        self._ipo_metrics[mode] = self._ipo_metrics.get(mode, 0) + metrics
+        entropy = torch.stack([torch.where(mask, entropies.detach(), 0).sum(), mask.sum()])
+        total, tokens = self.accelerator.reduce(entropy, reduction="sum").tolist()
+        self._metrics[mode]["entropy"].append(total / max(tokens, 1))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As TRL's, with the loss's metrics over all micro-batches and ranks since the last log."""
+        metrics = self._ipo_metrics.pop(self._mode, None)
+        if metrics is not None:
+            if self.accelerator.num_processes > 1:
+                metrics = metrics.all_reduce()
+            for name, value in metrics.tolist().items():
+                self._metrics[self._mode][f"ipo/{name}"] = [value]
+        super().log(logs, *args, **kwargs)
+
+
+_AVERAGES = ("dapo", "bnpo", "dr_grpo", "grpo")
+
+_BOUNDS = "this loss drops tokens by a mask and clips nothing; set the bounds of ipo_config"
+_ENTROPY = "this loss has no entropy term"
+_OTHER_LOSS = "it belongs to another loss"
+_NOT_HONOURED = {
+    "beta": "this loss has no reference model; its KL is to the sampling policy, kl_tau",
+    "sync_ref_model": "this loss has no reference model",
+    "epsilon": _BOUNDS,
+    "epsilon_high": _BOUNDS,
+    "delta": _BOUNDS,
+    "importance_sampling_level": "the ratio of this loss is that of a token",
+    "off_policy_mask_threshold": "set a mask rule of ipo_config instead",
+    "top_entropy_quantile": "this loss takes every token that is not masked",
+    "entropy_coef": _ENTROPY,
+    "use_adaptive_entropy": _ENTROPY,
+    "sapo_temperature_neg": _OTHER_LOSS,
+    "sapo_temperature_pos": _OTHER_LOSS,
+    "vespo_k_pos": _OTHER_LOSS,
+    "vespo_lambda_pos": _OTHER_LOSS,
+    "vespo_k_neg": _OTHER_LOSS,
+    "vespo_lambda_neg": _OTHER_LOSS,
+}
+
+
+def _refuse_what_is_not_honoured(args: GRPOConfig, config: IPOConfig) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    for name, why in _NOT_HONOURED.items():
+        value = getattr(args, name)
+        if value != defaults[name]:
+            raise ValueError(
+                f"{name}: expected the default {defaults[name]!r}, got {value!r}: {why}"
+            )
+    if args.loss_type not in _AVERAGES:
+        raise ValueError(
+            f"loss_type: expected how to average, one of {', '.join(_AVERAGES)}, got "
+            f"{args.loss_type!r}, which is a loss of its own"
+        )
+    if args.use_vllm and args.vllm_importance_sampling_correction:
+        raise ValueError(
+            "vllm_importance_sampling_correction: expected False with use_vllm, got True: the "
+            "ratio of this loss is already taken to vLLM's log-probabilities"
+        )
+    if config.teacher_tau > 0:
+        raise ValueError(
+            f"ipo_config.teacher_tau: expected 0, got {config.teacher_tau!r}: TRL's batches have "
+            "no teacher's log-probabilities"
+        )
+
+
+def _sampling_logprobs(inputs: dict[str, Any], logprobs: torch.Tensor) -> torch.Tensor:
+    for name in ("sampling_per_token_logps", "old_per_token_logps"):
+        if inputs.get(name) is not None:
+            return inputs[name]
+    return logprobs.detach()  # sampled by the policy as it is: TRL leaves them out where so

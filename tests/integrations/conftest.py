@@ -1,0 +1,27 @@
+"""Tests inside the real trainers: each file needs its host and runs where the host is installed.
+
+``scripts/test_integrations.py`` makes an environment for each, since their requirements conflict.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # models are made here, none is downloaded
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is, and stands for an engine here
+
+torch.set_num_threads(1)  # models this small are slower with more
+
+HOSTS = ("trl", "verl")
+collect_ignore = [f"test_{host}.py" for host in HOSTS if importlib.util.find_spec(host) is None]
+
+
+@pytest.fixture(autouse=True)
+def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)  # trainers write where they run

@@ -1,0 +1,347 @@
+"""A tiny model trained by the real TRL: loss and gradient against eager code and TRL's own."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import socket
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from eager import token_losses
+from tokenizers import Tokenizer, models, pre_tokenizers
+from trl import GRPOConfig, GRPOTrainer
+
+from ipo_ext import IPOConfig
+from ipo_ext.integrations.trl import IPOTrainer
+
+SYMBOLS = ["<pad>", "<eos>", *"0123456789+="]
+AVERAGES = ("dapo", "bnpo", "dr_grpo", "grpo")
+PROMPTS = Dataset.from_dict({"prompt": ["1+2=", "3+4=", "5+1=", "2+2="]})
+BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.1)
+NO_BAND = IPOConfig(dppo_mask_low=0.0, dppo_mask_high=math.inf, kl_tau=0.0)
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    symbols = Tokenizer(models.WordLevel({s: i for i, s in enumerate(SYMBOLS)}, unk_token="<pad>"))
+    symbols.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=symbols, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def policy(experts: bool = False) -> transformers.PreTrainedModel:
+    sizes = {
+        "vocab_size": len(SYMBOLS),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    if not experts:
+        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
+    return transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(
+            **sizes,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            output_router_logits=True,
+        )
+    )
+
+
+def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+    """Completions as an engine returns them: its log-probabilities (some missing), its turns."""
+    lengths = [1 + int(n) for n in torch.randint(6, (len(prompts),))]
+    end = SYMBOLS.index("<eos>")
+    completions = [torch.randint(2, len(SYMBOLS), (n,)).tolist() for n in lengths]
+    out = {
+        "prompt_ids": trainer.processing_class(prompts).input_ids,
+        "completion_ids": [[*c[:-1], end] if i % 2 else c for i, c in enumerate(completions)],
+        "logprobs": [(-1.5 - 2 * torch.rand(n)).tolist() for n in lengths],
+        "env_mask": [[int(i % 3 != 1) for i in range(n)] for n in lengths],
+    }
+    out["logprobs"][0][0] = None  # one that the engine could not score
+    return out
+
+
+def trainer_of(
+    kind: type[GRPOTrainer] = IPOTrainer,
+    *,
+    model: transformers.PreTrainedModel | None = None,
+    rollout_func: Callable | None = None,
+    ipo_config: IPOConfig | None = None,
+    **options,
+) -> GRPOTrainer:
+    settings = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "num_generations": 4,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 8,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **options,
+    }
+    return kind(
+        model=model if model is not None else policy(),
+        reward_funcs=lambda completions, **_: [float(text.count("1")) for text in completions],
+        args=GRPOConfig(**settings),
+        train_dataset=PROMPTS,
+        eval_dataset=PROMPTS,
+        processing_class=tokenizer(),
+        **({"rollout_func": rollout_func} if rollout_func else {}),
+        **({"ipo_config": ipo_config} if ipo_config else {}),
+    )
+
+
+def train_with(trainer: GRPOTrainer, check: Callable) -> int:
+    """Trains while ``check(model, inputs, loss, gradients)`` sees every micro-batch."""
+    compute, checked = trainer._compute_loss, []
+
+    def checking(model, inputs):
+        loss = compute(model, inputs)
+        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        check(model, inputs, loss, gradients)
+        checked.append(loss.item())
+        return loss
+
+    trainer._compute_loss = checking
+    trainer.train()
+    return len(checked)
+
+
+def averaged(losses: torch.Tensor, mask: torch.Tensor, inputs: dict, how: str) -> torch.Tensor:
+    """As TRL documents its loss types, for one process and two accumulated micro-batches."""
+    if how == "dapo":
+        return losses.sum() / inputs["num_items_in_batch"]
+    if how == "bnpo":
+        return losses.sum() / mask.sum() / 2
+    if how == "dr_grpo":
+        return losses.sum() / (len(mask) * 8) / 2
+    return (losses.sum(1) / mask.sum(1).clamp(min=1)).mean() / 2
+
+
+@pytest.mark.parametrize("loss_type", AVERAGES)
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_training_on_an_engines_logprobs_equals_eager(loss_type: str, mask_truncated: bool) -> None:
+    model = policy()
+    twin = copy.deepcopy(model).double()  # before TRL patches its forward
+    trainer = trainer_of(
+        model=model,
+        rollout_func=rollout,
+        ipo_config=BAND,
+        loss_type=loss_type,
+        temperature=0.7,
+        mask_truncated_completions=mask_truncated,
+    )
+    shares = []
+
+    def check(model, inputs, loss, gradients) -> None:
+        twin.load_state_dict(model.state_dict())
+        tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        length = inputs["completion_ids"].shape[1]
+        logits = twin(tokens, attention_mask=attention).logits[:, -length - 1 : -1] / 0.7
+        labels = inputs["completion_ids"][..., None]
+        logprobs = logits.log_softmax(-1).gather(-1, labels).squeeze(-1)
+        mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+        sampled = inputs["sampling_per_token_logps"].double()
+        losses = token_losses(logprobs, sampled, inputs["advantages"][:, None], mask, BAND)
+        expected = averaged(losses, mask, inputs, loss_type)
+
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+        for ours, theirs in zip(
+            gradients, torch.autograd.grad(expected, list(twin.parameters())), strict=True
+        ):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+        shares.append((losses == 0)[mask].double().mean().item())
+
+    before = copy.deepcopy(model.state_dict())
+    assert train_with(trainer, check) == 6
+    assert 0 < sum(shares) / len(shares) < 1, "some tokens are to be dropped, and some kept"
+    assert any((value != before[name]).any() for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("loss_type", AVERAGES)
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+def test_without_a_band_on_policy_it_is_trls_own_loss(loss_type: str, experts: bool) -> None:
+    """There both are -A with the gradient of -A log p, so all that is left is TRL's averaging."""
+    trainer = trainer_of(model=policy(experts), ipo_config=NO_BAND, loss_type=loss_type)
+
+    def check(model, inputs, loss, gradients) -> None:
+        expected = GRPOTrainer._compute_loss(trainer, model, inputs)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+        theirs = torch.autograd.grad(expected, list(model.parameters()))
+        torch.testing.assert_close(gradients, theirs, rtol=1e-4, atol=1e-6)
+
+    assert train_with(trainer, check) == 6
+
+
+def test_off_policy_steps_take_the_policy_that_generated() -> None:
+    trainer = trainer_of(ipo_config=NO_BAND, num_iterations=2, max_steps=4)
+    ratios = []
+
+    def check(model, inputs, loss, gradients) -> None:
+        assert "old_per_token_logps" in inputs
+        ratios.append(trainer._ipo_metrics["train"]["log_ratio_max"].item())
+
+    train_with(trainer, check)
+    assert max(map(abs, ratios)) > 1e-3
+
+
+def test_metrics_are_those_of_all_micro_batches_since_the_last_log() -> None:
+    trainer = trainer_of(rollout_func=rollout, ipo_config=BAND)
+    kept = []
+
+    def check(model, inputs, loss, gradients) -> None:
+        kept.append(trainer._ipo_metrics["train"])  # of the step so far
+
+    train_with(trainer, check)
+    logs = [log for log in trainer.state.log_history if "ipo/is_masked" in log]
+    assert len(logs) == 3
+    for log, metrics in zip(logs, kept[1::2], strict=True):
+        assert {f"ipo/{name}" for name in metrics} <= set(log)
+        assert log["ipo/is_masked"] == pytest.approx(metrics["is_masked"].item())
+        assert "entropy" in log
+    assert logs[0]["ipo/nonfinite"] > 0  # the token without a log-probability
+
+
+def repeatable_rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+    """Completions that depend on the prompt and the place in its group alone, not on the rank."""
+    out = {"prompt_ids": trainer.processing_class(prompts).input_ids}
+    out["completion_ids"], out["logprobs"] = [], []
+    for i, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(1000 * (i % 4) + sum(map(ord, prompt)))
+        length = 1 + int(torch.randint(6, (), generator=generator))
+        tokens = torch.randint(2, len(SYMBOLS), (length,), generator=generator)
+        logprobs = -1.5 - 2 * torch.rand(length, generator=generator)
+        out["completion_ids"].append(tokens.tolist())
+        out["logprobs"].append(logprobs.tolist())
+    return out
+
+
+def trained(ranks: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    torch.manual_seed(0)
+    trainer = trainer_of(
+        rollout_func=repeatable_rollout,
+        ipo_config=BAND,
+        per_device_train_batch_size=8 // ranks,
+        max_steps=2,
+        optim="sgd",
+        learning_rate=1.0,
+    )
+    trainer.train()
+    return trainer.model.state_dict(), trainer.state.log_history[:2]
+
+
+def train_on_a_rank(rank: int, ranks: int, port: int, result: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    outcome = trained(ranks)
+    if rank == 0:
+        torch.save(outcome, result)
+
+
+def test_two_ranks_train_as_one(tmp_path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    result = str(tmp_path / "two.pt")
+    torch.multiprocessing.spawn(train_on_a_rank, (2, port, result), nprocs=2)
+    (weights, logs), (expected, expected_logs) = torch.load(result), trained(1)
+    torch.testing.assert_close(weights, expected)
+    for log, expected_log in zip(logs, expected_logs, strict=True):
+        assert 0 < log["ipo/is_masked"] < 1
+        for name in (name for name in log if name.startswith("ipo/")):
+            assert log[name] == pytest.approx(expected_log[name], rel=1e-4, abs=1e-6), name
+
+
+def test_evaluates() -> None:
+    trainer = trainer_of(rollout_func=rollout, ipo_config=BAND)
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    assert "eval_ipo/is_masked" in trainer.state.log_history[-1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("loss_type", "cispo"),
+        ("loss_type", "sapo"),
+        ("loss_type", "luspo"),
+        ("loss_type", "vespo"),
+        ("beta", 0.1),
+        ("epsilon", 0.3),
+        ("epsilon_high", 0.3),
+        ("delta", 2.0),
+        ("importance_sampling_level", "sequence"),
+        ("off_policy_mask_threshold", 0.5),
+        ("top_entropy_quantile", 0.5),
+        ("entropy_coef", 0.01),
+        ("use_adaptive_entropy", True),
+        ("sapo_temperature_neg", 2.0),
+        ("vespo_k_pos", 1.0),
+    ],
+)
+def test_an_option_that_is_not_honoured_raises(option: str, value: object, tmp_path) -> None:
+    model = policy()
+    model.save_pretrained(tmp_path)  # beta makes TRL load the reference model from a path
+    model.config._name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match=rf"{option}: expected .*, got {value!r}"):
+        trainer_of(model=model, **{option: value})
+
+
+def test_every_option_of_a_loss_is_accounted_for() -> None:
+    """A new option of a later TRL's loss is honoured or refused here before it is released."""
+    import inspect
+
+    from ipo_ext.integrations import trl as adapter
+
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    read = {name for name in GRPOConfig.__dataclass_fields__ if f"args.{name}" in source}
+    read |= {name for name in vars(trainer_of()) if f"self.{name}" in source} & set(
+        GRPOConfig.__dataclass_fields__
+    )
+    honoured = {
+        "loss_type",
+        "steps_per_generation",
+        "router_aux_loss_coef",
+        "use_bias_correction_kl",  # of beta, which is refused
+        "entropy_coef_delta",  # these four of use_adaptive_entropy, which is refused
+        "entropy_coef_max",
+        "entropy_coef_min",
+        "entropy_target",
+        "use_vllm",
+        "vllm_importance_sampling_correction",
+        "max_completion_length",
+    }
+    assert read <= honoured | set(adapter._NOT_HONOURED)
+
+
+def test_a_second_correction_for_the_engine_raises() -> None:
+    from ipo_ext.integrations.trl import _refuse_what_is_not_honoured
+
+    args = GRPOConfig(use_cpu=True, bf16=False, use_vllm=True)
+    with pytest.raises(ValueError, match="vllm_importance_sampling_correction: expected False"):
+        _refuse_what_is_not_honoured(args, IPOConfig())
+    args.vllm_importance_sampling_correction = False
+    _refuse_what_is_not_honoured(args, IPOConfig())
+
+
+def test_a_teacher_raises() -> None:
+    with pytest.raises(ValueError, match=r"ipo_config.teacher_tau: expected 0, got 0\.5"):
+        trainer_of(ipo_config=IPOConfig(teacher_tau=0.5))

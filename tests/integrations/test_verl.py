@@ -1,0 +1,289 @@
+"""A tiny model trained through the real verl's actor loss: loss and gradient against eager code.
+
+verl's engines run on CUDA and NPU only, so the loop around ``verl.workers.utils.losses.ppo_loss``
+is this file's: batch, configuration, registry, aggregation and metrics are verl's.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from eager import token_losses
+from omegaconf import OmegaConf
+from verl.protocol import DataProto
+from verl.trainer.config import RolloutCorrectionConfig
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, get_policy_loss_fn
+from verl.trainer.ppo.rollout_corr_helper import apply_bypass_mode
+from verl.utils import tensordict_utils
+from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+from verl.workers.utils.losses import ppo_loss
+
+from ipo_ext import IPOConfig
+from ipo_ext.integrations import verl as adapter
+
+BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.1)
+MODES = (
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "seq-mean-token-mean",
+)
+LOCAL = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None}
+GLOBAL = {"dp_size": 4, "batch_num_tokens": 90, "global_batch_size": 12}
+VOCAB, PROMPT, RESPONSE = 14, 3, 6
+RESPONSE_LENGTHS = (6, 1, 4)
+TRAINED = (5, 1, 0)  # tokens of each response that train; of the last none
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    adapter.register(BAND)
+
+
+def actor_config(**options: Any) -> FSDPActorConfig:
+    settings = {
+        "rollout_n": 1,
+        "ppo_micro_batch_size_per_gpu": 3,
+        "policy_loss": PolicyLossConfig(loss_mode="ipo"),
+        **options,
+    }
+    return FSDPActorConfig(**settings)
+
+
+def policy() -> transformers.PreTrainedModel:
+    return transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+
+
+def batch(world: dict[str, Any], importance_weights: bool = False) -> Any:
+    """What verl's trainer hands to the actor, one row of padding after each response."""
+    rows = len(RESPONSE_LENGTHS)
+    lengths = torch.tensor(RESPONSE_LENGTHS)[:, None]
+    present = torch.arange(RESPONSE) < lengths
+    tensors = {
+        "prompts": torch.randint(VOCAB, (rows, PROMPT)),
+        "responses": torch.randint(VOCAB, (rows, RESPONSE)),
+        "attention_mask": torch.cat([torch.ones(rows, PROMPT), present], dim=1).long(),
+        "response_mask": torch.arange(RESPONSE) < torch.tensor(TRAINED)[:, None],
+        "old_log_probs": torch.where(present, -1.5 - 2 * torch.rand(rows, RESPONSE), 0),
+        "advantages": torch.randn(rows, RESPONSE),
+    }
+    if importance_weights:
+        tensors["rollout_is_weights"] = torch.rand(rows, RESPONSE)
+    return tensordict_utils.get_tensordict(tensors, world)
+
+
+def packed_logprobs(model: transformers.PreTrainedModel, data: Any) -> torch.Tensor:
+    """Of each next token, without padding, as verl's engines return them."""
+    tokens = torch.cat([data["prompts"], data["responses"]], dim=1)
+    logits = model(tokens, attention_mask=data["attention_mask"]).logits
+    labels = tokens.roll(-1, dims=1)[..., None]
+    logprobs = logits.log_softmax(-1).gather(-1, labels).squeeze(-1)
+    return logprobs[data["attention_mask"].bool()]
+
+
+def response_logprobs(model: transformers.PreTrainedModel, data: Any) -> torch.Tensor:
+    tokens = torch.cat([data["prompts"], data["responses"]], dim=1)
+    logits = model(tokens, attention_mask=data["attention_mask"]).logits[:, PROMPT - 1 : -1]
+    labels = data["responses"][..., None]
+    return logits.log_softmax(-1).gather(-1, labels).squeeze(-1)
+
+
+def aggregated(losses: torch.Tensor, mode: str, world: dict, scale_factor: int | None):
+    """The five modes as verl documents them, over the rows that train."""
+    lengths, ranks = torch.tensor(TRAINED), world["dp_size"]
+    sequences = world["global_batch_size"] or (lengths > 0).sum()
+    if mode == "token-mean":
+        return losses.sum() / (world["batch_num_tokens"] or lengths.sum()) * ranks
+    if mode == "token-sum":
+        return losses.sum() * ranks
+    if mode == "seq-mean-token-sum":
+        return losses.sum() / sequences * ranks
+    if mode == "seq-mean-token-sum-norm":
+        return losses.sum() / sequences / (scale_factor or RESPONSE) * ranks
+    return (losses.sum(1) / lengths.clamp(min=1)).sum() / sequences * ranks
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("world", [LOCAL, GLOBAL], ids=["local", "global"])
+@pytest.mark.parametrize("importance_weights", [False, True], ids=["", "weights"])
+def test_training_equals_eager(mode: str, world: dict, importance_weights: bool) -> None:
+    scale_factor = 5 if world is GLOBAL else None
+    config = actor_config(loss_agg_mode=mode, loss_scale_factor=scale_factor)
+    model = policy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    shares = []
+    for _ in range(3):
+        data = batch(world, importance_weights)
+        twin = copy.deepcopy(model).double()
+        losses = token_losses(
+            response_logprobs(twin, data),
+            data["old_log_probs"].double(),
+            data["advantages"],
+            data["response_mask"],
+            BAND,
+        )
+        shares.append((losses == 0)[data["response_mask"]].double().mean().item())
+        expected = aggregated(
+            losses * data.get("rollout_is_weights", torch.ones(())), mode, world, scale_factor
+        )
+        theirs = torch.autograd.grad(expected, list(twin.parameters()))
+
+        optimizer.zero_grad()
+        loss, metrics = ppo_loss(config, {"log_probs": packed_logprobs(model, data)}, data)
+        loss.backward()
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+        for parameter, gradient in zip(model.parameters(), theirs, strict=True):
+            torch.testing.assert_close(parameter.grad.double(), gradient, rtol=1e-4, atol=1e-6)
+        assert metrics["actor/pg_loss"].aggregate() == pytest.approx(expected.item(), rel=1e-5)
+        assert metrics["actor/ipo/is_masked"].aggregate() == pytest.approx(shares[-1])
+        assert metrics["actor/pg_clipfrac"].aggregate() == pytest.approx(shares[-1])
+        optimizer.step()
+    assert 0 < sum(shares) < 3, "some tokens are to be dropped, and some kept"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_are_those_of_verls_aggregation(mode: str) -> None:
+    mask = batch(LOCAL)["response_mask"]
+    world = {**GLOBAL, "loss_scale_factor": 5}
+    losses = torch.randn(mask.shape)
+    weighted = (adapter._token_weights(mask, mode, world) * losses).sum()
+    expected = agg_loss(loss_mat=losses, loss_mask=mask, loss_agg_mode=mode, **world)
+    torch.testing.assert_close(weighted, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_micro_batch_without_loss_tokens_runs_backward(mode: str) -> None:
+    data = batch(GLOBAL)
+    data["response_mask"] = torch.zeros_like(data["response_mask"])
+    model = policy()
+    loss, _ = ppo_loss(
+        actor_config(loss_agg_mode=mode), {"log_probs": packed_logprobs(model, data)}, data
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
+def test_metrics_do_not_depend_on_the_aggregation() -> None:
+    data = batch(GLOBAL)
+    logprobs = packed_logprobs(policy(), data)
+    reported = []
+    for mode in MODES[:4]:  # which weigh every token alike
+        _, metrics = ppo_loss(actor_config(loss_agg_mode=mode), {"log_probs": logprobs}, data)
+        reported.append({name: metrics[name].aggregate() for name in metrics if "/ipo/" in name})
+    for other in reported[1:]:
+        assert other == pytest.approx(reported[0], rel=1e-5)
+
+
+def test_entropy_bonus_and_kl_term_stay_verls() -> None:
+    data = batch(LOCAL)
+    data["ref_log_prob"] = data["old_log_probs"] - 0.1
+    model = policy()
+    output = {
+        "log_probs": packed_logprobs(model, data),
+        "entropy": torch.rand_like(packed_logprobs(model, data)),
+    }
+    plain, _ = ppo_loss(actor_config(), {"log_probs": output["log_probs"]}, data)
+    config = actor_config(entropy_coeff=0.5, use_kl_loss=True, kl_loss_coef=0.3)
+    loss, metrics = ppo_loss(config, output, data)
+    bonus = 0.5 * metrics["actor/entropy_loss"].aggregate()
+    kl = 0.3 * metrics["kl_loss"].aggregate()
+    assert loss.item() == pytest.approx(plain.item() - bonus + kl, rel=1e-5)
+
+
+def refused(match: str, **options: Any) -> None:
+    data = batch(LOCAL)
+    with pytest.raises(ValueError, match=match):
+        ppo_loss(actor_config(**options), {"log_probs": packed_logprobs(policy(), data)}, data)
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos"]
+)
+def test_an_option_that_is_not_honoured_raises(name: str) -> None:
+    refused(rf"{name}: expected the default .*, got 9\.0", **{name: 9.0})
+
+
+@pytest.mark.parametrize("name", ["clip_cov_ratio", "kl_cov_ratio", "ppo_kl_coef", "dro_beta"])
+def test_an_option_of_another_policy_loss_raises(name: str) -> None:
+    options = PolicyLossConfig(loss_mode="ipo", **{name: 9.0})
+    refused(rf"{name}: expected the default .*, got 9\.0", policy_loss=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rollout_rs", "token_k1"), ("loss_type", "reinforce")]
+)
+def test_what_bypass_mode_would_leave_to_the_loss_raises(name: str, value: str) -> None:
+    correction = RolloutCorrectionConfig(bypass_mode=True, **{name: value})
+    options = PolicyLossConfig(loss_mode="ipo", rollout_correction=correction)
+    refused(rf"rollout_correction\.{name}: expected .*, got '{value}'", policy_loss=options)
+
+
+def test_bypass_and_decoupled_mode_are_honoured() -> None:
+    data = batch(LOCAL)
+    logprobs = packed_logprobs(policy(), data)
+    losses = []
+    for bypass in (True, False):
+        correction = RolloutCorrectionConfig(bypass_mode=bypass)
+        options = PolicyLossConfig(loss_mode="ipo", rollout_correction=correction)
+        loss, _ = ppo_loss(actor_config(policy_loss=options), {"log_probs": logprobs}, data)
+        losses.append(loss)
+    assert losses[0] == losses[1]
+
+
+def test_verls_older_trainer_finds_the_loss_as_bypass_mode(monkeypatch) -> None:
+    monkeypatch.setitem(POLICY_LOSS_REGISTRY, "bypass_mode", None)
+    adapter.register(BAND, name="bypass_mode")
+    data = batch(LOCAL)
+    output = {"log_probs": packed_logprobs(policy(), data)}
+    proto = DataProto.from_dict({"rollout_log_probs": data["old_log_probs"]})
+    config = OmegaConf.structured(PolicyLossConfig(loss_mode="ipo"))
+    correction = RolloutCorrectionConfig(bypass_mode=True)
+    apply_bypass_mode(proto, correction, config)
+    assert config.loss_mode == "bypass_mode"
+
+    expected, _ = ppo_loss(actor_config(), output, data)
+    data["old_log_probs"] = proto.batch["old_log_probs"]
+    options = PolicyLossConfig(loss_mode=config.loss_mode, rollout_correction=correction)
+    loss, _ = ppo_loss(actor_config(policy_loss=options), output, data)
+    assert loss == expected
+
+
+def test_every_option_of_the_config_is_accounted_for() -> None:
+    """A new option of a later verl's policy losses is honoured or refused here."""
+    fields = {field.name for field in dataclasses.fields(PolicyLossConfig)}
+    assert fields - set(adapter._NOT_HONOURED) == {"_target_", "loss_mode", "rollout_correction"}
+
+
+def test_another_name_and_another_config() -> None:
+    adapter.register(IPOConfig(dppo_mask_low=0.9, dppo_mask_high=1.1), name="ipo_narrow")
+    assert get_policy_loss_fn("ipo_narrow") is not get_policy_loss_fn("ipo")
+    data = batch(LOCAL)
+    output = {"log_probs": packed_logprobs(policy(), data)}
+    shares = [
+        ppo_loss(actor_config(policy_loss=PolicyLossConfig(loss_mode=name)), output, data)[1]
+        for name in ("ipo", "ipo_narrow")
+    ]
+    wide, narrow = (metrics["actor/ipo/is_masked"].aggregate() for metrics in shares)
+    assert wide < narrow
+
+
+def test_a_teacher_raises() -> None:
+    with pytest.raises(ValueError, match=r"teacher_tau: expected 0, got 0\.5"):
+        adapter.register(IPOConfig(teacher_tau=0.5))
