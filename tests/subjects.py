@@ -53,6 +53,16 @@ def logits_and_constants(tokens: int) -> tuple[torch.Tensor, Constants]:
     return scores, (labels, *constants_of_loss(trainer))
 
 
+def hidden(tokens: int) -> tuple[torch.Tensor, Constants]:
+    states, constants = logits(tokens)
+    return states, (torch.randn(VOCABULARY, VOCABULARY), *constants)
+
+
+def hidden_and_constants(tokens: int) -> tuple[torch.Tensor, Constants]:
+    states, constants = logits_and_constants(tokens)
+    return states, (torch.eye(VOCABULARY), *constants)
+
+
 def constants_of_loss(trainer: torch.Tensor) -> Constants:
     inference = trainer + torch.randn_like(trainer)
     return inference, torch.randn_like(trainer), torch.rand_like(trainer) < 0.8
@@ -63,5 +73,11 @@ SUBJECTS = {
     "ipo_loss_from_logits": Subject(
         ipo_ext.ipo_loss_from_logits, "ipo_loss_from_logits", logits_and_constants
     ),
+    "ipo_loss_from_hidden": Subject(
+        ipo_ext.ipo_loss_from_hidden, "ipo_loss_from_hidden", hidden_and_constants
+    ),
     "token_logprobs": Subject(ipo_ext.token_logprobs, "token_logprobs", logits),
+    "linear_token_logprobs": Subject(
+        ipo_ext.linear_token_logprobs, "linear_token_logprobs", hidden
+    ),
 }

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import ipo_ext
 from backends import Backend
 from cases import same_bits
-from ipo_ext import IPOConfig, _operators
+from ipo_ext import _C, IPOConfig, _operators
 from ipo_ext.diagnosis import info
 from subjects import SUBJECTS, VOCABULARY, Subject
 
@@ -42,6 +42,11 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return SUBJECTS[request.param]
 
 
+def per_token(tensor: torch.Tensor) -> bool:
+    """Whether it has a row for each of TOKENS tokens, as all but weights have."""
+    return tensor.shape[0] == TOKENS
+
+
 def test_every_public_function_is_a_subject() -> None:
     functions = {name for name in ipo_ext.__all__ if "loss" in name or "logprobs" in name}
     assert set(SUBJECTS) == functions
@@ -51,45 +56,52 @@ def test_every_public_function_is_a_subject() -> None:
 # opcheck
 
 
-def settings(tokens: int, device: torch.device) -> tuple[Any, ...]:
-    """What the loss operators take after the mask: packed, with all options."""
-    values = torch.rand(tokens, device=device)
-    ends = torch.tensor([0, 5, 5, tokens], dtype=torch.int32, device=device)
-    taus = (1.0, 1e-3, 0.3)
-    bounds = IPOConfig().log_bounds(torch.float32)
-    return -values, values, ends, torch.tensor(7.0, device=device), *bounds, *taus
-
-
-def operator_arguments(name: str, device: torch.device) -> tuple[Any, ...]:
-    subject = SUBJECTS.get(name, SUBJECTS["token_logprobs"])
-    first, constants = subject.inputs(TOKENS, device)
-    first = first.requires_grad_(name in SUBJECTS)
-    temperature = torch.rand(TOKENS, device=device) + 0.5
-    per_token = torch.rand(TOKENS, device=device)
-    arguments: dict[str, tuple[Any, ...]] = {
-        "ipo_loss": (first, *constants, *settings(TOKENS, device), True),
-        "ipo_loss_from_logits": (
-            *(first, *constants, temperature, 4.0),
-            *(*settings(TOKENS, device), True),
-        ),
-        "token_logprobs": (first, *constants, temperature, 4.0),
-        "token_logprobs_backward": (
-            *(first, *constants, temperature, 4.0),
-            *(per_token, torch.rand(2, TOKENS, device=device), per_token, per_token),
-        ),
-        "scale_": (first, torch.tensor(0.3, device=device)),
+def values(operator: str, device: torch.device) -> dict[str, Any]:
+    """A value for every name in the operators' schemas."""
+    rows = TOKENS, VOCABULARY
+    per_token = torch.rand(TOKENS)
+    tensors = {
+        "trainer_logprobs": -per_token,
+        "logits": torch.randn(rows),
+        "hidden": torch.randn(rows),
+        "weight": torch.randn(VOCABULARY, VOCABULARY),
+        "labels": torch.randint(VOCABULARY, (TOKENS,)),
+        "inference_logprobs": -torch.rand(TOKENS),
+        "advantages": torch.randn(TOKENS),
+        "loss_mask": per_token < 0.8,
+        "temperature": per_token + 0.5,
+        "teacher_logprobs": -per_token,
+        "loss_weights": per_token,
+        "cu_seqlens": torch.tensor([0, 5, 5, TOKENS], dtype=torch.int32),
+        "normalizer": torch.tensor(7.0),
+        "logprobs": -per_token,
+        "entropy": per_token,
+        "softmax": torch.rand((TOKENS, 2) if operator.startswith("linear") else (2, TOKENS)),
+        "grad_logprobs": torch.randn(TOKENS),
+        "grad_entropy": torch.randn(TOKENS),
+        "fault": torch.zeros(1, dtype=torch.int32),
+        "gradient": torch.randn(rows),
+        "factor": torch.tensor(0.3),
+        "sums": torch.rand(len(_C.SUM_ROWS), 3, dtype=torch.float64),
+        "extremes": torch.rand(len(_C.EXTREME_ROWS), 3, dtype=torch.float64),
     }
-    if name == "metric_means":
-        case, constants = SUBJECTS["ipo_loss"].inputs(TOKENS, device)
-        metrics = ipo_ext.ipo_loss(case, *constants).metrics
-        return metrics.sums, metrics.extremes, False
-    return arguments[name]
+    numbers = dict(
+        zip(("log_low", "log_high"), IPOConfig().log_bounds(torch.float32), strict=True),
+        **dict.fromkeys(("num_active", "max_active"), TOKENS),
+        **dict.fromkeys(("with_gradient", "hidden_gradient", "weight_gradient"), True),
+        adv_tau=1.0, kl_tau=1e-3, teacher_tau=0.3, softcap=4.0,
+        chunk_size=8, columns=VOCABULARY, float64=False,
+    )  # fmt: skip
+    return {name: tensor.to(device) for name, tensor in tensors.items()} | numbers
 
 
 @pytest.mark.parametrize("name", [name.removeprefix("ipo_ext::") for name in info.operators()])
 def test_opcheck(backend: Backend, name: str) -> None:
     operator = getattr(_operators.library(), name).default
-    results = torch.library.opcheck(operator, operator_arguments(name, backend.device))
+    known = values(name, backend.device)
+    arguments = [known[argument.name] for argument in operator._schema.arguments]
+    arguments[0].requires_grad_(name in SUBJECTS)
+    results = torch.library.opcheck(operator, arguments)
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
 
@@ -142,7 +154,7 @@ class Objective(nn.Module):
 def test_export(backend: Backend, subject: Subject) -> None:
     first, constants = subject.inputs(TOKENS, backend.device)
     tokens = torch.export.Dim("tokens")
-    shapes = tuple({0: tokens} for _ in (first, *constants))
+    shapes = tuple({0: tokens} if per_token(tensor) else None for tensor in (first, *constants))
     program = torch.export.export(
         Objective(subject), (first, *constants), dynamic_shapes={"inputs": shapes}
     )
@@ -187,10 +199,12 @@ def test_func_grad_equals_autograd(backend: Backend, subject: Subject) -> None:
 
 def test_vmap_is_refused(backend: Backend, subject: Subject) -> None:
     first, constants = subject.inputs(TOKENS, backend.device)
-    batch = [tensor.unflatten(0, (4, -1)) for tensor in (first, *constants)]
+    inputs = [first, *constants]
+    batch = [tensor.unflatten(0, (4, -1)) if per_token(tensor) else tensor for tensor in inputs]
+    dimensions = tuple(0 if per_token(tensor) else None for tensor in inputs)
     for function in (subject.objective, torch.func.grad(subject.objective)):
         with pytest.raises(NotImplementedError, match="vmap over the loss is not supported"):
-            torch.vmap(function)(*batch)
+            torch.vmap(function, dimensions)(*batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -106,8 +106,8 @@ def broken(operator: str, damage: Break) -> Any:
         damage(outputs)
         return outputs
 
-    names = ("ipo_loss", "ipo_loss_from_logits", "token_logprobs", "token_logprobs_backward")
-    kept = {name: getattr(sound, name) for name in (*names, "metric_means", "scale_")}
+    names = [name.removeprefix("ipo_ext::") for name in info.operators()]
+    kept = {name: getattr(sound, name) for name in names}
     return SimpleNamespace(**{**kept, operator: call})
 
 
@@ -134,11 +134,11 @@ def other_bits_at_times(outputs: list[torch.Tensor]) -> None:
     ("operator", "damage", "complaint"),
     [
         ("ipo_loss", scaled(0, 1 + 1e-4), "loss: error"),
-        ("ipo_loss", scaled(1, 1 + 1e-4), "gradient: error"),
-        ("ipo_loss", nonzero_for_dropped, "gradient: not 0 where float64 is exactly 0"),
+        ("ipo_loss", scaled(1, 1 + 1e-4), "gradient by trainer_logprobs: error"),
+        ("ipo_loss", nonzero_for_dropped, "trainer_logprobs: not 0 where float64 is exactly 0"),
         ("ipo_loss", nan, "loss: NaN or infinite where float64 is not"),
         ("ipo_loss", other_bits_at_times, "loss: a second call gave other bits"),
-        ("ipo_loss_from_logits", scaled(1, 1 + 1e-4), "gradient: error"),
+        ("ipo_loss_from_logits", scaled(1, 1 + 1e-4), "gradient by logits: error"),
         ("ipo_loss_from_logits", scaled(3, 1 + 1e-4), "entropy: error"),
         ("token_logprobs", scaled(0, 1 + 1e-5), "output 0: error"),
     ],

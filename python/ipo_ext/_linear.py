@@ -408,6 +408,7 @@ def register(namespace: str) -> None:
         torch.library.register_autograd(
             f"{namespace}::{name}", backward, setup_context=setup_context, lib=library
         )
+        torch.library.register_vmap(f"{namespace}::{name}", _operators.refuse_vmap, lib=library)
 
 
 def _kernel(function: Any, namespace: str) -> Any:

@@ -19,6 +19,7 @@ import ipo_ext
 from ipo_ext import _C, _checks, reference
 
 DTYPES = _checks.FLOATING
+DIFFERENTIABLE = ("trainer_logprobs", "logits", "hidden", "weight")
 BUDGET = 4.0  # times the error of eager torch and a rounding of the result; all values are O(1)
 Arguments = dict[str, Any]
 Results = dict[str, torch.Tensor]
@@ -34,10 +35,12 @@ class Input(NamedTuple):
     softcap: float | None = None  # for the operators that see logits
 
 
+MakeInputs = Callable[[Input, torch.dtype, torch.Generator], Arguments]
+
 INPUTS = (
-    Input("random", rows=257, columns=131),
-    Input("nasty", rows=257, columns=131, nasty=True),
-    Input("softcap", rows=65, columns=130, softcap=20.0),
+    Input("random", rows=67, columns=131),
+    Input("nasty", rows=101, columns=37, nasty=True),
+    Input("softcap", rows=35, columns=130, softcap=20.0),
     Input("wide", rows=3, columns=5003),
     Input("one row", rows=1, columns=7),
     Input("empty", rows=0, columns=7),
@@ -45,7 +48,7 @@ INPUTS = (
 
 
 # -------------------------------------------------------------------------------------------------
-# Inputs: on the CPU, the same for every device. The first argument is the differentiable one.
+# Inputs: on the CPU, the same for every device
 
 
 def logits_and_labels(kind: Input, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
@@ -116,11 +119,37 @@ def constants_of_loss(kind: Input, logprobs: torch.Tensor, generator: torch.Gene
     }
 
 
+def linear_token_logprobs(kind: Input, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
+    return through_a_head(token_logprobs, kind, dtype, generator)
+
+
+def ipo_loss_from_hidden(kind: Input, dtype: torch.dtype, generator: torch.Generator) -> Arguments:
+    return through_a_head(ipo_loss_from_logits, kind, dtype, generator)
+
+
+def through_a_head(
+    make: MakeInputs, kind: Input, dtype: torch.dtype, generator: torch.Generator
+) -> Arguments:
+    """Hidden states and a weight whose products are the finite logits that ``make`` makes.
+
+    Each state is a one and zeros, so that the matrix product, which is torch's, does not round.
+    """
+    arguments = make(kind, dtype, generator)
+    logits = arguments.pop("logits").nan_to_num(nan=1.0, posinf=9.0, neginf=-9.0)
+    one_more = kind.rows + 1  # no rows, no columns: refused
+    hidden = torch.eye(one_more, dtype=dtype)[: kind.rows]
+    weight = torch.zeros(kind.columns, one_more, dtype=dtype)
+    weight[:, : kind.rows] = logits.t()
+    return {"hidden": hidden, "weight": weight, **arguments}
+
+
 # A new operator adds one row: its name, in ipo_ext and in the reference, and its inputs.
-OPERATORS: dict[str, Callable[[Input, torch.dtype, torch.Generator], Arguments]] = {
+OPERATORS: dict[str, MakeInputs] = {
     "ipo_loss": ipo_loss,
     "ipo_loss_from_logits": ipo_loss_from_logits,
+    "ipo_loss_from_hidden": ipo_loss_from_hidden,
     "token_logprobs": token_logprobs,
+    "linear_token_logprobs": linear_token_logprobs,
 }
 
 
@@ -150,8 +179,8 @@ class Check(NamedTuple):
             result, again = evaluate(ours, there), evaluate(ours, there)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        exact = evaluate(oracle, with_first(arguments, torch.float64))
-        naive = evaluate(oracle, with_first(arguments, torch.float32))
+        exact = evaluate(oracle, in_precision(torch.float64, arguments))
+        naive = evaluate(oracle, in_precision(torch.float32, arguments))
         precision = torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps
         for name in exact:
             if not _same_bits(result[name], again[name]):
@@ -162,24 +191,23 @@ class Check(NamedTuple):
         return None
 
 
-def with_first(arguments: Arguments, dtype: torch.dtype) -> Arguments:
-    """In ``dtype`` the differentiable argument, and hence all that the reference computes."""
-    first = next(iter(arguments))
-    return {**arguments, first: arguments[first].to(dtype)}
+def in_precision(dtype: torch.dtype, arguments: Arguments) -> Arguments:
+    """The policy's share in ``dtype``, and hence all that the reference computes."""
+    policy = {name: arguments[name].to(dtype) for name in DIFFERENTIABLE if name in arguments}
+    return {**arguments, **policy}
 
 
 def evaluate(function: Callable[..., Any], arguments: Arguments) -> Results:
-    """Everything that ``function`` returns, and the gradient of it by its first argument."""
-    (first, differentiable), *constants = arguments.items()
-    leaf = differentiable.detach().clone().requires_grad_()
-    output = function(**{first: leaf}, **dict(constants))
+    """Everything that ``function`` returns, and the gradients of it."""
+    leaves = {
+        name: arguments[name].detach().clone().requires_grad_()
+        for name in DIFFERENTIABLE
+        if name in arguments
+    }
+    output = function(**{**arguments, **leaves})
     if isinstance(output, ipo_ext.IPOOutput):
         objective = output.loss
-        results = {
-            "loss": output.loss,
-            **output.metrics,
-            **totals(output, function, arguments),
-        }
+        results = {"loss": output.loss, **output.metrics, **totals(output, function, arguments)}
         if output.logprobs is not None and output.entropy is not None:
             results |= {"logprobs": output.logprobs, "entropy": output.entropy}
     else:
@@ -187,8 +215,13 @@ def evaluate(function: Callable[..., Any], arguments: Arguments) -> Results:
         finite = [tensor[tensor.isfinite()] for tensor in output]
         objective = sum((weight * tensor).sum() for weight, tensor in enumerate(finite, 1))
         results = {f"output {index}": tensor for index, tensor in enumerate(output)}
-    (gradient,) = torch.autograd.grad(0.75 * objective, leaf)  # a factor of 1 might be skipped
-    return {"gradient": gradient, **{name: tensor.detach() for name, tensor in results.items()}}
+    gradients = torch.autograd.grad(
+        0.75 * objective,  # a factor of 1 might be skipped
+        list(leaves.values()),
+    )
+    named = zip(leaves, gradients, strict=True)
+    results |= {f"gradient by {name}": gradient for name, gradient in named}
+    return {name: tensor.detach() for name, tensor in results.items()}
 
 
 def totals(
