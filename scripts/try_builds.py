@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,18 +28,18 @@ ONE = {"CUDAARCHS": "90-real"}  # one architecture, where the choice is not the 
 
 class Build(NamedTuple):
     name: str
-    variables: dict[str, str] = {}
+    variables: Mapping[str, str] = MappingProxyType({})
     arguments: tuple[str, ...] = ()
     nvcc: bool = True
     folder: str = "source"
-    architectures: list[str] | None = ["90-real"]  # of the wheel; None: not checked
+    architectures: tuple[str, ...] = ("90-real",)  # that the wheel holds
     failure: str = ""  # what the output of a build that must fail says
 
 
 BUILDS = (
     Build("nvcc on the PATH", ONE),
-    Build("no nvcc", nvcc=False, architectures=[]),
-    Build("IPO_EXT_CUDA=OFF", {"IPO_EXT_CUDA": "OFF"}, architectures=[]),
+    Build("no nvcc", nvcc=False, architectures=()),
+    Build("IPO_EXT_CUDA=OFF", {"IPO_EXT_CUDA": "OFF"}, architectures=()),
     Build(
         "IPO_EXT_CUDA=ON without nvcc",
         {"IPO_EXT_CUDA": "ON"},
@@ -53,7 +54,7 @@ BUILDS = (
     Build(
         "TORCH_CUDA_ARCH_LIST",
         {"TORCH_CUDA_ARCH_LIST": "8.0 9.0+PTX"},
-        architectures=["80-real", "90"],
+        architectures=("80-real", "90"),
     ),
     Build(
         "TORCH_CUDA_ARCH_LIST, misspelt",
@@ -67,7 +68,7 @@ BUILDS = (
     ),
     Build("MAX_JOBS=1", {**ONE, "MAX_JOBS": "1"}),
     Build("a path with spaces", ONE, folder="a path with spaces"),
-    Build("clang", {"CXX": "clang++", "IPO_EXT_CUDA": "OFF"}, architectures=[]),
+    Build("clang", {"CXX": "clang++", "IPO_EXT_CUDA": "OFF"}, architectures=()),
     Build("clang beside nvcc", {**ONE, "CXX": "clang++"}),
 )
 
@@ -104,7 +105,7 @@ def attempt(build: Build, python: Path, folder: Path) -> str | None:
         cwd=folder,
         check=True,
     )
-    architectures = json.loads(found.stdout)["cuda_architectures"]
+    architectures = tuple(json.loads(found.stdout)["cuda_architectures"])
     if architectures != build.architectures:
         return f"expected architectures {build.architectures}, got {architectures}"
     return None
