@@ -19,6 +19,7 @@ class Subject(NamedTuple):
     function: Callable[..., Any]
     operator: str  # its forward operator
     make: Callable[[int], tuple[torch.Tensor, Constants]]  # both, for a number of tokens
+    multiplies: bool = False  # its first two inputs, which autocast then casts
 
     def inputs(self, tokens: int, device: torch.device) -> tuple[torch.Tensor, Constants]:
         torch.manual_seed(tokens)
@@ -74,10 +75,10 @@ SUBJECTS = {
         ipo_ext.ipo_loss_from_logits, "ipo_loss_from_logits", logits_and_constants
     ),
     "ipo_loss_from_hidden": Subject(
-        ipo_ext.ipo_loss_from_hidden, "ipo_loss_from_hidden", hidden_and_constants
+        ipo_ext.ipo_loss_from_hidden, "ipo_loss_from_hidden", hidden_and_constants, True
     ),
     "token_logprobs": Subject(ipo_ext.token_logprobs, "token_logprobs", logits),
     "linear_token_logprobs": Subject(
-        ipo_ext.linear_token_logprobs, "linear_token_logprobs", hidden
+        ipo_ext.linear_token_logprobs, "linear_token_logprobs", hidden, True
     ),
 }
