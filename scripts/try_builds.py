@@ -68,6 +68,11 @@ BUILDS = (
     ),
     Build("MAX_JOBS=1", {**ONE, "MAX_JOBS": "1"}),
     Build("a path with spaces", ONE, folder="a path with spaces"),
+    Build(
+        "old clang",
+        {"CXX": "clang++-16", "IPO_EXT_CUDA": "OFF"},
+        failure="ipo_ext needs clang 19 or newer",
+    ),
     Build("clang", {"CXX": "clang++", "IPO_EXT_CUDA": "OFF"}, architectures=()),
     Build("clang beside nvcc", {**ONE, "CXX": "clang++"}),
 )
@@ -145,12 +150,13 @@ def main() -> None:
     python = options.python or fresh_environment(folder / "tools")
     trials = {build.name: lambda path, b=build: attempt(b, python, path) for build in BUILDS}
     trials["sdist, then pip alone"] = lambda path: source_distribution(python, path)
+    compilers = {build.name: build.variables.get("CXX") for build in BUILDS}
     wrong = 0
     for index, (name, trial) in enumerate(trials.items()):
         if options.only and not any(word in name for word in options.only):
             continue
-        if "clang" in name and not shutil.which("clang++"):
-            print(f"{name}: not tried, no clang++ on the PATH", flush=True)
+        if (compiler := compilers.get(name)) and not shutil.which(compiler):
+            print(f"{name}: not tried, no {compiler} on the PATH", flush=True)
             continue
         path = folder / str(index)
         path.mkdir()
