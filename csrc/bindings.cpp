@@ -31,6 +31,7 @@ pybind11::tuple names(const std::vector<std::string>& items) {
 
 PYBIND11_MODULE(_C, m) {
   m.attr("VERSION") = IPO_EXT_VERSION;
+  m.attr("COMMIT") = IPO_EXT_COMMIT;  // empty for a build from an archive
   m.attr("TORCH_AT_BUILD") = IPO_EXT_TORCH_AT_BUILD;
   m.attr("CUDA_COMPILER") = IPO_EXT_CUDA_COMPILER;  // empty without CUDA
   m.attr("CUDA_ARCHITECTURES") = names(split(IPO_EXT_CUDA_ARCHITECTURES));

@@ -380,21 +380,6 @@ def test_gradients_accumulate_over_micro_batches(backend: Backend) -> None:
     assert same_bits(trainer.grad, evaluate(case.with_(normalizer=13.0)).gradient)
 
 
-def test_autocast_changes_nothing(backend: Backend, case: Case) -> None:
-    with torch.autocast(backend.device.type, dtype=torch.bfloat16):
-        inside = evaluate(case)
-    assert_same_bits(inside, evaluate(case))
-
-
-def test_deterministic_mode_is_accepted(case: Case) -> None:
-    torch.use_deterministic_algorithms(True)
-    try:
-        inside = evaluate(case)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_same_bits(inside, evaluate(case))
-
-
 def test_the_gradient_follows_the_factor(case: Case) -> None:
     expected = operator_gradient(case)
     gradient = evaluate(case, scale=lambda loss: loss * -4).gradient
@@ -488,19 +473,6 @@ def test_the_reference_has_what_is_refused() -> None:
     step = 1e-6
     nearby = evaluate(case.with_(trainer_logprobs=case.trainer_logprobs + step)).gradient
     torch.testing.assert_close(second, (nearby - first) / step, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("requires_grad", [True, False])
-def test_vmap_is_refused(backend: Backend, requires_grad: bool) -> None:
-    case = random_case(TOKENS).to(backend.device).map_tokens(lambda t: t.view(10, 10))
-    trainer = case.trainer_logprobs.requires_grad_(requires_grad)
-
-    def loss(*tokens: torch.Tensor) -> torch.Tensor:
-        return ipo_loss(*tokens).loss
-
-    for function in (loss, torch.func.grad(loss)):
-        with pytest.raises(NotImplementedError, match="vmap over the loss is not supported"):
-            torch.vmap(function)(trainer, *token_arguments(case)[1:])
 
 
 def test_a_poisoned_loss_stays_poisoned_when_compiled(backend: Backend) -> None:

@@ -1,13 +1,19 @@
-"""A minute's proof that an installed package works: what check_wheel.py runs under every torch."""
+"""A minute's proof that an installed package works: what abi_matrix.py runs under every torch."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
 
+import ipo_ext
 from backends import Backend
 from cases import DTYPES, assert_same_bits, evaluate, random_case
-from ipo_ext import _operators, ipo_loss, reference
+from ipo_ext import _C, _operators, ipo_loss, reference
+from ipo_ext.diagnosis import info
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -40,3 +46,52 @@ def test_opcheck(backend: Backend) -> None:
     arguments += [case.advantages, case.loss_mask, None, None, None, None]
     arguments += [*case.config.log_bounds(torch.float32), 1.0, 1e-3, 0.0, True]
     torch.library.opcheck(_operators.library().ipo_loss, arguments)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a machine without a GPU can know of CUDA
+
+OPERATORS = info.operators()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_kernels_are_registered(name: str) -> None:
+    assert "CPU" in OPERATORS[name]
+    assert ("CUDA" in OPERATORS[name]) == bool(_C.CUDA_ARCHITECTURES)
+
+
+def outputs(function: str, device: str, requires_grad: bool) -> list[torch.Tensor]:
+    """What a public function gives for [5] tokens (and 7 logits each) on ``device``."""
+    values = torch.empty(5, device=device)
+    mask = torch.empty(5, dtype=torch.bool, device=device)
+    labels = torch.empty(5, dtype=torch.int64, device=device)
+    logits = torch.empty(5, 7, device=device, requires_grad=requires_grad)
+    trainer = torch.empty(5, device=device, requires_grad=requires_grad)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "ipo_loss": (trainer, values, values, mask),
+        "ipo_loss_from_logits": (logits, labels, values, values, mask),
+        "token_logprobs": (logits, labels),
+    }
+    made = getattr(ipo_ext, function)(*arguments[function])
+    tensors = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, torch.Tensor)]
+    if requires_grad:
+        leaf = arguments[function][0]
+        (gradient,) = torch.autograd.grad(tensors[0].sum(), leaf)
+        assert gradient.shape == leaf.shape
+    return tensors
+
+
+PUBLIC = ("ipo_loss", "ipo_loss_from_logits", "token_logprobs")
+
+
+@pytest.mark.parametrize("function", PUBLIC)
+def test_fakes_trace_on_meta(function: str) -> None:
+    assert {tensor.device.type for tensor in outputs(function, "meta", True)} == {"meta"}
+
+
+@pytest.mark.skipif(not _C.CUDA_ARCHITECTURES, reason="a build without CUDA")
+@pytest.mark.parametrize("function", PUBLIC)
+def test_fakes_trace_for_cuda(function: str) -> None:
+    with FakeTensorMode():  # its CUDA tensors need no GPU; a CPU build of torch has no autograd
+        made = outputs(function, "cuda", requires_grad=False)
+    assert {tensor.device.type for tensor in made} == {"cuda"}

@@ -1,4 +1,5 @@
 VERSION: str
+COMMIT: str
 TORCH_AT_BUILD: str
 CUDA_COMPILER: str
 CUDA_ARCHITECTURES: tuple[str, ...]

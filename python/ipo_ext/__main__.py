@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+
+# Command to the module whose main() runs it, imported only then, and what it does.
+COMMANDS = {
+    "demo": ("ipo_ext.demo", "train a small policy with the loss, on CPU"),
+    "info": ("ipo_ext.diagnosis.info", "print what was built and what it runs under"),
+    "verify": ("ipo_ext.diagnosis.verify", "check every operator on this machine's devices"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ipo_ext", description="ipo_ext's command line")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("demo", add_help=False, help="train a small policy with the loss, on CPU")
+    for name, (_, description) in COMMANDS.items():
+        commands.add_parser(name, add_help=False, help=description)
     arguments, rest = parser.parse_known_args(argv)
-    assert arguments.command == "demo"
-    from ipo_ext.demo import main as demo
-
-    return demo(rest) or 0
+    module, _ = COMMANDS[arguments.command]
+    return int(importlib.import_module(module).main(rest))
 
 
 if __name__ == "__main__":

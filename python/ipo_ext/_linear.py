@@ -408,6 +408,7 @@ def register(namespace: str) -> None:
         torch.library.register_autograd(
             f"{namespace}::{name}", backward, setup_context=setup_context, lib=library
         )
+        torch.library.register_vmap(f"{namespace}::{name}", _operators.refuse_vmap, lib=library)
 
 
 def _kernel(function: Any, namespace: str) -> Any:
@@ -650,6 +651,7 @@ def _logprobs_backward(
         return (None, None, *others)
     hidden, weight, labels, temperature, entropy, softmax = ctx.saved_tensors
     nothing = torch.zeros_like(entropy)
+    wants_hidden, wants_weight = ctx.needs_input_grad[:2]
     run: Any = LinearTokenLogprobsGradient.apply
     of_hidden, of_weight = run(
         hidden,
@@ -662,9 +664,9 @@ def _logprobs_backward(
         softmax,
         nothing if grad_logprobs is None else grad_logprobs,
         nothing if grad_entropy is None else grad_entropy,
-        *ctx.needs_input_grad[:2],
+        wants_hidden,
+        wants_weight,
     )
-    wants_hidden, wants_weight = ctx.needs_input_grad[:2]
     return (
         of_hidden.view(hidden.shape) if wants_hidden else None,
         of_weight if wants_weight else None,

@@ -31,7 +31,7 @@ def register(namespace: str) -> None:
         torch.library.register_autograd(
             f"{namespace}::{name}", backward, setup_context=setup_context
         )
-    torch.library.register_vmap(f"{namespace}::ipo_loss", refuse_vmap)
+        torch.library.register_vmap(f"{namespace}::{name}", refuse_vmap)
 
 
 # -------------------------------------------------------------------------------------------------
