@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipo_ext import demo
+from ipo_ext import demo, ipo_loss
 from ipo_ext.demo import report, rollout, task, train
 
 ONE_PROMPT = torch.tensor([[7, 38]])
@@ -31,6 +32,12 @@ def rollouts(policy: train.Policy) -> rollout.Rollouts:
     generator = torch.Generator().manual_seed(3)
     operands = task.sample_operands(64, generator)
     return rollout.sample_rollouts(rollout.inference_copy(policy, "int4"), operands, generator)
+
+
+@pytest.fixture
+def rewarded(rollouts: rollout.Rollouts) -> rollout.Rollouts:
+    """The rollouts with half of the rewards 1: advantages of both signs, whatever was sampled."""
+    return dataclasses.replace(rollouts, rewards=torch.arange(64.0) % 2)
 
 
 def test_prompts_and_answers_read_as_additions() -> None:
@@ -124,19 +131,36 @@ def test_advantages_are_relative_to_the_samples_of_the_same_prompt() -> None:
 
 
 def test_prompt_and_tail_tokens_get_no_gradient(
-    policy: train.Policy, rollouts: rollout.Rollouts, monkeypatch: pytest.MonkeyPatch
+    policy: train.Policy, rewarded: rollout.Rollouts
 ) -> None:
-    logprobs = train.token_logprobs(policy, rollouts.tokens).detach().requires_grad_()
-    monkeypatch.setattr(train, "token_logprobs", lambda policy, tokens: logprobs)
-    rewarded = train.Rollouts(
-        rollouts.tokens,
-        rollouts.loss_mask,
-        rollouts.inference_logprobs,
-        rewards=torch.arange(64.0) % 2,
+    hidden = policy(rewarded.tokens[:, :-1]).detach().requires_grad_()
+    with policy.register_forward_hook(lambda *_: hidden):
+        output = train.policy_loss(policy, rewarded, 8, train.ARMS["no mask"])
+    (gradient,) = torch.autograd.grad(output.loss, hidden)
+    assert torch.equal((gradient != 0).any(-1), rewarded.loss_mask)
+
+
+def test_the_loss_from_hidden_states_is_that_of_the_log_probabilities(
+    policy: train.Policy, rewarded: rollout.Rollouts
+) -> None:
+    config = train.ARMS["mask + KL"]
+    output = train.policy_loss(policy, rewarded, 8, config)
+    logprobs = train.token_logprobs(policy, rewarded.tokens)
+    advantages = train.group_advantages(rewarded.rewards, 8)
+    expected = ipo_loss(
+        logprobs,
+        rewarded.inference_logprobs,
+        advantages.unsqueeze(1).expand_as(logprobs),
+        rewarded.loss_mask,
+        normalizer=float(rewarded.loss_mask.sum()),
+        config=config,
     )
-    train.policy_loss(policy, rewarded, 8, train.ARMS["no mask"]).loss.backward()
-    assert logprobs.grad is not None
-    assert torch.equal(logprobs.grad != 0, rollouts.loss_mask)
+    torch.testing.assert_close(output.loss, expected.loss)
+    parameters = list(policy.parameters())
+    gradients, wanted = (
+        torch.autograd.grad(loss, parameters) for loss in (output.loss, expected.loss)
+    )
+    torch.testing.assert_close(gradients, wanted)
 
 
 def test_a_run_repeats_itself_and_leaves_torchs_state_alone() -> None:

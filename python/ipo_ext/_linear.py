@@ -19,7 +19,7 @@ from ipo_ext import _checks, _operators
 
 # Bytes of a chunk's logits: enough rows to keep the matrix products at full speed, which on a GPU
 # takes thousands and on a CPU hundreds.
-_LOGITS_BYTES = {"cuda": 1_250_000_000, "cpu": 64 * 2**20}
+_LOGITS_BYTES = {"cuda": 1_250_000_000, "cpu": 48 * 2**20}
 _ROWS_MULTIPLE = 128
 _ALIGNED_COLUMNS = 64  # what a GPU's matrix products want a row of logits to be a multiple of
 

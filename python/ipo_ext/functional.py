@@ -293,7 +293,7 @@ def ipo_loss_from_hidden(
             ``ipo_loss_from_logits``.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
         chunk_size: rows of a chunk, at least 1. Default: the largest multiple of 128 whose logits
-            take no more than 1.25 GB on a GPU (2048 rows of 151,936), 64 MiB on a CPU.
+            take no more than 1.25 GB on a GPU (2048 rows of 151,936), 48 MiB on a CPU.
         num_active: an upper bound of the number of true elements in ``loss_mask``, which a data
             loader knows. With it nothing is synchronised; without it one count is read back from a
             GPU (under CUDA graph capture all tokens are worked on instead). The closer, the less

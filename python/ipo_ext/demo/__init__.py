@@ -17,10 +17,10 @@ SMOKE = Settings(steps=16)
 
 DESCRIPTION = """\
 Trains a small causal transformer on additions, from scratch, on CPU, in about a minute: a
-supervised warm-up, then reinforcement learning with ipo_loss. Rollouts come from a separate
-inference copy of the policy that is stale and rounded to low precision. Two arms start from the
-same weights and see the same prompts: "mask + KL" is the default IPOConfig(), "no mask" keeps
-every token and has no KL term."""
+supervised warm-up, then reinforcement learning with ipo_loss_from_hidden, which keeps no logits.
+Rollouts come from a separate inference copy of the policy that is stale and rounded to low
+precision. Two arms start from the same weights and see the same prompts: "mask + KL" is the
+default IPOConfig(), "no mask" keeps every token and has no KL term."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

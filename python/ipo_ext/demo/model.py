@@ -37,9 +37,9 @@ class Block(nn.Module):
 
 
 class Policy(nn.Module):
-    """A causal transformer. `forward` ends at the hidden states and callers apply `lm_head`.
+    """A causal transformer. `forward` ends at the hidden states: the loss takes them as they are.
 
-    So a loss that takes hidden states and the head's weight can take the place of the logits.
+    Who wants logits applies `lm_head`.
     """
 
     def __init__(self, vocabulary: int, context: int, width: int, heads: int, layers: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ipo_ext import IPOConfig, IPOOutput, ipo_loss
+from ipo_ext import IPOConfig, IPOOutput, ipo_loss_from_hidden
 
 from . import task
 from .model import Policy, token_logprobs
@@ -199,15 +199,19 @@ def train_arm(
 
 
 def policy_loss(policy: Policy, rollouts: Rollouts, group: int, config: IPOConfig) -> IPOOutput:
-    """The IPO+KL loss of the rollouts, a mean over their loss tokens."""
-    trainer_logprobs = token_logprobs(policy, rollouts.tokens)
+    """The IPO+KL loss of the rollouts from hidden states, a mean over their loss tokens."""
+    labels = rollouts.tokens[:, 1:]
     advantages = group_advantages(rollouts.rewards, group)
-    return ipo_loss(
-        trainer_logprobs,
+    num_active = int(rollouts.loss_mask.sum())
+    return ipo_loss_from_hidden(
+        policy(rollouts.tokens[:, :-1]),
+        policy.lm_head.weight,
+        labels,
         rollouts.inference_logprobs,
-        advantages.unsqueeze(1).expand_as(trainer_logprobs),
+        advantages.unsqueeze(1).expand(labels.shape),
         rollouts.loss_mask,
-        normalizer=float(rollouts.loss_mask.sum()),
+        normalizer=float(num_active),
+        num_active=num_active,
         config=config,
     )
 
