@@ -123,7 +123,7 @@ IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitS
         of_row;  // copies, which no store can change: they stay in registers
     const E largest = largest_of_row;
     const E* capped = stage_capped(row, begin, count, scale.softcap, staged, slopes);
-    E* keep = count == kChunk ? kept + begin : ragged;
+    E* keep = kept != nullptr && count == kChunk ? kept + begin : ragged;
     T chunk_exponentials = {}, chunk_weighted = {};
     for (int64_t i = 0; i < count; i += kLanesOf<T>) {
       const RowTerm<T> term = row_term(load<T>(capped + i), largest, scale.inverse_temperature);
