@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -61,6 +63,18 @@ def copy_step(batch: Batch) -> timing.Step:
         return copy
 
     return step
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc hand freed memory out again instead of back to the system; whether it could.
+
+    Its own thresholds depend on what was freed before: one subject would pay for another's pages.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    trim_threshold, mmap_max = -1, -4  # M_ of mallopt(3)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
 def peak_bytes(step: timing.Step, device: str) -> int:
@@ -357,6 +371,7 @@ def main(argv: list[str] | None = None) -> int:
         terminal.line(warning)
     content["settings"] = {
         "seconds": arguments.plan.seconds,
+        "freed_memory_is_kept": arguments.device == "cpu" and keep_freed_memory(),
         "providers": {name: f"{p.label}: {p.note}" for name, p in PROVIDERS.items()},
     }
     cases = default_cases(arguments.device, arguments.quick)

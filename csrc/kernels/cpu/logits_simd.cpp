@@ -56,15 +56,18 @@ IPO_EXT_INLINE const E* stage(const Stored* row, int64_t begin, int64_t count, E
   return staged;
 }
 
-// The same, capped: the padding too is -inf afterwards.
+// The same, capped: the padding too is -inf afterwards. Where there is a softcap, its derivatives
+// go to `slopes`.
 template <typename E, typename Stored>
 IPO_EXT_INLINE const E* stage_capped(const Stored* row, int64_t begin, int64_t count, E softcap,
-                                     E* staged) {
+                                     E* staged, E* slopes) {
   using T = Vector<E>;
   const E* logits = stage<E>(row, begin, count, staged);
   if (softcap == 0) return logits;
   for (int64_t i = 0; i < count; i += kLanesOf<T>) {
-    store(staged + i, cap_logit(load<T>(logits + i), softcap).value);
+    const CappedLogit<T> capped = cap_logit(load<T>(logits + i), softcap);
+    store(staged + i, capped.value);
+    store(slopes + i, capped.slope);
   }
   pad(staged, count);
   return staged;
@@ -102,8 +105,8 @@ IPO_EXT_INLINE double sum_of_lanes(const Wide<T>& wide) {
   return sum;
 }
 
-// The row's sums, in the compute dtype within a chunk and in fp64 beyond; keeps the exponentials
-// where `kept` is not null, and it may be the row itself. Fetches the two other rows.
+// The row's sums, in the compute dtype within a chunk and in fp64 beyond. Where `kept` is not null,
+// and it may be the row itself, keeps the exponentials, times du/dz. Fetches the two other rows.
 template <typename E, typename Stored, typename Gradient>
 IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitScale<E>& of_row,
                                 E largest_of_row, E* kept, const Stored* next_row,
@@ -111,6 +114,7 @@ IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitS
   using T = Vector<E>;
   Wide<T> exponentials = {}, weighted_sum = {};
   alignas(64) E staged[kChunk];
+  alignas(64) E slopes[kChunk];
   alignas(64) E ragged[kChunk];
   for_each_chunk(columns, [&](int64_t begin, int64_t count) {
     fetch(next_row, begin, count);
@@ -118,14 +122,16 @@ IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitS
     const LogitScale<E> scale =
         of_row;  // copies, which no store can change: they stay in registers
     const E largest = largest_of_row;
-    const E* capped = stage_capped(row, begin, count, scale.softcap, staged);
-    E* keep = count == kChunk ? kept + begin : ragged;
+    const E* capped = stage_capped(row, begin, count, scale.softcap, staged, slopes);
+    E* keep = kept != nullptr && count == kChunk ? kept + begin : ragged;
     T chunk_exponentials = {}, chunk_weighted = {};
     for (int64_t i = 0; i < count; i += kLanesOf<T>) {
       const RowTerm<T> term = row_term(load<T>(capped + i), largest, scale.inverse_temperature);
       chunk_exponentials += term.exponential;
       chunk_weighted += weighted(term);
-      if (kept != nullptr) store(keep + i, term.exponential);
+      if (kept == nullptr) continue;
+      const bool is_capped = scale.softcap != 0;
+      store(keep + i, is_capped ? term.exponential * load<T>(slopes + i) : term.exponential);
     }
     if (kept != nullptr && keep == ragged) memcpy(kept + begin, ragged, count * sizeof(E));
     exponentials += Lanes<T>::widen(chunk_exponentials);
@@ -146,7 +152,7 @@ IPO_EXT_INLINE void derive(const E* logits, int64_t count, const LogitScale<E> s
   }
 }
 
-// The same from kept exponentials, where nothing else enters: no softcap, no entropy.
+// The same from kept exponentials, where nothing else enters: no entropy.
 template <typename E>
 IPO_EXT_INLINE void derive_from_kept(const E* exponentials, int64_t count,
                                      const RowDerivative<E> derivative, E* out) {
@@ -185,10 +191,10 @@ IPO_EXT_INLINE void write_gradient(const Stored* row, int64_t columns, const Log
 }
 
 // Where the exponentials are kept: in the gradient's place if they fit there, else in scratch.
-// Nowhere if the gradient is not wanted, or needs more than them.
+// Nowhere if the gradient is not wanted.
 template <typename E, typename Gradient>
-IPO_EXT_INLINE E* place_to_keep(const LogitsArgs& args, Gradient* gradient, E* scratch) {
-  if (gradient == nullptr || args.softcap != 0) return nullptr;
+IPO_EXT_INLINE E* place_to_keep(Gradient* gradient, E* scratch) {
+  if (gradient == nullptr) return nullptr;
   if constexpr (std::is_same_v<E, Gradient>) return gradient;
   return scratch;
 }
@@ -221,7 +227,7 @@ IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, const Stored*
     derivative = restore_row<E>(args, index, upstream_slopes<E>(args, index));
   } else {
     largest = cap_logit(largest_logit<E>(row, columns), scale.softcap).value;
-    kept = place_to_keep(args, gradient, scratch);
+    kept = place_to_keep(gradient, scratch);
     const RowSums sums = row_sums(row, columns, scale, largest, kept, next_row, gradient);
     derivative = finish_row(args, index, sums, largest, at_label.value);
   }
