@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import ipo_ext
 from backends import Backend
 from closeness import assert_close, assert_flips_proven
-from ipo_ext import IPOConfig, _linear, _operators, reference
+from ipo_ext import IPOConfig, _chunks, _operators, reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOKENS, WIDTH, VOCABULARY = 37, 16, 53
@@ -290,17 +291,17 @@ def test_every_option_reaches_the_loss(backend: Backend, packed: bool) -> None:
 
 
 class CountsRows:
-    """Counts the rows of logits that matrix products make, by standing in for ``_Head.logits``."""
+    """Counts the rows of logits that matrix products make, by standing in for ``Head.logits``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[int] = []
-        logits = _linear._Head.logits
+        logits = _chunks.Head.logits
 
         def counted(head: Any, hidden: torch.Tensor) -> torch.Tensor:
             self.rows.append(hidden.shape[0])
             return logits(head, hidden)
 
-        monkeypatch.setattr(_linear._Head, "logits", counted)
+        monkeypatch.setattr(_chunks.Head, "logits", counted)
 
 
 def test_products_are_made_for_active_tokens_alone(
@@ -361,11 +362,63 @@ def test_garbage_in_inactive_tokens_is_neutral(backend: Backend, garbage: float)
         advantages=case.advantages.masked_fill(off, garbage),
         options={"temperature": case.options["temperature"].masked_fill(off, -garbage)},
     )
-    for how in ({}, {"num_active": int(case.loss_mask.sum())}):
+    active = int(case.loss_mask.sum())
+    for num_active in (None, active, active + 1, active + 9, 60, 1000):
+        how = {"num_active": num_active, "chunk_size": 16}
         clean = evaluate(case, **how)
         assert_same_bits(evaluate(spoiled, **how), clean)
         assert not clean.of_hidden[off].any()
         assert not clean.output.logprobs[off].any()
+
+
+def test_garbage_in_an_active_token_is_dropped_and_counted(backend: Backend) -> None:
+    case = random_case(20, masked=0).to(backend.device)
+    hidden = case.hidden.clone()
+    hidden[3, 1], hidden[7, 0] = math.nan, math.inf
+    ours = evaluate(case.with_(hidden=hidden))
+    assert ours.output.metrics["nonfinite"].item() == pytest.approx(0.1)
+    others = torch.ones(20, dtype=torch.bool, device=backend.device)
+    others[[3, 7]] = False
+    expected = evaluate(case.with_(loss_mask=others))
+    torch.testing.assert_close(ours.of_weight, expected.of_weight)
+    torch.testing.assert_close(ours.output.loss, expected.output.loss)
+    assert not ours.of_hidden[~others].any()
+
+
+def test_all_rows_are_worked_on_where_nothing_may_be_counted(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under CUDA graph capture."""
+    case = random_case(50).to(backend.device)
+    spoiled = case.with_(hidden=case.hidden.masked_fill(~case.loss_mask[:, None], math.nan))
+    expected = evaluate(case)
+
+    def gradients(case: Case) -> tuple[torch.Tensor, ...]:
+        hidden, weight = (t.detach().requires_grad_() for t in (case.hidden, case.weight))
+        logprobs, entropy = ipo_ext.linear_token_logprobs(hidden, weight, case.labels)
+        return torch.autograd.grad((logprobs * 2 + entropy).sum(), (hidden, weight))
+
+    expected_gradients = gradients(case)
+    monkeypatch.setattr(_chunks, "is_capturing", lambda tensor: True)
+    counts = CountsRows(monkeypatch)
+    ours = evaluate(spoiled)
+    assert sum(counts.rows) == 50
+    torch.testing.assert_close(ours.of_weight, expected.of_weight)
+    torch.testing.assert_close(ours.of_hidden, expected.of_hidden)
+    for mine, truth in zip(gradients(spoiled), expected_gradients, strict=True):
+        torch.testing.assert_close(mine, truth)
+
+
+def test_rows_of_logits_may_be_padded(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU's matrix products want them."""
+    for dtype in (torch.bfloat16, torch.float32):
+        case = random_case(dtype=dtype).to(backend.device)
+        expected = evaluate(case)
+        with monkeypatch.context() as patch:
+            patch.setattr(_chunks, "_row_length", lambda weight: 64)
+            ours = evaluate(case)
+        torch.testing.assert_close(ours.of_weight, expected.of_weight)
+        torch.testing.assert_close(ours.of_hidden, expected.of_hidden)
 
 
 def test_dropped_tokens_get_exact_zeros(backend: Backend) -> None:
@@ -405,14 +458,14 @@ def test_only_gradients_that_are_needed(
     case = random_case().to(backend.device)
     both = evaluate(case)
     seen = []
-    finished = _linear._Gradients.finished
-    monkeypatch.setattr(
-        _linear._Gradients,
-        "finished",
-        lambda self: (
-            seen.append(tuple(t.numel() > 0 for t in (self.hidden, self.weight))) or finished(self)
-        ),
-    )
+    finished = _chunks.Gradients.finished
+
+    def spy(self: Any) -> tuple[torch.Tensor, ...]:
+        gradients = finished(self)
+        seen.append(tuple(gradient.numel() > 0 for gradient in gradients))
+        return gradients
+
+    monkeypatch.setattr(_chunks.Gradients, "finished", spy)
     hidden, weight = (
         t.detach().requires_grad_(on)
         for t, on in zip((case.hidden, case.weight), wanted, strict=True)
@@ -476,12 +529,56 @@ def test_one_token_without_dimensions(backend: Backend) -> None:
     assert logprob.shape == entropy.shape == ()
     expected = (weight @ hidden).log_softmax(-1)[4]
     assert logprob.item() == pytest.approx(expected.item(), abs=1e-5)
+    anything = IPOConfig(dppo_mask_low=0, dppo_mask_high=math.inf)
+    one = random_case(1, masked=0, config=anything).to(backend.device)
+    fields = ("labels", "inference_logprobs", "advantages", "loss_mask")
+    scalar = one.with_(hidden=one.hidden[0], **{name: getattr(one, name)[0] for name in fields})
+    for num_active in (None, 0, 1):
+        mask = scalar.loss_mask if num_active != 0 else ~scalar.loss_mask
+        ours = evaluate(scalar.with_(loss_mask=mask), num_active=num_active)
+        assert ours.of_hidden.shape == (WIDTH,)
+        assert torch.equal(ours.of_hidden.any(), mask)
+        if num_active != 0:
+            assert torch.equal(ours.output.loss, evaluate(one).output.loss)
+
+
+def test_results_are_no_views(backend: Backend) -> None:
+    case = random_case().to(backend.device)
+    hidden = case.hidden.requires_grad_()
+    logprobs, entropy = ipo_ext.linear_token_logprobs(hidden, case.weight, case.labels)
+    logprobs.masked_fill_(~case.loss_mask, 0).mul_(2)
+    (logprobs + entropy).sum().backward()
+    case.call().logprobs.mul_(2)
+
+
+@pytest.mark.parametrize("cut", [slice(None, -1), slice(1, None)])
+def test_a_slice_of_the_batch_is_not_copied_whole(
+    backend: Backend, cut: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = random_case(5 * 6).to(backend.device)
+    room = torch.full((5, 7, WIDTH), math.nan, device=backend.device)
+    room[:, cut] = case.hidden.view(5, 6, WIDTH)
+    fields = ("labels", "inference_logprobs", "advantages", "loss_mask")
+    view = case.with_(
+        hidden=room[:, cut], **{name: getattr(case, name).view(5, 6) for name in fields}
+    )
+    reshape = torch.Tensor.reshape
+
+    def watched(tensor: torch.Tensor, *shape: Any) -> torch.Tensor:
+        assert tensor.shape != (5, 6, WIDTH), "a copy of all hidden states"
+        return reshape(tensor, *shape)
+
+    expected = evaluate(case)
+    monkeypatch.setattr(torch.Tensor, "reshape", watched)
+    for num_active in (None, 30, 1000):
+        ours = evaluate(view, num_active=num_active)
+        torch.testing.assert_close(ours.of_hidden.view(30, WIDTH), expected.of_hidden)
+        torch.testing.assert_close(ours.of_weight, expected.of_weight)
 
 
 def test_autocast_casts_as_linear_does(backend: Backend) -> None:
     case = random_case().to(backend.device)
-    low = case.with_(hidden=case.hidden.bfloat16(), weight=case.weight.bfloat16())
-    expected = evaluate(low)
+    expected = evaluate(case.with_(hidden=case.hidden.bfloat16(), weight=case.weight.bfloat16()))
     with torch.autocast(backend.device.type, dtype=torch.bfloat16):
         ours = evaluate(case)
         mixed = evaluate(case.with_(hidden=case.hidden.bfloat16()))
@@ -489,7 +586,24 @@ def test_autocast_casts_as_linear_does(backend: Backend) -> None:
         assert result.of_weight.dtype == torch.float32
         assert torch.equal(result.output.loss, expected.output.loss)
         assert torch.equal(result.of_hidden.float(), expected.of_hidden.float())
-        assert torch.equal(result.of_weight, expected.of_weight.float())
+        # Rounded once in the former; the sum in float32 handed over in the latter.
+        assert torch.equal(result.of_weight.bfloat16(), expected.of_weight)
+        assert not torch.equal(result.of_weight, expected.of_weight.float())
+    weight, low = case.weight.requires_grad_(), case.weight.detach().bfloat16().requires_grad_()
+    with torch.autocast(backend.device.type, dtype=torch.bfloat16):
+        ours = ipo_ext.linear_token_logprobs(case.hidden, weight, case.labels)[0].sum()
+    truth = ipo_ext.linear_token_logprobs(case.hidden.bfloat16(), low, case.labels)[0].sum()
+    assert torch.equal(ours, truth)
+    (ours,) = torch.autograd.grad(ours, weight)
+    assert torch.equal(ours.bfloat16(), torch.autograd.grad(truth, low)[0])
+
+
+def test_scalars_do_not_follow_the_default_device(backend: Backend) -> None:
+    case = random_case(normalizer=3.0, temperature=0.9).to(backend.device)
+    expected = case.call()
+    with torch.device("meta"):
+        ours = case.call()
+    assert torch.equal(ours.loss, expected.loss)
 
 
 def test_weight_gradient_is_summed_in_float32(backend: Backend) -> None:
@@ -523,11 +637,11 @@ def test_fp16_gradients_do_not_underflow(backend: Backend) -> None:
 
 def test_default_chunk_size() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert _linear.default_chunk_size(151936, torch.bfloat16, gpu) == 2048
-    assert _linear.default_chunk_size(32000, torch.float32, cpu) % 128 == 0
-    assert _linear.default_chunk_size(10**9, torch.float32, cpu) == 128
+    assert _chunks.default_chunk_size(151936, torch.bfloat16, gpu) == 2048
+    assert _chunks.default_chunk_size(32000, torch.float32, cpu) % 128 == 0
+    assert _chunks.default_chunk_size(10**9, torch.float32, cpu) == 128
     for rows, size in itertools.product((1, 127, 128, 300, 4097), (1, 100, 256, 10**6)):
-        chunks = list(_linear._chunks(rows, size))
+        chunks = _chunks.chunks_of(rows, size)
         assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(rows))
         assert max(c.stop - c.start for c in chunks) <= size
 
@@ -667,8 +781,10 @@ def test_refusals(backend: Backend) -> None:
         case.with_(labels=case.labels[1:]).call()
     with pytest.raises(ValueError, match="num_active: expected a number >= 0"):
         case.call(num_active=-1)
-    with pytest.raises(TypeError, match="num_active: expected an int or None, got float"):
-        case.call(num_active=2.0)
+    for wrong in (2.0, True, torch.tensor(3)):
+        with pytest.raises(TypeError, match="num_active: expected an int or None, got"):
+            case.call(num_active=wrong)
+    case.call(num_active=numpy.int64(TOKENS))
     with pytest.raises(ValueError, match="chunk_size: expected a number >= 1"):
         case.call(chunk_size=0)
     with pytest.raises(ValueError, match="advantages: expected a tensor that does not require"):
@@ -685,6 +801,33 @@ def test_one_backward(backend: Backend) -> None:
     torch.autograd.grad(loss, leaves, retain_graph=True)
     with pytest.raises(RuntimeError, match="can run backward once"):
         torch.autograd.grad(loss, leaves)
+
+
+def test_the_operator_says_what_it_was_not_told_to_make(backend: Backend) -> None:
+    case = random_case().to(backend.device)
+    hidden = case.hidden.requires_grad_()
+    settings = (*IPOConfig().log_bounds(torch.float32), 1.0, 1e-3, 0.0)
+    constants = (case.labels, case.inference_logprobs, case.advantages, case.loss_mask)
+    run = _operators.library().ipo_loss_from_hidden
+    inputs = (hidden, case.weight, *constants, None, 0.0, None, None, None, None, *settings, 16)
+    with pytest.raises(RuntimeError, match="expected hidden_gradient=True"):
+        run(*inputs, None, False, True)[0].backward()
+    loss = run(*inputs, None, True, False)[0]
+    with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+    (ours,) = torch.autograd.grad(2 * run(*inputs, None, True, False)[0], hidden)
+    torch.testing.assert_close(ours, evaluate(case, grad_loss=2.0).of_hidden)
+
+
+def test_compiled_autograd(backend: Backend) -> None:
+    case = random_case().to(backend.device)
+    expected = evaluate(case)
+    hidden, weight = (t.detach().requires_grad_() for t in (case.hidden, case.weight))
+    loss = case.with_(hidden=hidden * 1, weight=weight * 1).call().loss
+    with torch._dynamo.compiled_autograd._enable(lambda graph: graph):
+        loss.backward()
+    assert torch.equal(hidden.grad, expected.of_hidden)
+    assert torch.equal(weight.grad, expected.of_weight)
 
 
 def test_second_derivative_is_refused(backend: Backend) -> None:
@@ -735,6 +878,11 @@ def test_modules(backend: Backend) -> None:
     torch.testing.assert_close(head(case.hidden), capped)
     with pytest.raises(ValueError, match=r"linear: expected an nn\.Linear without bias"):
         ipo_ext.IPOLMHead(nn.Linear(3, 4))
+    doubles = type(
+        "Doubles", (nn.Linear,), {"forward": lambda self, x: 2 * F.linear(x, self.weight)}
+    )
+    with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear, got Doubles"):
+        ipo_ext.IPOLMHead(doubles(3, 4, bias=False))
     with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear, got Embedding"):
         ipo_ext.IPOLMHead(nn.Embedding(3, 4))
 

@@ -148,29 +148,49 @@ def check_hidden(
     labels: torch.Tensor,
     temperature: torch.Tensor | None,
 ) -> None:
-    """Raises unless hidden states, weight, labels and temperature agree."""
+    """Raises unless hidden states, weight, labels and temperature agree.
+
+    Their dtypes may differ, for autocast: see ``product_dtype``.
+    """
     _check_tensor("hidden", hidden, FLOATING)
     check_device_supported("hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape [..., width], got {_shape(hidden)}")
     _check_tensor("weight", weight, FLOATING)
-    if type(weight).__name__ == "DTensor":
-        raise TypeError(
-            "weight: expected a plain tensor, got a DTensor: a head that is spread over ranks is "
-            "not supported; pass weight.full_tensor()"
-        )
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        _check_not_distributed(name, tensor)
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight: expected shape [vocabulary, {hidden.shape[-1]}] for hidden "
             f"{_shape(hidden)}, got {_shape(weight)}"
         )
-    if weight.dtype != hidden.dtype:
-        raise TypeError(
-            f"weight: expected dtype {hidden.dtype} like hidden, got {weight.dtype}; convert one, "
-            "or call under torch.autocast"
-        )
     _check_device("weight", weight, _Like("hidden", hidden))
     _check_labels(labels, _Like("hidden", hidden), temperature)
+
+
+def product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """What hidden states and weight are multiplied in, as ``torch.nn.functional.linear`` would."""
+    kind = hidden.device.type
+    is_double = torch.float64 in (hidden.dtype, weight.dtype)  # which autocast leaves alone
+    if torch.is_autocast_enabled(kind) and not is_double:
+        return torch.get_autocast_dtype(kind)
+    if weight.dtype != hidden.dtype:
+        hint = "" if is_double else ", or call under torch.autocast"
+        raise TypeError(
+            f"weight: expected dtype {hidden.dtype} like hidden, got {weight.dtype}; "
+            f"convert one{hint}"
+        )
+    return hidden.dtype
+
+
+def _check_not_distributed(name: str, tensor: torch.Tensor) -> None:
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor, which is spread over ranks. Call the "
+            "loss in the forward of the module that FSDP gathers (IPOLMHead is one), or pass "
+            f'{name}.full_tensor(grad_placements=[Partial("avg")]), which averages its gradient '
+            "over data-parallel ranks"
+        )
 
 
 def _check_constants_of_loss(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.autograd import forward_ad
@@ -270,52 +271,57 @@ def run(
 # Tier 2
 
 
-def _ipo_loss_from_logits_fake(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    inference_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
-    temperature: torch.Tensor | None,
-    softcap: float,
-    teacher_logprobs: torch.Tensor | None,
-    loss_weights: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
-    log_low: float,
-    log_high: float,
-    adv_tau: float,
-    kl_tau: float,
-    teacher_tau: float,
-    with_gradient: bool,
-) -> tuple[torch.Tensor, ...]:
+class LogitsLossInputs(NamedTuple):
+    """Arguments of ``ipo_loss_from_logits``, in the order of its schema."""
+
+    logits: torch.Tensor  # [..., vocabulary]
+    labels: torch.Tensor  # [...], like the per-token tensors below
+    inference_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    loss_mask: torch.Tensor
+    temperature: torch.Tensor | None
+    softcap: float
+    teacher_logprobs: torch.Tensor | None
+    loss_weights: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    normalizer: torch.Tensor | None
+    log_low: float
+    log_high: float
+    adv_tau: float
+    kl_tau: float
+    teacher_tau: float
+    with_gradient: bool
+
+
+def _ipo_loss_from_logits_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    inputs = LogitsLossInputs(*arguments)
+    logits, labels = inputs.logits, inputs.labels
     _checks.check_logits_loss(
         logits,
         labels,
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        temperature,
-        teacher_logprobs,
-        loss_weights,
-        cu_seqlens,
-        normalizer,
-        teacher_tau,
+        inputs.inference_logprobs,
+        inputs.advantages,
+        inputs.loss_mask,
+        inputs.temperature,
+        inputs.teacher_logprobs,
+        inputs.loss_weights,
+        inputs.cu_seqlens,
+        inputs.normalizer,
+        inputs.teacher_tau,
     )
-    compute = _checks.compute_dtype(logits, inference_logprobs)
-    per_token = _checks.compute_dtype(logits, logits)
+    compute = _checks.compute_dtype(logits, inputs.inference_logprobs)
+    per_token = _checks.widened(logits.dtype)
     return (
         logits.new_empty((), dtype=compute),
-        logits.new_empty(logits.shape if with_gradient else (0,)),
+        logits.new_empty(logits.shape if inputs.with_gradient else (0,)),
         logits.new_empty(labels.shape, dtype=per_token),
         logits.new_empty(labels.shape, dtype=per_token),
-        *metrics_fake(logits, cu_seqlens, compute),
+        *metrics_fake(logits, inputs.cu_seqlens, compute),
     )
 
 
 def _ipo_loss_from_logits_inplace_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
-    fake: Callable[..., Any] = _ipo_loss_from_logits_fake
-    loss, _, *others = fake(*inputs, with_gradient=False)
+    loss, _, *others = _ipo_loss_from_logits_fake(*inputs, False)
     return (loss, *others)
 
 
@@ -398,11 +404,22 @@ class Anchor(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.num_inputs = len(inputs)
+        ctx.inputs = [(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return (None,) * ctx.num_inputs
+        if not _in_compiled_autograd():
+            return (None,) * len(ctx.inputs)
+        # Its graph adds gradients without asking whether there are any.
+        return tuple(
+            torch.zeros((), dtype=dtype, device=device).expand(shape)
+            for shape, dtype, device in ctx.inputs
+        )
+
+
+def _in_compiled_autograd() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and bool(getattr(module, "in_compiled_autograd_region", False))
 
 
 def anchor(*tensors: torch.Tensor) -> torch.Tensor | None:
@@ -441,16 +458,21 @@ class ScaleOnce(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         raise NotImplementedError(NO_SECOND_DERIVATIVE)
 
+    vmap = staticmethod(refuse_vmap)
 
-def gradient_factor(
-    dtype: torch.dtype, grad_loss: torch.Tensor, normalizer: torch.Tensor | None
-) -> torch.Tensor:
-    """What a gradient made in forward lacks: for one in fp16 also 1 / normalizer (0 for 0)."""
-    if dtype != torch.float16 or normalizer is None:
+
+def normalizer_to_keep(dtype: torch.dtype, normalizer: torch.Tensor | None) -> torch.Tensor | None:
+    """The normalizer where ``gradient_factor`` will need it: 1 / normalizer underflows in fp16."""
+    return normalizer if dtype == torch.float16 else None
+
+
+def gradient_factor(grad_loss: torch.Tensor, normalizer: torch.Tensor | None) -> torch.Tensor:
+    """What a gradient made in forward lacks; ``normalizer`` as ``normalizer_to_keep`` gave it."""
+    if normalizer is None:
         return grad_loss
     nothing = normalizer == 0
     inverse = torch.where(nothing, 0.0, 1 / torch.where(nothing, 1, normalizer.double()))
-    return grad_loss * inverse.to(grad_loss.device, grad_loss.dtype)
+    return grad_loss * inverse.to(grad_loss.dtype)  # a scalar on the CPU needs no copy to a device
 
 
 def hand_over_once(ctx: Any) -> None:
@@ -462,16 +484,22 @@ def hand_over_once(ctx: Any) -> None:
     ctx.handed_over = True
 
 
+def _keep_gradient(
+    ctx: Any, inputs: LogitsLossInputs, gradient: torch.Tensor, anchor: torch.Tensor | None
+) -> None:
+    normalizer = normalizer_to_keep(gradient.dtype, inputs.normalizer)
+    ctx.save_for_backward(gradient, normalizer, anchor)  # not the logits: they may be freed
+    ctx.set_materialize_grads(False)  # else backward makes zeros as large as the logits
+
+
 def _ipo_loss_from_logits_setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
 ) -> None:
-    normalizer, with_gradient = inputs[10], inputs[-1]
-    _, gradient, *rest = output
-    ctx.mark_non_differentiable(gradient, *rest)
-    ctx.with_gradient = with_gradient
+    _, gradient, *_ = output
+    ctx.mark_non_differentiable(*output[1:])
+    _keep_gradient(ctx, LogitsLossInputs(*inputs), gradient, None)
+    ctx.with_gradient = LogitsLossInputs(*inputs).with_gradient
     ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(gradient, normalizer)  # not the logits: they may be freed
-    ctx.set_materialize_grads(False)  # else backward makes zeros as large as the logits
 
 
 def _ipo_loss_from_logits_backward(
@@ -485,10 +513,11 @@ def _ipo_loss_from_logits_backward(
     others = (None,) * (ctx.num_inputs - 1)
     if grad_loss is None:
         return (None, *others)
-    gradient, normalizer = ctx.saved_tensors
-    factor = gradient_factor(gradient.dtype, grad_loss, normalizer)
-    scale: Any = ScaleGradient.apply
-    return (scale(gradient, factor, gradient), *others)
+    if torch.is_grad_enabled():
+        raise NotImplementedError(NO_SECOND_DERIVATIVE)
+    gradient, normalizer, _ = ctx.saved_tensors
+    factor = gradient_factor(grad_loss, normalizer)
+    return ((gradient * factor).to(gradient.dtype), *others)
 
 
 class IPOLossFromLogitsFunction(torch.autograd.Function):
@@ -502,11 +531,9 @@ class IPOLossFromLogitsFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         anchor, *operands = inputs
-        _, *rest, gradient = output
-        ctx.mark_non_differentiable(*rest, gradient)
+        ctx.mark_non_differentiable(*output[1:])
         ctx.num_inputs = len(inputs)
-        ctx.save_for_backward(gradient, operands[10], anchor)  # not the logits: they may be freed
-        ctx.set_materialize_grads(False)  # else backward makes zeros as large as the logits
+        _keep_gradient(ctx, LogitsLossInputs(*operands), output[-1], anchor)
 
     @staticmethod
     def backward(
@@ -517,7 +544,7 @@ class IPOLossFromLogitsFunction(torch.autograd.Function):
             return (None, None, *others)
         hand_over_once(ctx)
         gradient, normalizer, anchor = ctx.saved_tensors
-        factor = gradient_factor(gradient.dtype, grad_loss, normalizer)
+        factor = gradient_factor(grad_loss, normalizer)
         scale: Any = ScaleOnce.apply
         return (None, scale(gradient.detach(), factor, gradient.dtype, anchor), *others)
 
@@ -544,8 +571,8 @@ class IPOLossFromLogitsInplace(IPOLossFromLogitsFunction):
         anchor, *operands = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.num_inputs = len(inputs)
-        ctx.save_for_backward(operands[0], operands[10], anchor)
-        ctx.set_materialize_grads(False)
+        loss_inputs = LogitsLossInputs(*operands)
+        _keep_gradient(ctx, loss_inputs, loss_inputs.logits, anchor)
 
 
 class IPOLossFromLogitsUnderForwardMode(RefusesTangents, IPOLossFromLogitsFunction):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from ipo_ext import _checks, _linear, _operators
+from ipo_ext import _checks, _chunks, _linear, _operators
 from ipo_ext.config import IPOConfig
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
@@ -282,7 +283,8 @@ def ipo_loss_from_hidden(
 
     Logits are float32 (float64 for float64 inputs) whatever the dtype of ``hidden``; the weight's
     gradient is summed in float32 and rounded once, in backward. Under ``torch.autocast`` hidden
-    states and weight are cast as ``torch.nn.functional.linear`` would.
+    states and weight are cast as ``torch.nn.functional.linear`` would; the gradient of a float32
+    weight is not rounded on its way.
 
     Args:
         hidden: ``[..., H]``, any floating dtype.
@@ -293,7 +295,8 @@ def ipo_loss_from_hidden(
             ``ipo_loss_from_logits``.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
         chunk_size: rows of a chunk, at least 1. Default: the largest multiple of 128 whose logits
-            take no more than 1.25 GB on a GPU (2048 rows of 151,936), 48 MiB on a CPU.
+            take no more than 1.25 GB on a GPU (2048 rows of 151,936), 48 MiB on a CPU; at
+            least 128.
         num_active: an upper bound of the number of true elements in ``loss_mask``, which a data
             loader knows. With it nothing is synchronised; without it one count is read back from a
             GPU (under CUDA graph capture all tokens are worked on instead). The closer, the less
@@ -320,7 +323,6 @@ def ipo_loss_from_hidden(
     _check_config(config)
     normalizer = _scalar("normalizer", normalizer, hidden)
     temperature = _scalar("temperature", temperature, hidden)
-    hidden, weight = _autocast(hidden, weight)
     _checks.check_hidden_loss(
         hidden,
         weight,
@@ -349,6 +351,7 @@ def ipo_loss_from_hidden(
     with_gradient = torch.is_grad_enabled()
     loss, logprobs, entropy, means, sums, extremes = _with_index_error(
         _linear.run_ipo_loss_from_hidden,
+        _checks.product_dtype(hidden, weight),
         hidden,
         weight,
         labels,
@@ -400,11 +403,11 @@ def linear_token_logprobs(
         TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
     """
     temperature = _scalar("temperature", temperature, hidden)
-    hidden, weight = _autocast(hidden, weight)
     _checks.check_hidden(hidden, weight, labels, temperature)
     _checks.check_constants((("temperature", temperature),))
     logprobs, entropy, _ = _with_index_error(
         _linear.run_linear_token_logprobs,
+        _checks.product_dtype(hidden, weight),
         hidden,
         weight,
         labels,
@@ -451,7 +454,7 @@ def _scalar(
     if torch.compiler.is_compiling():
         # A number that the graph computes with: as a constant, each new value would recompile.
         return like.new_ones((), dtype=torch.float64) * value
-    return torch.scalar_tensor(value, dtype=torch.float64)
+    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _softcap(softcap: float | None) -> float:
@@ -463,32 +466,30 @@ def _softcap(softcap: float | None) -> float:
     return float(softcap)
 
 
-def _count(name: str, value: int | None, least: int) -> int | None:
+def _count(name: str, value: Any, least: int) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+    if not isinstance(value, (int, torch.SymInt)):
+        value = _as_int(name, value)
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int or None, got bool")
     if value < least:
         raise ValueError(f"{name}: expected a number >= {least} or None, got {value!r}")
-    return value
+    return cast(int, value)
+
+
+def _as_int(name: str, value: Any) -> int:
+    """Of NumPy's integers and their like; not of a tensor, which would have to be waited for."""
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+    return operator.index(value)
 
 
 def _chunk_size(chunk_size: int | None, hidden: torch.Tensor, weight: torch.Tensor) -> int:
     given = _count("chunk_size", chunk_size, 1)
     if given is None:
-        return _linear.default_chunk_size(weight.shape[0], hidden.dtype, hidden.device)
+        return _chunks.default_chunk_size(weight.shape[0], hidden.dtype, hidden.device)
     return given
-
-
-def _autocast(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as ``torch.nn.functional.linear`` would take them."""
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind):
-        return hidden, weight
-    dtype = torch.get_autocast_dtype(kind)
-    if torch.float64 in (hidden.dtype, weight.dtype):
-        return hidden, weight  # autocast leaves double precision alone
-    return hidden.to(dtype), weight.to(dtype)
 
 
 def _with_index_error(

@@ -121,8 +121,11 @@ class IPOLMHead(LinearIPOLoss):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__(config, softcap=softcap, chunk_size=chunk_size)
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"linear: expected an nn.Linear, got {type(linear).__name__}, whose forward may "
+                "compute something else"
+            )
         if linear.bias is not None:
             raise ValueError(
                 f"linear: expected an nn.Linear without bias, got {linear}: the loss from hidden "

@@ -1,0 +1,212 @@
+"""The rows that tier 3 works on, a chunk at a time, and the matrix products that it makes of them.
+
+Nothing here waits for a device unless it must count, and nothing as large as all logits exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from ipo_ext import _checks
+
+# Bytes of a chunk's logits: enough rows to keep the matrix products at full speed, which on a GPU
+# takes thousands and on a CPU hundreds.
+_LOGITS_BYTES = {"cuda": 1_250_000_000, "cpu": 48 * 2**20}
+_ROWS_MULTIPLE = 128
+_COLUMNS_MULTIPLE = 64  # what a GPU's matrix products want a row of logits to be a multiple of
+
+
+# -------------------------------------------------------------------------------------------------
+# Which rows, and in what chunks
+
+
+def default_chunk_size(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The largest multiple of 128 rows whose logits fit the budget, at least 128."""
+    budget = _LOGITS_BYTES["cuda" if device.type == "cuda" else "cpu"]
+    row_bytes = vocabulary * _checks.widened(dtype).itemsize
+    return max(budget // row_bytes // _ROWS_MULTIPLE, 1) * _ROWS_MULTIPLE
+
+
+def chunks_of(rows: int, chunk_size: int) -> list[slice]:
+    """Cuts rows into chunks of about one size, none longer than ``chunk_size``."""
+    if rows == 0:
+        return []
+    size = math.ceil(rows / math.ceil(rows / chunk_size))
+    size = min(chunk_size, math.ceil(size / _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
+    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The tokens that a call works on: those that take part, and perhaps some that do not.
+
+    Where the host does not know how many take part, the index is as long as was promised, and what
+    is left of it points at a token that does not: its row is worked on as an inactive one.
+    """
+
+    active: torch.Tensor  # [tokens] bool
+    index: torch.Tensor | None  # [rows] int64; None: every token, in order
+
+    @classmethod
+    def of(cls, active: torch.Tensor, num_active: int | None) -> Rows:
+        tokens = active.numel()
+        if num_active is None and not is_capturing(active):
+            index = active.nonzero().squeeze(1)  # on CUDA, waits for the count
+        elif num_active is None or num_active >= tokens:
+            return cls(active, None)
+        else:
+            inactive = active.to(torch.int8).argmin()
+            index = torch.nonzero_static(active, size=num_active, fill_value=-1).squeeze(1)
+            index = torch.where(index < 0, inactive, index)
+        return cls(active, None if len(index) == tokens else index)
+
+    @property
+    def tokens(self) -> int:
+        return self.active.numel()
+
+    def chunks(self, chunk_size: int) -> list[slice]:
+        return chunks_of(self.tokens if self.index is None else len(self.index), chunk_size)
+
+    def take(self, tensor: Any, chunk: slice) -> Any:
+        """[tokens, ...] -> the chunk's [rows, ...]; a scalar or None as it is."""
+        if tensor is None or tensor.dim() == 0:
+            return tensor
+        return tensor[chunk] if self.index is None else tensor.index_select(0, self.index[chunk])
+
+    def take_states(self, hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
+        """[..., width] -> the chunk's [rows, width], without a copy of all of ``hidden``."""
+        shape = hidden.shape[:-1]
+        if hidden.is_contiguous() or len(shape) < 2:
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            return cast(torch.Tensor, self.take(flat, chunk))
+        index = self.index
+        if index is None:
+            index = torch.arange(self.tokens, device=hidden.device)
+        return hidden[torch.unravel_index(index[chunk], shape)]
+
+    def new_output(self, shape: tuple[int, ...], fill: torch.Tensor) -> torch.Tensor:
+        """Holds ``fill`` wherever ``put`` will put nothing."""
+        output = fill.new_empty(shape)
+        return output if self.index is None else output.copy_(fill)
+
+    def put(self, output: torch.Tensor, chunk: slice, values: torch.Tensor) -> None:
+        """The chunk's [rows, ...] -> their places in [tokens, ...]."""
+        if self.index is None:
+            output[chunk] = values
+        else:
+            output.index_copy_(0, self.index[chunk], values.to(output.dtype))
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
+    if not tensor.is_cuda:
+        return False
+    with torch.cuda.device(tensor.device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+# -------------------------------------------------------------------------------------------------
+# Matrix products
+
+
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or += it, in the precision of ``out`` whatever that of ``a`` and ``b``."""
+    how: dict[str, Any] = {"out": out}
+    if a.dtype != out.dtype and a.is_cuda:
+        how["out_dtype"] = out.dtype
+    else:  # the CPU has no such kernel
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
+        torch.addmm(out, a, b, **how)
+    else:
+        torch.mm(a, b, **how)
+
+
+class Head:
+    """The LM head at work on one chunk after the other, in one buffer."""
+
+    def __init__(self, weight: torch.Tensor, rows: int) -> None:
+        self.dtype = weight.dtype
+        self.compute = _checks.widened(weight.dtype)
+        self.weight = _as_operand(weight, self.compute)
+        self._buffer = weight.new_empty((rows, _row_length(weight)), dtype=self.compute)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """[rows, vocabulary] in the compute dtype, gone with the next call."""
+        logits = self._buffer[: states.shape[0], : self.weight.shape[0]]
+        product(states, self.weight.t(), logits)
+        return logits
+
+    def gradient_over(self, logits: torch.Tensor) -> torch.Tensor:
+        """[rows, vocabulary] in the weight's dtype, each row in the first bytes of its logits."""
+        narrow = self._buffer.view(self.dtype)
+        return narrow[: logits.shape[0], : logits.shape[1]]
+
+
+def _as_operand(weight: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+    """The weight as products take it, converted or copied once and not for each chunk."""
+    weight = weight if 1 in weight.stride() else weight.contiguous()
+    return weight if weight.is_cuda else weight.to(compute)
+
+
+def _row_length(weight: torch.Tensor) -> int:
+    multiple = _COLUMNS_MULTIPLE if weight.is_cuda else 1
+    return math.ceil(weight.shape[0] / multiple) * multiple
+
+
+class Wanted(NamedTuple):
+    """Which gradients a call makes."""
+
+    by_hidden: bool
+    by_weight: bool
+
+
+class Gradients:
+    """Derivatives by the hidden states and by the weight, as far as wanted, a chunk at a time."""
+
+    def __init__(
+        self, head: Head, hidden: torch.Tensor, rows: Rows, fill: torch.Tensor, wanted: Wanted
+    ) -> None:
+        self._head, self._rows, self._fill, self._wanted = head, rows, fill, wanted
+        width = hidden.shape[-1]
+        self._by_hidden = (
+            rows.new_output((rows.tokens, width), fill.to(hidden.dtype))
+            if wanted.by_hidden
+            else hidden.new_empty((0, width))
+        )
+        vocabulary = head.weight.shape[0] if wanted.by_weight else 0
+        self._by_weight = fill.new_empty((vocabulary, width))
+        self._is_first = True
+
+    def over(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Where the gradient by the logits goes; None where nothing is wanted of it."""
+        return self._head.gradient_over(logits) if any(self._wanted) else None
+
+    def add(
+        self,
+        chunk: slice,
+        gradient: torch.Tensor | None,  # [rows, vocabulary], by the logits
+        states: torch.Tensor,  # [rows, width]
+        pays: torch.Tensor,  # [rows] bool; another row's gradient is 0, its state may be anything
+    ) -> None:
+        if gradient is None:
+            return
+        gradient = gradient.to(self._head.weight.dtype)
+        if self._wanted.by_hidden:
+            by_states = self._fill.new_empty(states.shape)
+            product(gradient, self._head.weight, by_states)
+            self._rows.put(self._by_hidden, chunk, by_states)
+        if self._wanted.by_weight:
+            states = torch.where(pays[:, None], states, 0)  # 0 * NaN would be NaN
+            product(gradient.t(), states, self._by_weight, add=not self._is_first)
+            self._is_first = False
+
+    def finished(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[tokens, width] in the dtype of the hidden states, [vocabulary, width] in the compute
+        dtype; without a row where not wanted."""
+        if self._is_first:
+            self._by_weight.copy_(self._fill)
+        return self._by_hidden, self._by_weight
