@@ -31,7 +31,6 @@ class Build(NamedTuple):
     variables: Mapping[str, str] = MappingProxyType({})
     arguments: tuple[str, ...] = ()
     nvcc: bool = True
-    folder: str = "source"
     architectures: tuple[str, ...] = ("90-real",)  # that the wheel holds
     failure: str = ""  # what the output of a build that must fail says
 
@@ -67,7 +66,6 @@ BUILDS = (
         ("-C", "cmake.define.CMAKE_CUDA_ARCHITECTURES=90-real"),
     ),
     Build("MAX_JOBS=1", {**ONE, "MAX_JOBS": "1"}),
-    Build("a path with spaces", ONE, folder="a path with spaces"),
     Build(
         "old clang",
         {"CXX": "clang++-16", "IPO_EXT_CUDA": "OFF"},
@@ -91,7 +89,7 @@ def fresh_environment(folder: Path) -> Path:
 
 def attempt(build: Build, python: Path, folder: Path) -> str | None:
     """What is wrong with the outcome, if anything is."""
-    source = folder / build.folder
+    source = folder / "source"
     run(["git", "clone", "--quiet", ROOT, source], check=True)
     command = [python, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"]
     command += ["-w", folder / "wheel", *build.arguments, source]
@@ -146,7 +144,7 @@ def main() -> None:
     parser.add_argument("--python", type=Path, help="a Python with torch and the build tools")
     options = parser.parse_args()
 
-    folder = Path(tempfile.mkdtemp(prefix="try builds "))
+    folder = Path(tempfile.mkdtemp(prefix="try builds "))  # spaces must not matter
     python = options.python or fresh_environment(folder / "tools")
     trials = {build.name: lambda path, b=build: attempt(b, python, path) for build in BUILDS}
     trials["sdist, then pip alone"] = lambda path: source_distribution(python, path)
