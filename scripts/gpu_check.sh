@@ -18,7 +18,7 @@ cd "$root" || exit 1
 
 DEADLINE=515 # seconds after which nothing more is started and what runs is ended
 # Small shapes that reach every variant of the kernels: what the sanitizers can afford.
-SANITIZED=${SANITIZED:-'cuda and (memory_case or no_tokens)'}
+SANITIZED=${SANITIZED:-'cuda and (memory_case or no_tokens or every_cluster or rows_of_every_length or edge_on_every_device)'}
 PYTHON=${PYTHON:-python3}
 
 work=$(mktemp -d)

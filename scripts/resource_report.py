@@ -1,4 +1,7 @@
-"""Registers and spills of every CUDA kernel, from nvcc's own report; exits 1 on a spill."""
+"""Registers and spills of every CUDA kernel, from nvcc's own report; exits 1 on a spill.
+
+Then how tier 2 keeps rows on chip on an H200: the launcher's own choice, and what fits beside it.
+"""
 
 from __future__ import annotations
 
@@ -47,17 +50,53 @@ def rows(text: str) -> list[tuple[str, str, int, int]]:
     return found
 
 
+def sharing() -> list[list[str]]:
+    """[columns, dtype, blocks, threads, steps, steps in shared memory, bytes of it] of each row."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "row_sharing")
+        command = ["nvcc", "-std=c++17", "--expt-relaxed-constexpr", "-Icsrc"]
+        subprocess.run([*command, "scripts/row_sharing.cu", "-o", program], cwd=ROOT, check=True)
+        done = subprocess.run([program], capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def print_rows_on_chip(registers: dict[str, int]) -> None:
+    """As a table for docs/performance.md; `registers` by kernel, on sm_90."""
+    print(
+        "\n| columns | dtype | cluster x threads | registers a thread | shared memory a block ",
+        end="",
+    )
+    print("| blocks a multiprocessor |\n|---|---|---|---|---|---|")
+    for columns, dtype, blocks, threads, *_, shared in sharing():
+        stored = {"bf16": "ipo_ext::BFloat16", "fp32": "float"}[dtype]
+        used = registers[f"logits_rows<{stored}, {stored}, {threads}, false>"]
+        together = blocks_together(int(threads), used, int(shared))
+        print(f"| {columns} | {dtype} | {blocks} x {threads} | {used} ", end="")
+        print(f"| {int(shared) / 1024:g} KiB | {together} |")
+
+
+def blocks_together(threads: int, registers: int, shared: int) -> int:
+    """On sm_90: 64 Ki registers, 8 a thread at once; 228 KiB, of which a block takes 1 more."""
+    by_registers = 65536 // (-(-registers // 8) * 8 * threads)
+    return min(2048 // threads, by_registers, (228 << 10) // (shared + 1024))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("architectures", nargs="*", default=["80", "90", "100"])
     arguments = parser.parse_args()
     spilled = 0
-    print(f"{'kernel':<36} {'architecture':<13} {'registers':>9} {'stack and spills, bytes':>24}")
+    on_sm_90 = {}
+    print(f"{'kernel':<64} {'architecture':<13} {'registers':>9} {'stack and spills, bytes':>24}")
     for source in sorted((ROOT / "csrc/kernels/cuda").glob("*.cu")):
         for architecture in arguments.architectures:
             for kernel, target, registers, bytes_spilled in rows(report(source, architecture)):
-                print(f"{kernel:<36} {target:<13} {registers:>9} {bytes_spilled:>24}", flush=True)
+                print(f"{kernel:<64} {target:<13} {registers:>9} {bytes_spilled:>24}", flush=True)
                 spilled += bytes_spilled
+                if target == "sm_90":
+                    on_sm_90[kernel] = registers
+    if on_sm_90:
+        print_rows_on_chip(on_sm_90)
     return 1 if spilled else 0
 
 

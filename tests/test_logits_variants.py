@@ -11,9 +11,28 @@ import torch
 from backends import Backend, available
 from ipo_ext import IPOConfig, _operators
 from simt import operators as simt
-from test_logits import Case, bits, random_case
+from test_logits import (
+    Case,
+    assert_accurate,
+    assert_same_bits,
+    bits,
+    evaluate,
+    random_case,
+    strided,
+    unaligned,
+)
 
 NARROWER = (torch.float16, torch.bfloat16)
+
+# cudaDeviceAttr, of the imagined device that the emulation runs on: sm_90 unless told otherwise.
+MULTIPROCESSORS, CAPABILITY_MAJOR, SHARED_TOGETHER = 16, 75, 81
+ALL_BUSY = {MULTIPROCESSORS: 1}
+DEVICES = {
+    "clusters": ALL_BUSY,
+    "blocks": {**ALL_BUSY, CAPABILITY_MAJOR: 8},
+    "blocks-without-room": {**ALL_BUSY, CAPABILITY_MAJOR: 7, SHARED_TOGETHER: 54 << 10},
+    "parts": {MULTIPROCESSORS: 60},
+}
 
 
 @pytest.fixture(params=[name for name in available() if name != "cpu"])
@@ -29,6 +48,17 @@ def schedule(request: pytest.FixtureRequest) -> Iterator[int]:
     harness.simt_set_schedule(request.param)
     yield request.param
     harness.simt_set_schedule(0)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, backend: Backend) -> Iterator[str]:
+    """A device on which the launcher chooses another variant; a GPU is the device that it is."""
+    harness = simt.load()
+    for attribute, value in DEVICES[request.param].items():
+        harness.simt_set_device_attribute(attribute, value)
+    yield request.param
+    for attribute in DEVICES[request.param]:
+        harness.simt_set_device_attribute(attribute, -1)
 
 
 def loss_rows(case: Case, gradient: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +83,98 @@ def lying_over(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A gradient each of whose rows starts where that row of the logits does."""
     step = logits.element_size() // dtype.itemsize
     return logits.view(dtype).as_strided(logits.shape, (logits.stride(0) * step, 1))
+
+
+# -------------------------------------------------------------------------------------------------
+# Where a row is held
+
+
+# The rows of kClusterShapes, by columns: the last of one and the first of the next.
+@pytest.mark.parametrize("columns", [16384, 16385, 32769, 65537, 163841])
+def test_every_cluster(backend: Backend, columns: int) -> None:
+    dtype = torch.bfloat16 if columns % 2 else torch.float32
+    case = random_case(3, columns, dtype, masked=0, spread=1.0, temperature=0.8)
+    assert_accurate(case, backend)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("columns", [4099, 20011])
+@pytest.mark.parametrize("dtype", [*NARROWER, torch.float32, torch.float64], ids=str)
+def test_every_device(
+    backend: Backend, device: str, dtype: torch.dtype, columns: int, softcap: float | None
+) -> None:
+    case = random_case(3, columns, dtype, spread=1.0, token_temperature=True, softcap=softcap)
+    assert_accurate(case, backend, grad_loss=0.5)
+    for layout in (strided, unaligned):
+        assert_accurate(case.with_(logits=layout(case.logits)), backend)
+
+
+def test_rows_of_every_length(backend: Backend, device: str) -> None:
+    for columns in (1, 7, 8, 9, 15, 2047, 2048, 2056, 8193, 8200, 12345):
+        assert_accurate(random_case(2, columns, torch.bfloat16, masked=0, spread=1.0), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_order_of_threads_does_not_matter(device: str, dtype: torch.dtype) -> None:
+    harness = simt.load()
+    case = random_case(3, 18001, dtype, masked=0, spread=1.0)
+    with Backend("simt").active():
+        expected = evaluate(case)
+        try:
+            for seed in (1, 2):
+                harness.simt_set_schedule(seed)
+                assert_same_bits(evaluate(case), expected)
+        finally:
+            harness.simt_set_schedule(0)
+
+
+def test_rows_at_the_edge_on_every_device(backend: Backend, device: str) -> None:
+    """NaN, +inf, nothing but -inf, half a row of it, an inactive row, a label at either end."""
+    columns = 20011
+    case = random_case(7, columns, masked=0, spread=1.0)
+    logits, labels, mask = case.logits.clone(), case.labels.clone(), case.loss_mask.clone()
+    logits[0, 9000] = math.nan
+    logits[1, 9001] = math.inf
+    logits[2] = -math.inf
+    logits[3, : columns // 2] = -math.inf
+    logits[4] = math.nan
+    mask[4] = False
+    labels[3], labels[5], labels[6] = columns - 1, 0, columns - 1
+    exact = logits.double().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    case = case.with_(logits=logits, labels=labels, loss_mask=mask)
+    case = case.with_(inference_logprobs=exact.float().nan_to_num(0) - 0.5)
+    ours = evaluate(case.to(backend.device))
+    assert ours.output.logprobs[:3].isnan().all()
+    assert ours.output.entropy[:3].isnan().all()
+    assert not bits(ours.gradient[:3]).any()
+    assert not bits(ours.gradient[4]).any()
+    assert not ours.gradient[3, : columns // 2].any()
+    kept = torch.tensor([3, 5, 6])
+    alone = {name: getattr(case, name)[kept] for name in ("labels", "inference_logprobs")}
+    alone |= {name: getattr(case, name)[kept] for name in ("logits", "advantages", "loss_mask")}
+    assert_accurate(case.with_(**alone, options={"normalizer": 6.0}), backend)
+
+
+# -------------------------------------------------------------------------------------------------
+# Where the gradient goes
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [9000, 40011])
+def test_gradient_over_logits_on_every_device(
+    backend: Backend, device: str, dtype: torch.dtype, columns: int, softcap: float | None
+) -> None:
+    harness = simt.load()
+    case = random_case(3, columns, softcap=softcap, spread=1.0).to(backend.device)
+    apart = torch.full(case.logits.shape, math.nan, dtype=dtype, device=backend.device)
+    expected = loss_rows(case, apart)
+    gradient = lying_over(case.logits, dtype)
+    harness.simt_set_schedule(5)
+    results = loss_rows(case, gradient)
+    harness.simt_set_schedule(0)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results, expected, strict=True))
+    assert torch.equal(bits(gradient), bits(apart))
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -85,3 +207,22 @@ def test_gradient_over_logits(
     results = loss_rows(case, case.logits)
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results, expected, strict=True))
     assert torch.equal(bits(case.logits), bits(apart))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_backward_over_logits(backend: Backend, dtype: torch.dtype) -> None:
+    harness, operators = simt.load(), _operators.library()
+    logits = torch.randn(3, 40011, device=backend.device)
+    labels = torch.tensor([0, 40010, 20000], device=backend.device)
+    rest = (labels, None, 2.0)
+    fault = operators.find_faults(labels, None, None, logits.shape[-1], len(labels), None, None)
+    _, entropy, softmax = operators.token_logprobs_rows(logits, *rest, fault)
+    upstream = torch.randn(2, 3, device=backend.device)
+    saved = (entropy, softmax, *upstream, fault)
+    apart = torch.full(logits.shape, math.nan, dtype=dtype, device=backend.device)
+    operators.token_logprobs_rows_backward(logits, *rest, *saved, apart)
+    gradient = lying_over(logits, dtype)
+    harness.simt_set_schedule(5)
+    operators.token_logprobs_rows_backward(logits, *rest, *saved, gradient)
+    harness.simt_set_schedule(0)
+    assert torch.equal(bits(gradient), bits(apart))

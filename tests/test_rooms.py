@@ -23,6 +23,8 @@ MAY_INCLUDE = {
 # Other headers in <>, by the folder whose files alone may include them.
 OTHERS = {
     "cuda_runtime.h": "kernels/cuda",
+    "cuda_fp16.h": "kernels/cuda",
+    "cuda_bf16.h": "kernels/cuda",
     "immintrin.h": "math/simd.h",  # the compiler's own, for x86-64
     "torch/csrc/stable/": "ops",
     "torch/csrc/inductor/aoti_torch/c/": "ops",

@@ -22,6 +22,7 @@ struct LogitsMatrix {
   int64_t row_stride = 0;    // from row to row of a block, in elements
 
   IPO_HOST_DEVICE int64_t offset(int64_t row) const {
+    if (row < block_rows) return row * row_stride;  // a division costs as much as many logits
     return row / block_rows * block_stride + row % block_rows * row_stride;
   }
   template <typename Stored>
@@ -56,6 +57,7 @@ struct LogitsArgs {
   const void* grad_logprobs = nullptr;  // [rows] compute
   const void* grad_entropy = nullptr;   // [rows] compute
   int32_t* fault = nullptr;             // [1], CUDA: filled by find_faults; not 0 poisons
+  void* workspace = nullptr;            // [workspace_bytes(args)], CUDA: aligned to 16 bytes
 };
 
 constexpr int64_t kIgnoredLabel = -100;
@@ -127,20 +129,32 @@ IPO_HOST_DEVICE math::RowSlopes<E> upstream_slopes(const LogitsArgs& args, int64
           static_cast<const E*>(args.grad_entropy)[row]};
 }
 
-// Finishes an active row from its sums: stores the results, returns what its gradient is made of.
+// What an active row's sums say of its token.
 template <typename E>
-IPO_HOST_DEVICE math::RowDerivative<E> finish_row(const LogitsArgs& args, int64_t row,
-                                                  const math::RowSums& sums, E largest,
-                                                  E label_capped) {
-  const math::LogitScale<E> scale = scale_of<E>(args, row);
+IPO_HOST_DEVICE math::RowResult<E> result_of_row(const LogitsArgs& args, int64_t row,
+                                                 const math::RowSums& sums, E largest,
+                                                 E label_capped) {
   const double distance = (static_cast<double>(label_capped) - largest) / temperature_of(args, row);
-  const math::RowResult<E> result = math::row_result<E>(sums, distance);
+  return math::row_result<E>(sums, distance);
+}
+
+template <typename E>
+IPO_HOST_DEVICE void store_results(const LogitsArgs& args, int64_t row,
+                                   const math::RowResult<E>& result, const math::RowSums& sums,
+                                   E largest) {
   static_cast<E*>(args.logprobs)[row] = result.logprob;
   static_cast<E*>(args.entropy)[row] = result.entropy;
   if (args.softmax != nullptr) {
     static_cast<E*>(args.softmax)[row] = largest;
     static_cast<E*>(args.softmax)[args.logits.rows + row] = static_cast<E>(sums.exponentials);
   }
+}
+
+// What an active row's gradient is made of.
+template <typename E>
+IPO_HOST_DEVICE math::RowDerivative<E> derivative_of_row(const LogitsArgs& args, int64_t row,
+                                                         const math::RowResult<E>& result,
+                                                         const math::RowSums& sums) {
   math::RowSlopes<E> slopes = {0, 0};
   if (has_loss(args)) {
     slopes.logprob = static_cast<E>(args.loss.compute_dtype == DType::kFloat64
@@ -148,7 +162,17 @@ IPO_HOST_DEVICE math::RowDerivative<E> finish_row(const LogitsArgs& args, int64_
                                         : loss_slope<float>(args, row, result.logprob));
   }
   return math::row_derivative<E>(slopes, sums.exponentials, result.entropy,
-                                 scale.inverse_temperature);
+                                 scale_of<E>(args, row).inverse_temperature);
+}
+
+// Finishes an active row from its sums: stores the results, returns what its gradient is made of.
+template <typename E>
+IPO_HOST_DEVICE math::RowDerivative<E> finish_row(const LogitsArgs& args, int64_t row,
+                                                  const math::RowSums& sums, E largest,
+                                                  E label_capped) {
+  const math::RowResult<E> result = result_of_row<E>(args, row, sums, largest, label_capped);
+  store_results(args, row, result, sums, largest);
+  return derivative_of_row(args, row, result, sums);
 }
 
 // The same in the backward pass, from what the forward pass has saved.
@@ -183,10 +207,11 @@ void scale(const ScaleArgs& args, const ParallelFor& parallel_for);
 
 namespace cuda {
 
-// One launch each on `stream`, no host synchronisation. find_faults fills *args.fault: not 0 for a
-// contract fault, which is a label or a temperature of an active row, more active rows than
+// At most two launches on `stream`, no host synchronisation. find_faults fills *args.fault: not 0
+// for a contract fault, which is a label or a temperature of an active row, more active rows than
 // args.max_active, the loss's cu_seqlens or normalizer. It reads no logits. Under a fault logits()
 // makes every output NaN.
+size_t workspace_bytes(const LogitsArgs& args);
 const char* find_faults(const LogitsArgs& args, CUstream_st* stream);
 const char* logits(const LogitsArgs& args, CUstream_st* stream);
 const char* scale(const ScaleArgs& args, CUstream_st* stream);

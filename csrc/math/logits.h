@@ -48,6 +48,14 @@ IPO_HOST_DEVICE RowSums merge(const RowSums& a, const RowSums& b) {
   return {a.exponentials + b.exponentials, a.weighted + b.weighted};
 }
 
+// The sums of a part of a row, taken relative to the part's own maximum, which is `shift` below the
+// row's. A part of nothing but -inf has no maximum, and adds nothing.
+IPO_HOST_DEVICE RowSums shifted(const RowSums& part, double shift) {
+  if (part.exponentials == 0) return {0, 0};
+  const double factor = exponential(shift).exp;
+  return {factor * part.exponentials, factor * (part.weighted + shift * part.exponentials)};
+}
+
 template <typename T>
 struct RowTerm {
   T distance;     // d, no less than kVanishing
@@ -110,6 +118,10 @@ struct RowDerivative {
     const T p = term.exponential * inverse_sum;
     return select<T>(term.exponential == E(0), T{}, -p * (inner * (slope * inverse_temperature)));
   }
+
+  // The same for a row without a softcap into which no entropy flows: by this an exponential is
+  // multiplied.
+  IPO_HOST_DEVICE E factor() const { return -(slopes.logprob * inverse_temperature) * inverse_sum; }
 
   IPO_HOST_DEVICE E label(const RowTerm<E>& term, E slope) const {
     return other(term, slope) + slopes.logprob * (slope * inverse_temperature);

@@ -19,6 +19,7 @@ struct CpuBackend {
   static constexpr bool kFaultsRaise = true;
 
   static size_t workspace_bytes(const IpoLossArgs& args) { return cpu::workspace_bytes(args); }
+  static size_t workspace_bytes(const LogitsArgs&, const Tensor&) { return 0; }
 
   static void ipo_loss(const IpoLossArgs& args, const Tensor&) {
     cpu::ipo_loss(args, parallel_for);
@@ -39,6 +40,12 @@ struct CudaBackend {
   static constexpr bool kFaultsRaise = false;
 
   static size_t workspace_bytes(const IpoLossArgs& args) { return cuda::workspace_bytes(args); }
+  // By the device: few rows are shared by as many blocks as it can run.
+  static size_t workspace_bytes(const LogitsArgs& args, const Tensor& on) {
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    if (on.is_cuda()) guard.emplace(on.get_device_index());
+    return cuda::workspace_bytes(args);
+  }
 
   static void ipo_loss(const IpoLossArgs& args, const Tensor& on) {
     check_launch("ipo_loss", on, [&](CUstream_st* stream) { return cuda::ipo_loss(args, stream); });

@@ -270,6 +270,9 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
 
   template <typename Backend>
   void run() {
+    const Tensor workspace =
+        empty({static_cast<int64_t>(Backend::workspace_bytes(args, on_))}, ScalarType::Byte, on_);
+    args.workspace = workspace.mutable_data_ptr();
     Backend::logits(args, on_);
   }
 

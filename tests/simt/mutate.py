@@ -23,7 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from simt import build, operators
 
 WORKERS = 2
-TESTS = ("tests/test_ipo_loss.py", "tests/test_properties.py", "tests/test_logits.py")
+TESTS = (
+    "tests/test_ipo_loss.py",
+    "tests/test_properties.py",
+    "tests/test_logits.py",
+    "tests/test_logits_variants.py",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,8 @@ SEGMENTS = "kernels/segments.h"
 LOSS = "math/token_loss.h"
 METRICS = "math/metrics.h"
 LOGITS = "kernels/cuda/logits.cu"
+SHARE = "kernels/cuda/row_share.cuh"
+CLUSTER = "kernels/cuda/cluster.cuh"
 
 MUTATIONS = (
     Mutation(
@@ -197,18 +204,81 @@ MUTATIONS = (
         "a.log_ratio_max = smaller(",
     ),
     Mutation(
-        "lost-row-remainder",
-        LOGITS,
-        "column < columns; column += kThreads",
-        "column + 1 < columns; column += kThreads",
-        "ragged_end",
+        "lost-column-after-the-groups",
+        SHARE,
+        "thread < before ? thread : thread + whole;",
+        "thread < before ? thread : thread + whole + 1;",
+        "rows_of_every_length",
     ),
     Mutation(
-        "lost-row-vector",
-        LOGITS,
-        "column < whole;",
-        "column + kCount < whole;",
+        "lost-group",
+        SHARE,
+        "min(first_group + share, groups) * kColumns",
+        "min(first_group + share, groups - 1) * kColumns",
+        "rows_of_every_length",
+    ),
+    Mutation(
+        "vectors-anywhere",
+        SHARE,
+        "reinterpret_cast<uintptr_t>(gradient + first) % kBytes == 0;",
+        "true;",
+        "gradient_over_fp32",
+    ),
+    Mutation(
+        "label-of-half-the-groups",
+        SHARE,
+        "% kStride < kColumns;",
+        "% kStride < kColumns / 2;",
         "test_matches_float64",
+    ),
+    Mutation(
+        "store-before-all-have-loaded",
+        LOGITS,
+        "if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();",
+        "",
+        "gradient_over_logits_on_every_device",
+    ),
+    Mutation(
+        "steps-that-overlap",
+        LOGITS,
+        "shared[(step * kWords + i) * kWidth] = words[i]",
+        "shared[(step + i) * kWidth] = words[i]",
+        "every_cluster",
+    ),
+    Mutation(
+        "nothing-but-minus-infinity",
+        LOGITS,
+        "infinity() ? E(0) : largest",
+        "infinity() ? largest : largest",
+        "edge_on_every_device",
+    ),
+    Mutation(
+        "parts-without-their-maximum",
+        LOGITS,
+        "shifted(parts[part].sums, below / temperature)",
+        "shifted(parts[part].sums, 0 * below / temperature)",
+        "test_every_device",
+    ),
+    Mutation(
+        "cluster-that-has-not-started",
+        LOGITS,
+        "  cluster.wait_for_all();\n",
+        "",
+        "every_cluster",
+    ),
+    Mutation(
+        "barrier-of-the-block-alone",
+        CLUSTER,
+        "  cluster.synchronize();\n",
+        "  __syncthreads();\n",
+        "every_cluster",
+    ),
+    Mutation(
+        "post-to-itself-alone",
+        CLUSTER,
+        "*cluster.of_block(mine, lane) = value;",
+        "*mine = value;",
+        "every_cluster",
     ),
 )
 

@@ -18,8 +18,10 @@ from simt import build, operators
 
 # Tier 1 runs every memory case below; tier 2 the tests that reach its shapes, strides and faults.
 TIER_2 = (
-    "simt and (matches_float64 or slices_and_shapes or long_rows or contract_faults or nonfinite)"
+    "simt and (matches_float64 or slices_and_shapes or long_rows or contract_faults or nonfinite "
+    "or every_cluster or rows_of_every_length or edge_on_every_device)"
 )
+TIER_2_FILES = ("tests/test_logits.py", "tests/test_logits_variants.py")
 
 
 def main() -> int:
@@ -27,7 +29,7 @@ def main() -> int:
         return run_cases()
     library = operators.build_operators(sanitize=build.ADDRESS_AND_UNDEFINED)
     tier_1 = [sys.executable, __file__, "--inside"]
-    tier_2 = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_logits.py", "-k", TIER_2]
+    tier_2 = [sys.executable, "-m", "pytest", "-q", "-x", *TIER_2_FILES, "-k", TIER_2]
     for command in (tier_1, tier_2):
         done = subprocess.run(command, cwd=build.ROOT, env=sanitized_environment(library))
         if done.returncode != 0:

@@ -1,11 +1,13 @@
-// Tier 2 on CUDA: one block a row of logits, three passes (maximum, sums, gradient) of which only
-// the first should come from memory and the rest from the caches. Exponentials are taken after the
-// maximum, so there is one each; reductions are shuffles in a fixed tree, so the bits are the same
-// every run. No atomics, no host synchronisation.
+// Tier 2 on CUDA: a row of logits is read once and its gradient written once. The blocks of a
+// cluster (one block before sm_90) hold the row in registers and shared memory between the three
+// passes: maximum, exponentials and their sums, gradient. Exponentials are taken after the maximum,
+// so there is one each; reductions run in a fixed order, so the bits are the same every run. No
+// atomics, no host synchronisation.
 #include <type_traits>
 
-#include "kernels/cuda/reduce.cuh"
-#include "kernels/cuda/vector_load.cuh"
+#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/row_share.cuh"
+#include "kernels/cuda/row_sharing.cuh"
 #include "kernels/logits.h"
 
 namespace ipo_ext::cuda {
@@ -16,21 +18,25 @@ using namespace ipo_ext::math;
 constexpr int kFaultThreads = 512;
 constexpr int kScaleThreads = 256;
 
-// Logits that a thread loads and stores at once: 16 bytes.
-template <typename Stored>
-constexpr int kLogitsPerLoad = 16 / sizeof(Stored);
-
-template <typename Stored>
-using Compute = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
+// How a launch shares a row.
+struct RowsArgs {
+  LogitsArgs logits;
+  int steps = 0;         // of a thread
+  int shared_steps = 0;  // for which a block has shared memory
+  int parts = 0;         // few rows: blocks that reduce one without being a cluster
+  int stream_parts = 0;  // blocks that write the gradient of a row of which nothing is held
+  int stream_steps = 0;  // of a thread of those
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Device helpers
 // ---------------------------------------------------------------------------------------------------------------------
 
+// A NaN loses.
 struct Larger {
   template <typename E>
   __device__ __forceinline__ E operator()(E a, E b) const {
-    return a > b ? a : b;
+    return max(a, b);
   }
 };
 
@@ -44,137 +50,411 @@ struct MergeRowSums {
   }
 };
 
+// cap_logit where the kernel knows at compile time that there is no softcap.
+template <bool kCapped, typename E>
+__device__ __forceinline__ CappedLogit<E> cap(E logit, const LogitScale<E>& scale) {
+  return cap_logit(logit, kCapped ? scale.softcap : E(0));
+}
+
+constexpr int kMostGroupColumns = kGroupColumns<BFloat16>;
+
 // What every thread must know to write its part of a row's gradient.
 template <typename E>
 struct RowPlan {
+  LogitScale<E> scale;
   E largest;
   RowDerivative<E> derivative;
+  E factor;  // derivative.factor()
+  E label;   // the derivative by the label's logit
+
+  // By a logit that is not the label.
+  template <bool kCapped>
+  __device__ __forceinline__ E other(E logit) const {
+    const CappedLogit<E> capped = cap<kCapped>(logit, scale);
+    const RowTerm<E> term = row_term(capped.value, largest, scale.inverse_temperature);
+    return derivative.other(term, capped.slope);
+  }
+};
+
+template <bool kCapped, typename E>
+__device__ __forceinline__ RowPlan<E> plan_of(const RowDerivative<E>& derivative,
+                                              const LogitScale<E>& scale, E largest,
+                                              E label_logit) {
+  const CappedLogit<E> label = cap<kCapped>(label_logit, scale);
+  const RowTerm<E> term = row_term(label.value, largest, scale.inverse_temperature);
+  return {scale, largest, derivative, derivative.factor(), derivative.label(term, label.slope)};
+}
+
+// The maximum and the sums of a part of a row, and the label's logit, which must be read before any
+// gradient is written.
+template <typename E>
+struct RowPart {
+  E largest;
+  E label_logit;
+  RowSums sums;
 };
 
 template <typename E, int kThreads>
 struct RowStorage {
-  BlockReduceStorage<E, kThreads> largest;
-  BlockReduceStorage<RowSums, kThreads> sums;
+  ClusterReduceStorage<E, kThreads> largest;
+  ClusterReduceStorage<RowSums, kThreads> sums;
+  uint4 aside[8 * kWarpSize];
+  E extras[2 * kMostGroupColumns];
+  LogitScale<E> scale;
+  E label_logit;
+  int label;
   RowPlan<E> plan;
+  void* gradient;  // of the row, or null
+
+  // Behind it lies what the block holds of its row.
+  __device__ __forceinline__ uint4* held() {
+    static_assert(sizeof(RowStorage) <= kStorageBytes, "kStorageBytes must hold it");
+    return reinterpret_cast<uint4*>(this) + kStorageBytes / sizeof(uint4);
+  }
 };
 
-// Calls body(first column, index of the group's first) for the thread's share of a row: groups of
-// kCount columns, then the ragged end one by one. Body is a template over the group's size.
-template <int kThreads, int kCount, typename Body>
-__device__ __forceinline__ void for_each_group(int64_t columns, const Body& body) {
-  const int64_t whole = columns - columns % kCount;
-  for (int64_t column = static_cast<int64_t>(threadIdx.x) * kCount; column < whole;
-       column += kThreads * kCount) {
-    body(column, std::integral_constant<int, kCount>());
+// Exponentials are relative to the maximum; nothing but -inf has none, and any number will do.
+template <typename E>
+__device__ __forceinline__ E finite_or_zero(E largest) {
+  return largest == -std::numeric_limits<E>::infinity() ? E(0) : largest;
+}
+
+// A block's share of a row between the passes: first steps in registers, further ones in shared
+// memory, and where that ends each pass reads the rest again. Without a softcap, what is held turns
+// from logits into their exponentials. A softcap needs the logit again, and registers for its own
+// arithmetic: such a row is held in shared memory alone.
+template <typename Stored, int kThreads, bool kCapped>
+class HeldRow {
+ public:
+  using Share = RowShare<Stored, kThreads>;
+  using E = typename Share::E;
+  static constexpr int kColumns = Share::kColumns;
+  static constexpr int kRegisterSteps = kCapped ? 0 : register_steps(kColumns);
+
+  __device__ __forceinline__ HeldRow(const RowsArgs& rows, const Share& share,
+                                     RowStorage<E, kThreads>& storage)
+      : share_(share), storage_(storage), steps_(rows.steps) {
+    held_ = min(kRegisterSteps + rows.shared_steps, rows.steps);
   }
-  if constexpr (kCount > 1) {
-    for (int64_t column = whole + threadIdx.x; column < columns; column += kThreads) {
-      body(column, std::integral_constant<int, 1>());
+
+  __device__ __forceinline__ E logit(int64_t column) const {
+    return convert<E>(share_.row[column]);
+  }
+
+  // The thread's largest logit, on the only way of what is held from memory; NaNs are passed over,
+  // they show in the sums.
+  __device__ __forceinline__ E load() {
+    E largest = -std::numeric_limits<E>::infinity();
+    if (has_extra()) {
+      extra() = share_.load_extra();
+      largest = Larger()(extra(), largest);
+    }
+    const auto raise = [&](const E(&values)[kColumns]) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) largest = Larger()(values[i], largest);
+    };
+    for (int step = kRegisterSteps; step < steps_; step += kBatch) {
+      load_batch<kBatch>(step, steps_, [&](int step, const E(&values)[kColumns]) {
+        raise(values);
+        if (step < held_) put(step, values);
+      });
+    }
+    if constexpr (kRegisterSteps > 0) {
+      uint4 words[kRegisterSteps];
+#pragma unroll
+      for (int i = 0; i < kRegisterSteps; ++i) words[i] = share_.load(i);
+#pragma unroll
+      for (int i = 0; i < kRegisterSteps; ++i) {
+        Share::widen(words[i], registers_[i]);
+        raise(registers_[i]);
+      }
+    }
+    return largest;
+  }
+
+  // The thread's sums. Each group is added up before it joins them: fewer roundings of large
+  // numbers.
+  __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E largest) {
+    E exponentials = 0, weighted_sum = 0;
+    const auto add = [&](auto& values) {
+      E group_exponentials = 0, group_weighted = 0;
+#pragma unroll
+      for (E& value : values) {
+        const E capped = cap<kCapped>(value, scale).value;
+        const RowTerm<E> term = row_term(capped, largest, scale.inverse_temperature);
+        group_exponentials += term.exponential;
+        group_weighted += weighted(term);
+        if (!kCapped) value = term.exponential;
+      }
+      exponentials += group_exponentials;
+      weighted_sum += group_weighted;
+    };
+#pragma unroll
+    for (int i = 0; i < kRegisterSteps; ++i)
+      if (share_.has_group(i)) add(registers_[i]);
+    for (int step = kRegisterSteps; step < held_ && share_.has_group(step); ++step) {
+      E values[kColumns];
+      get(step, values);
+      add(values);
+      if (!kCapped) put(step, values);
+    }
+    for (int step = first_unheld(); step < steps_ && share_.has_group(step); ++step)
+      load_batch<1>(step, steps_, [&](int, E(&values)[kColumns]) { add(values); });
+    if (has_extra()) {
+      E values[] = {extra()};
+      add(values);
+      extra() = values[0];
+    }
+    return {exponentials, weighted_sum};
+  }
+
+  // May go over the logits. A gradient that is narrower than they are meets columns of other
+  // threads, always lower ones: what is read again is read by all before anybody stores.
+  template <typename Gradient>
+  __device__ __forceinline__ void write_gradient(const RowPlan<E>& plan, Gradient* gradient) {
+    const bool aligned = share_.is_aligned(gradient);
+#pragma unroll
+    for (int i = 0; i < kRegisterSteps; ++i) {
+      finish(registers_[i], plan);
+      share_.store(gradient, aligned, i, registers_[i]);
+    }
+    for (int step = kRegisterSteps; step < held_; ++step) {
+      E values[kColumns];
+      get(step, values);
+      finish(values, plan);
+      share_.store(gradient, aligned, step, values);
+    }
+    for (int step = first_unheld(); step < steps_; ++step) {
+      load_batch<1>(step, steps_, [&](int step, E(&values)[kColumns]) {
+        if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();
+#pragma unroll
+        for (E& value : values) value = plan.template other<kCapped>(value);
+        share_.store(gradient, aligned, step, values);
+      });
+    }
+    if (has_extra()) {
+      E values[] = {extra()};
+      finish(values, plan);
+      share_.store_extra(gradient, values[0]);
     }
   }
-}
 
-template <int kThreads, int kCount, typename E, typename Gradient>
-__device__ __forceinline__ void fill_row(Gradient* gradient, int64_t columns, E value) {
-  if (gradient == nullptr) return;
-  for_each_group<kThreads, kCount>(columns, [&](int64_t column, auto count) {
-    Gradient values[count];
+  // For the first warp: between the two calls its registers are free for other work, without which
+  // the compiler would spill those of all warps.
+  __device__ __forceinline__ void put_aside(uint4* shared) const {
 #pragma unroll
-    for (int i = 0; i < count; ++i) values[i] = narrow<Gradient>(value);
-    store_aligned(gradient + column, values);
-  });
-}
-
-// The thread's largest logit; NaNs are passed over, they show in the sums.
-template <int kThreads, int kCount, typename E, typename Stored>
-__device__ __forceinline__ E largest_of_thread(const Stored* row, int64_t columns) {
-  E largest = -std::numeric_limits<E>::infinity();
-  for_each_group<kThreads, kCount>(columns, [&](int64_t column, auto count) {
-    Stored logits[count];
-    load_mutable(row + column, logits);
-#pragma unroll
-    for (int i = 0; i < count; ++i) largest = Larger()(convert<E>(logits[i]), largest);
-  });
-  return largest;
-}
-
-// Each group is added up before it joins the thread's sums: fewer roundings of large numbers.
-template <int kThreads, int kCount, typename E, typename Stored>
-__device__ __forceinline__ RowSums sums_of_thread(const Stored* row, int64_t columns,
-                                                  const LogitScale<E>& scale, E largest) {
-  E exponentials = 0, weighted_sum = 0;
-  for_each_group<kThreads, kCount>(columns, [&](int64_t column, auto count) {
-    Stored logits[count];
-    load_mutable(row + column, logits);
-    E group_exponentials = 0, group_weighted = 0;
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const E capped = cap_logit(convert<E>(logits[i]), scale.softcap).value;
-      const RowTerm<E> term = row_term(capped, largest, scale.inverse_temperature);
-      group_exponentials += term.exponential;
-      group_weighted += weighted(term);
-    }
-    exponentials += group_exponentials;
-    weighted_sum += group_weighted;
-  });
-  return {exponentials, weighted_sum};
-}
-
-// The gradient may lie over the logits. One that is narrower than they are meets columns of other
-// threads, always lower ones: no step stores before the block has loaded all of it.
-template <int kThreads, int kCount, typename E, typename Stored, typename Gradient>
-__device__ __forceinline__ void write_gradient(const Stored* row, int64_t columns,
-                                               const LogitScale<E>& scale, const RowPlan<E>& plan,
-                                               Gradient* gradient) {
-  const auto step = [&](int64_t column, bool exists, auto count) {
-    Stored logits[count];
-    Gradient values[count];
-    if (exists) load_mutable(row + column, logits);
-    if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();
-    if (!exists) return;
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const CappedLogit<E> capped = cap_logit(convert<E>(logits[i]), scale.softcap);
-      const RowTerm<E> term = row_term(capped.value, plan.largest, scale.inverse_temperature);
-      values[i] = narrow<Gradient>(plan.derivative.other(term, capped.slope));
-    }
-    store_aligned(gradient + column, values);
-  };
-  const int64_t whole = columns - columns % kCount;
-  for (int64_t first = 0; first < whole; first += kThreads * kCount) {
-    const int64_t column = first + static_cast<int64_t>(threadIdx.x) * kCount;
-    step(column, column < whole, std::integral_constant<int, kCount>());
+    for (int i = 0; i < kRegisterSteps; ++i) put<kWarpSize>(shared + threadIdx.x, i, registers_[i]);
   }
-  for (int64_t first = whole; first < columns; first += kThreads) {
-    step(first + threadIdx.x, first + threadIdx.x < columns, std::integral_constant<int, 1>());
+  __device__ __forceinline__ void take_back(const uint4* shared) {
+#pragma unroll
+    for (int i = 0; i < kRegisterSteps; ++i) get<kWarpSize>(shared + threadIdx.x, i, registers_[i]);
   }
+
+ private:
+  // Loads of these many steps are under way at once.
+  static constexpr int kBatch = 4;
+
+  // The column outside of whole groups is held as a step in shared memory is.
+  __device__ __forceinline__ bool has_extra() const { return share_.extra() >= 0; }
+  __device__ __forceinline__ E& extra() { return storage_.extras[threadIdx.x]; }
+
+  // From what is held to the gradient.
+  template <int kCount>
+  static __device__ __forceinline__ void finish(E (&values)[kCount], const RowPlan<E>& plan) {
+#pragma unroll
+    for (E& value : values) {
+      if constexpr (kCapped) {
+        value = plan.template other<true>(value);
+      } else {
+        value *= plan.factor;
+      }
+    }
+  }
+
+  __device__ __forceinline__ int first_unheld() const {
+    return held_ > kRegisterSteps ? held_ : kRegisterSteps;
+  }
+
+  // body(step, values) for the steps from `first` on that come before `end`.
+  template <int kSteps, typename Body>
+  __device__ __forceinline__ void load_batch(int first, int end, const Body& body) const {
+    uint4 words[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) words[i] = share_.load(first + i);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (first + i < end) {
+        E values[kColumns];
+        Share::widen(words[i], values);
+        body(first + i, values);
+      }
+    }
+  }
+
+  // A step in shared memory: 16 bytes of each thread side by side. Only the thread itself reads
+  // them, so no barrier is needed.
+  static constexpr int kWords = sizeof(E) * kColumns / 16;
+
+  template <int kWidth>
+  static __device__ __forceinline__ void put(uint4* shared, int step, const E (&values)[kColumns]) {
+    uint4 words[kWords];
+    memcpy(words, values, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) shared[(step * kWords + i) * kWidth] = words[i];
+  }
+  template <int kWidth>
+  static __device__ __forceinline__ void get(const uint4* shared, int step, E (&values)[kColumns]) {
+    uint4 words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = shared[(step * kWords + i) * kWidth];
+    memcpy(values, words, sizeof(words));
+  }
+  __device__ __forceinline__ void put(int step, const E (&values)[kColumns]) {
+    put<kThreads>(storage_.held() + threadIdx.x, step - kRegisterSteps, values);
+  }
+  __device__ __forceinline__ void get(int step, E (&values)[kColumns]) const {
+    get<kThreads>(storage_.held() + threadIdx.x, step - kRegisterSteps, values);
+  }
+
+  const Share& share_;
+  RowStorage<E, kThreads>& storage_;
+  int steps_;
+  int held_;  // of them in registers and shared memory
+  E registers_[kRegisterSteps > 0 ? kRegisterSteps : 1][kColumns];
+};
+
+template <typename Gradient>
+__device__ __forceinline__ Gradient* gradient_of_row(const LogitsArgs& args, int64_t index) {
+  return args.gradient.data != nullptr ? args.gradient.row<Gradient>(index) : nullptr;
 }
 
-// Reduces the row, or takes what the forward pass has saved. All threads must call; valid in all.
-template <int kThreads, int kCount, typename E, typename Stored>
-__device__ __forceinline__ RowPlan<E> plan_row(const LogitsArgs& args, int64_t index,
-                                               const Stored* row, E label_logit,
-                                               RowStorage<E, kThreads>& storage) {
-  const int64_t columns = args.logits.columns;
-  const LogitScale<E> scale = scale_of<E>(args, index);
-  if (is_backward(args)) {
+// Whether anything of the row must be read, by what is known before.
+template <typename E>
+__device__ __forceinline__ bool row_flows(const LogitsArgs& args, int64_t row) {
+  if (*args.fault != 0 || !row_is_active(args, row)) return false;
+  return !is_backward(args) || !upstream_slopes<E>(args, row).are_zero();
+}
+
+// What a row that does not flow gets: zeros, or NaN under a fault.
+template <typename E, typename Share, typename Gradient>
+__device__ __forceinline__ void fill_row(const LogitsArgs& args, int64_t row, bool stores_results,
+                                         const Share& share, int steps, Gradient* gradient) {
+  const E value = *args.fault != 0 ? std::numeric_limits<E>::quiet_NaN() : E(0);
+  if (stores_results) fill_results(args, row, value);
+  if (gradient != nullptr) share.fill(gradient, steps, value);
+}
+
+// What a row's maximum and sums make of its token and of its gradient.
+template <bool kCapped, typename E>
+__device__ __forceinline__ RowPlan<E> finish_row(const LogitsArgs& args, int64_t index,
+                                                 const LogitScale<E>& scale, const RowPart<E>& row,
+                                                 bool stores_results) {
+  const E label_capped = cap<kCapped>(row.label_logit, scale).value;
+  const RowResult<E> result = result_of_row(args, index, row.sums, row.largest, label_capped);
+  if (stores_results) store_results(args, index, result, row.sums, row.largest);
+  const RowDerivative<E> derivative = derivative_of_row(args, index, result, row.sums);
+  return plan_of<kCapped>(derivative, scale, row.largest, row.label_logit);
+}
+
+// The first two passes over what the blocks of a cluster hold. Leaves the label, its logit and the
+// scale in `storage`; the maximum is valid in every thread, the sums in the first warp.
+template <bool kCapped, typename E, int kThreads, typename Held>
+__device__ __forceinline__ RowPart<E> reduce_row(const LogitsArgs& args, int64_t index,
+                                                 const Cluster& cluster, Held& held,
+                                                 RowStorage<E, kThreads>& storage) {
+  cluster.say_started();
+  const int64_t label = label_of(args, index);
+  const E label_logit = held.logit(label);
+  E largest = held.load();
+  if (threadIdx.x == 0) {
+    storage.label = static_cast<int>(label);
+    storage.label_logit = label_logit;
+    storage.scale = scale_of<E>(args, index);
+  }
+  cluster.wait_for_all();
+  post_to_cluster<kThreads>(largest, Larger(), cluster, storage.largest);
+  largest = merge_posted<kThreads>(largest, Larger(), cluster, storage.largest);
+  const LogitScale<E> scale = storage.scale;
+  largest = cap<kCapped>(largest, scale).value;
+  RowSums sums = held.exponentiate(scale, finite_or_zero(largest));
+  post_to_cluster<kThreads>(sums, MergeRowSums(), cluster, storage.sums);
+  if (threadIdx.x < kWarpSize)
+    sums = merge_posted<kThreads>(RowSums{0, 0}, MergeRowSums(), cluster, storage.sums);
+  return {largest, storage.label_logit, sums};
+}
+
+// The row, from its logits to its gradient.
+template <typename Gradient, bool kCapped, int kThreads, typename E, typename Stored>
+__device__ __forceinline__ void process_row(const RowsArgs& rows, int64_t index,
+                                            const RowShare<Stored, kThreads>& share,
+                                            const Cluster& cluster,
+                                            RowStorage<E, kThreads>& storage) {
+  const LogitsArgs& args = rows.logits;
+  HeldRow<Stored, kThreads, kCapped> held(rows, share, storage);
+  const RowPart<E> row = reduce_row<kCapped>(args, index, cluster, held, storage);
+  if (threadIdx.x < kWarpSize) {
+    held.put_aside(storage.aside);
     if (threadIdx.x == 0) {
-      const RowSlopes<E> slopes = upstream_slopes<E>(args, index);
-      storage.plan = {saved_largest<E>(args, index), restore_row<E>(args, index, slopes)};
+      storage.plan = finish_row<kCapped>(args, index, storage.scale, row, cluster.rank == 0);
+      storage.gradient = gradient_of_row<Gradient>(args, index);
     }
-  } else {
-    E largest = largest_of_thread<kThreads, kCount, E>(row, columns);
-    largest = block_all_reduce<kThreads>(largest, Larger(), storage.largest);
-    largest = cap_logit(largest, scale.softcap).value;
-    RowSums sums = sums_of_thread<kThreads, kCount, E>(row, columns, scale, largest);
-    sums = block_reduce<kThreads>(sums, MergeRowSums(), storage.sums);
-    if (threadIdx.x == 0) {
-      const E label_capped = cap_logit(label_logit, scale.softcap).value;
-      storage.plan = {largest, finish_row<E>(args, index, sums, largest, label_capped)};
-    }
+    held.take_back(storage.aside);
   }
+  if (args.gradient.data == nullptr) return;
   __syncthreads();
-  return storage.plan;
+  const RowPlan<E> plan = storage.plan;
+  Gradient* gradient = static_cast<Gradient*>(storage.gradient);
+  if (plan.derivative.slopes.are_zero()) return share.fill(gradient, rows.steps, E(0));
+  held.write_gradient(plan, gradient);
+  if (share.is_mine(storage.label)) gradient[storage.label] = narrow<Gradient>(plan.label);
+}
+
+// The gradient of a share of which nothing is held. May go over the logits; a narrower one must
+// have its row to itself, for it meets columns of other threads.
+template <bool kCapped, int kThreads, typename E, typename Stored, typename Gradient>
+__device__ __forceinline__ void stream_gradient(const RowShare<Stored, kThreads>& share, int steps,
+                                                const RowPlan<E>& plan, Gradient* gradient) {
+  constexpr int kBatch = 4;
+  const bool aligned = share.is_aligned(gradient);
+  const E extra = share.load_extra();
+  for (int step = 0; step < steps; step += kBatch) {
+    uint4 words[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) words[i] = share.load(step + i);
+    if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      E values[kGroupColumns<Stored>];
+      share.widen(words[i], values);
+#pragma unroll
+      for (E& value : values) value = plan.template other<kCapped>(value);
+      share.store(gradient, aligned, step + i, values);
+    }
+  }
+  if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();
+  share.store_extra(gradient, plan.template other<kCapped>(extra));
+}
+
+// The maximum and the sums of a row from those of its parts, in thread 0. All threads must call.
+template <typename E, int kThreads>
+__device__ __forceinline__ RowPart<E> merge_parts(const LogitsArgs& args, int64_t index,
+                                                  const RowPart<E>* parts, int count,
+                                                  RowStorage<E, kThreads>& storage) {
+  const Cluster alone = {0, 1};
+  E largest = -std::numeric_limits<E>::infinity();
+  for (int part = threadIdx.x; part < count; part += kThreads)
+    largest = Larger()(parts[part].largest, largest);
+  post_to_cluster<kThreads>(largest, Larger(), alone, storage.largest);
+  largest = merge_posted<kThreads>(largest, Larger(), alone, storage.largest);
+  const double temperature = temperature_of(args, index);
+  RowSums sums = {0, 0};
+  for (int part = threadIdx.x; part < count; part += kThreads) {
+    const double below = static_cast<double>(parts[part].largest) - largest;
+    sums = merge(sums, shifted(parts[part].sums, below / temperature));
+  }
+  post_to_cluster<kThreads>(sums, MergeRowSums(), alone, storage.sums);
+  sums = merge_posted<kThreads>(RowSums{0, 0}, MergeRowSums(), alone, storage.sums);
+  return {largest, parts[0].label_logit, sums};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -202,42 +482,84 @@ __global__ void __launch_bounds__(kFaultThreads) look_for_faults(const LogitsArg
   if (threadIdx.x == 0) *args.fault = faults > 0 || active > args.max_active;
 }
 
-// The second bound only frees the compiler from aiming at more blocks than registers allow.
-template <typename Stored, typename Gradient, int kThreads, int kCount>
-__global__ void __launch_bounds__(kThreads, 512 / kThreads) logits_rows(const LogitsArgs args) {
+// One cluster a row.
+template <typename Stored, typename Gradient, int kThreads, bool kCapped>
+__global__ void __launch_bounds__(kThreads, blocks_together(kThreads))
+    logits_rows(const RowsArgs rows) {
   using E = Compute<Stored>;
   RowStorage<E, kThreads>& storage = shared_storage<RowStorage<E, kThreads>>();
-  const int64_t index = blockIdx.x;
-  const int64_t columns = args.logits.columns;
-  Gradient* gradient = args.gradient.data != nullptr ? args.gradient.row<Gradient>(index) : nullptr;
-
-  const bool poisoned = *args.fault != 0;
-  bool flows = !poisoned && row_is_active(args, index);
-  if (flows && is_backward(args)) flows = !upstream_slopes<E>(args, index).are_zero();
-  if (!flows) {
-    const E value = poisoned ? std::numeric_limits<E>::quiet_NaN() : E(0);
-    if (threadIdx.x == 0) fill_results(args, index, value);
-    fill_row<kThreads, kCount>(gradient, columns, value);
-    return;
+  const LogitsArgs& args = rows.logits;
+  const Cluster cluster = this_cluster();
+  const int64_t index = blockIdx.x / cluster.blocks;
+  const RowShare<Stored, kThreads> share(args.logits.row<Stored>(index),
+                                         static_cast<int>(args.logits.columns), cluster.rank,
+                                         cluster.blocks);
+  if (!row_flows<E>(args, index)) {
+    fill_row<E>(args, index, cluster.rank == 0, share, rows.steps,
+                gradient_of_row<Gradient>(args, index));
+  } else {
+    process_row<Gradient, kCapped>(rows, index, share, cluster, storage);
   }
+}
 
-  const Stored* row = args.logits.row<Stored>(index);
-  const int64_t label = label_of(args, index);
-  const E label_logit = convert<E>(row[label]);
-  const RowPlan<E> plan = plan_row<kThreads, kCount>(args, index, row, label_logit, storage);
+// Few rows: `parts` blocks for each, which leave what they found in the workspace.
+template <typename Stored, bool kCapped>
+__global__ void __launch_bounds__(kPartThreads, blocks_together(kPartThreads))
+    logits_parts(const RowsArgs rows) {
+  using E = Compute<Stored>;
+  RowStorage<E, kPartThreads>& storage = shared_storage<RowStorage<E, kPartThreads>>();
+  const LogitsArgs& args = rows.logits;
+  const int64_t index = blockIdx.x / rows.parts;
+  if (!row_flows<E>(args, index)) return;
+  const RowShare<Stored, kPartThreads> share(args.logits.row<Stored>(index),
+                                             static_cast<int>(args.logits.columns),
+                                             blockIdx.x % rows.parts, rows.parts);
+  const Cluster alone = {0, 1};
+  HeldRow<Stored, kPartThreads, kCapped> held(rows, share, storage);
+  const RowPart<E> part = reduce_row<kCapped>(args, index, alone, held, storage);
+  if (threadIdx.x == 0) static_cast<RowPart<E>*>(args.workspace)[blockIdx.x] = part;
+}
+
+// The second launch for few rows, and the whole backward pass: rows whose sums are known, each
+// shared by `stream_parts` blocks.
+template <typename Stored, typename Gradient, bool kCapped>
+__global__ void __launch_bounds__(kStreamThreads, 3) logits_stream(const RowsArgs rows) {
+  using E = Compute<Stored>;
+  RowStorage<E, kStreamThreads>& storage = shared_storage<RowStorage<E, kStreamThreads>>();
+  const LogitsArgs& args = rows.logits;
+  const int64_t index = blockIdx.x / rows.stream_parts;
+  const int part = blockIdx.x % rows.stream_parts;
+  Gradient* gradient = gradient_of_row<Gradient>(args, index);
+  const RowShare<Stored, kStreamThreads> share(args.logits.row<Stored>(index),
+                                               static_cast<int>(args.logits.columns), part,
+                                               rows.stream_parts);
+  if (!row_flows<E>(args, index))
+    return fill_row<E>(args, index, part == 0, share, rows.stream_steps, gradient);
+  const int label = static_cast<int>(label_of(args, index));
+  if (is_backward(args)) {
+    // Only the block that has the label's column may read it: others may have overwritten theirs.
+    const bool owner = share.is_mine(label);
+    if (owner) storage.label_logit = convert<E>(share.row[label]);
+    const bool owned = __syncthreads_or(owner);
+    if (threadIdx.x == 0) {
+      const RowDerivative<E> derivative =
+          restore_row<E>(args, index, upstream_slopes<E>(args, index));
+      storage.plan =
+          plan_of<kCapped>(derivative, scale_of<E>(args, index), saved_largest<E>(args, index),
+                           owned ? storage.label_logit : E(0));
+    }
+  } else {
+    const RowPart<E>* parts = static_cast<const RowPart<E>*>(args.workspace) + index * rows.parts;
+    const RowPart<E> row = merge_parts(args, index, parts, rows.parts, storage);
+    if (threadIdx.x == 0)
+      storage.plan = finish_row<kCapped>(args, index, scale_of<E>(args, index), row, part == 0);
+  }
   if (gradient == nullptr) return;
-  if (plan.derivative.slopes.are_zero()) {
-    fill_row<kThreads, kCount>(gradient, columns, E(0));
-    return;
-  }
-  const LogitScale<E> scale = scale_of<E>(args, index);
-  write_gradient<kThreads, kCount>(row, columns, scale, plan, gradient);
-  __syncthreads();  // the label's column is overwritten
-  if (threadIdx.x == 0) {
-    const CappedLogit<E> capped = cap_logit(label_logit, scale.softcap);
-    const RowTerm<E> term = row_term(capped.value, plan.largest, scale.inverse_temperature);
-    gradient[label] = narrow<Gradient>(plan.derivative.label(term, capped.slope));
-  }
+  __syncthreads();
+  const RowPlan<E> plan = storage.plan;
+  if (plan.derivative.slopes.are_zero()) return share.fill(gradient, rows.stream_steps, E(0));
+  stream_gradient<kCapped>(share, rows.stream_steps, plan, gradient);
+  if (share.is_mine(label)) gradient[label] = narrow<Gradient>(plan.label);
 }
 
 template <typename Stored, int kCount>
@@ -263,68 +585,113 @@ __global__ void __launch_bounds__(kScaleThreads) scale_elements(const ScaleArgs 
 // Launchers
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Whether kCount columns can be loaded or stored at once at every multiple of kCount of every row.
-template <typename Stored, int kCount>
-bool rows_are_aligned(const LogitsMatrix& matrix) {
-  constexpr int64_t kBytes = sizeof(Stored) * kCount;
-  return reinterpret_cast<uintptr_t>(matrix.data) % kBytes == 0 &&
-         matrix.row_stride % kCount == 0 && matrix.block_stride % kCount == 0;
+template <typename Stored>
+RowSharing sharing_of(const LogitsArgs& args, const Device& device) {
+  constexpr int kColumns = kGroupColumns<Stored>;
+  const LogitsMatrix& logits = args.logits;
+  RowsToShare rows = {logits.rows, logits.columns, kColumns, sizeof(Compute<Stored>)};
+  rows.capped = args.softcap != 0;
+  // A narrower gradient may lie over columns that another block has yet to read.
+  rows.apart = args.gradient.data == nullptr || args.gradient.dtype == logits.dtype;
+  rows.reduces = !is_backward(args);
+  return share_rows(rows, device);
 }
 
-template <typename Stored, typename Gradient, int kThreads, int kCount>
-cudaError_t launch_rows(const LogitsArgs& args, cudaStream_t stream) {
-  using Storage = RowStorage<Compute<Stored>, kThreads>;
-  return launch(logits_rows<Stored, Gradient, kThreads, kCount>, args.logits.rows, kThreads,
-                sizeof(Storage), stream, args);
+template <typename Stored>
+size_t part_bytes(const LogitsArgs& args, const Device& device) {
+  return args.logits.rows * sharing_of<Stored>(args, device).parts *
+         sizeof(RowPart<Compute<Stored>>);
 }
 
-// The variant for a matrix, by its columns and its alignment. A short row does not feed a large
-// block; a row that does not start on 16 bytes is read one by one.
+template <typename Stored, typename Gradient, int kThreads, bool kCapped>
+cudaError_t launch_rows(const RowsArgs& rows, const RowSharing& sharing, const Device& device,
+                        cudaStream_t stream) {
+  const auto kernel = logits_rows<Stored, Gradient, kThreads, kCapped>;
+  const cudaError_t error = allow_all_shared_memory(kernel, device);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, rows.logits.logits.rows * sharing.blocks, kThreads, sharing.shared_bytes,
+                stream, rows, sharing.blocks);
+}
+
 template <typename Stored, typename Gradient>
-cudaError_t launch_variant(const LogitsArgs& args, cudaStream_t stream) {
-  constexpr int64_t kShortRow = 4096;
-  constexpr int kVector = kLogitsPerLoad<Stored>;
-  const bool is_short = args.logits.columns <= kShortRow;
-  if (rows_are_aligned<Stored, kVector>(args.logits) &&
-      rows_are_aligned<Gradient, kVector>(args.gradient)) {
-    return is_short ? launch_rows<Stored, Gradient, 128, kVector>(args, stream)
-                    : launch_rows<Stored, Gradient, 512, kVector>(args, stream);
-  }
-  return is_short ? launch_rows<Stored, Gradient, 128, 1>(args, stream)
-                  : launch_rows<Stored, Gradient, 512, 1>(args, stream);
+cudaError_t launch_stream(const RowsArgs& rows, cudaStream_t stream) {
+  const auto kernel = rows.logits.softcap == 0 ? logits_stream<Stored, Gradient, false>
+                                               : logits_stream<Stored, Gradient, true>;
+  return launch(kernel, rows.logits.logits.rows * rows.stream_parts, kStreamThreads, kStorageBytes,
+                stream, rows);
+}
+
+template <typename Stored>
+cudaError_t launch_parts(RowsArgs rows, const RowSharing& sharing, const Device& device,
+                         cudaStream_t stream) {
+  const auto kernel =
+      rows.logits.softcap == 0 ? logits_parts<Stored, false> : logits_parts<Stored, true>;
+  cudaError_t error = allow_all_shared_memory(kernel, device);
+  if (error != cudaSuccess) return error;
+  error = launch(kernel, rows.logits.logits.rows * rows.parts, kPartThreads, sharing.shared_bytes,
+                 stream, rows);
+  if (error != cudaSuccess) return error;
+  if (rows.logits.gradient.data == nullptr) rows.stream_parts = 1;
+  return launch_stream<Stored, Stored>(rows, stream);
+}
+
+template <typename Stored, typename Gradient>
+cudaError_t launch_variant(const LogitsArgs& args, const Device& device, cudaStream_t stream) {
+  const RowSharing sharing = sharing_of<Stored>(args, device);
+  const RowsArgs rows = {args,          sharing.steps,        sharing.shared_steps,
+                         sharing.parts, sharing.stream_parts, sharing.stream_steps};
+  if (is_backward(args)) return launch_stream<Stored, Gradient>(rows, stream);
+  if (sharing.parts > 0) return launch_parts<Stored>(rows, sharing, device, stream);
+  if (args.softcap != 0)
+    return launch_rows<Stored, Gradient, kCappedThreads, true>(rows, sharing, device, stream);
+  return sharing.threads == 256
+             ? launch_rows<Stored, Gradient, 256, false>(rows, sharing, device, stream)
+             : launch_rows<Stored, Gradient, 512, false>(rows, sharing, device, stream);
 }
 
 // fp32 logits may have a narrower gradient.
 template <typename Stored>
 cudaError_t launch_logits(const LogitsArgs& args, cudaStream_t stream) {
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
   if constexpr (std::is_same_v<Stored, float>) {
     if (args.gradient.data != nullptr) {
       if (args.gradient.dtype == DType::kFloat16)
-        return launch_variant<float, Float16>(args, stream);
+        return launch_variant<float, Float16>(args, device, stream);
       if (args.gradient.dtype == DType::kBFloat16)
-        return launch_variant<float, BFloat16>(args, stream);
+        return launch_variant<float, BFloat16>(args, device, stream);
     }
   }
-  return launch_variant<Stored, Stored>(args, stream);
+  return launch_variant<Stored, Stored>(args, device, stream);
 }
 
 template <typename Stored>
 cudaError_t launch_scale(const ScaleArgs& args, cudaStream_t stream) {
-  constexpr int kVector = kLogitsPerLoad<Stored>;
+  constexpr int kVector = kGroupColumns<Stored>;
   const bool aligned = reinterpret_cast<uintptr_t>(args.gradient) % 16 == 0;
   const int64_t a_block = static_cast<int64_t>(kScaleThreads) * (aligned ? kVector : 1);
   const auto kernel = aligned ? scale_elements<Stored, kVector> : scale_elements<Stored, 1>;
   return launch(kernel, (args.count + a_block - 1) / a_block, kScaleThreads, 0, stream, args);
 }
 
-// launcher<Stored>(args, stream) for the dtype at hand.
-#define IPO_EXT_FOR_DTYPE(dtype, launcher)                       \
-  dtype == DType::kFloat16    ? launcher<Float16>(args, stream)  \
-  : dtype == DType::kBFloat16 ? launcher<BFloat16>(args, stream) \
-  : dtype == DType::kFloat64  ? launcher<double>(args, stream)   \
-                              : launcher<float>(args, stream)
+// launcher<Stored>(args, with) for the dtype at hand.
+#define IPO_EXT_FOR_DTYPE(dtype, launcher, with)               \
+  dtype == DType::kFloat16    ? launcher<Float16>(args, with)  \
+  : dtype == DType::kBFloat16 ? launcher<BFloat16>(args, with) \
+  : dtype == DType::kFloat64  ? launcher<double>(args, with)   \
+                              : launcher<float>(args, with)
+
+// Columns are counted in 32 bits, with room for the groups around a row.
+constexpr int64_t kMostColumns = int64_t{1} << 30;
 
 }  // namespace
+
+size_t workspace_bytes(const LogitsArgs& args) {
+  Device device;
+  if (args.logits.rows == 0 || current_device(device) != cudaSuccess) return 0;
+  return IPO_EXT_FOR_DTYPE(args.logits.dtype, part_bytes, device);
+}
 
 const char* find_faults(const LogitsArgs& args, CUstream_st* stream) {
   using Storage = BlockReduceStorage<int64_t, kFaultThreads>;
@@ -333,12 +700,13 @@ const char* find_faults(const LogitsArgs& args, CUstream_st* stream) {
 
 const char* logits(const LogitsArgs& args, CUstream_st* stream) {
   if (args.logits.rows == 0) return nullptr;
-  return error_text(IPO_EXT_FOR_DTYPE(args.logits.dtype, launch_logits));
+  if (args.logits.columns > kMostColumns) return "more than 2^30 columns";
+  return error_text(IPO_EXT_FOR_DTYPE(args.logits.dtype, launch_logits, stream));
 }
 
 const char* scale(const ScaleArgs& args, CUstream_st* stream) {
   if (args.count == 0) return nullptr;
-  return error_text(IPO_EXT_FOR_DTYPE(args.dtype, launch_scale));
+  return error_text(IPO_EXT_FOR_DTYPE(args.dtype, launch_scale, stream));
 }
 
 }  // namespace ipo_ext::cuda

@@ -1,6 +1,6 @@
 // The few things that CUDA spells in a way a host compiler cannot read: shared storage and the
-// launch. All else in the kernels is plain C++ and CUDA's own functions, so the tests can run the
-// same text without a GPU.
+// launch; and what a launch must know of the device. All else in the kernels is plain C++ and
+// CUDA's own functions, so the tests can run the same text without a GPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,16 +18,60 @@ __device__ __forceinline__ T& shared_storage() {
 #endif
 }
 
-// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args).
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args), in clusters of that many
+// blocks.
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
-                   cudaStream_t stream, const Args& args) {
+                   cudaStream_t stream, const Args& args, int cluster_blocks = 1) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(cluster_blocks), 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = cluster_blocks > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+// What the choice of a kernel depends on.
+struct Device {
+  int capability = 0;  // 90 for sm_90
+  int multiprocessors = 0;
+  int shared_bytes = 0;           // that a block may ask for
+  int shared_bytes_together = 0;  // of all blocks of a multiprocessor
+  int shared_bytes_reserved = 0;  // in addition to what a block asks for
+};
+
+inline cudaError_t current_device(Device& device) {
+  int index = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  const auto get = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, index);
+  };
+  get(major, cudaDevAttrComputeCapabilityMajor);
+  get(minor, cudaDevAttrComputeCapabilityMinor);
+  get(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+  get(device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  get(device.shared_bytes_together, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  get(device.shared_bytes_reserved, cudaDevAttrReservedSharedMemoryPerBlock);
+  device.capability = 10 * major + minor;
+  return error;
+}
+
+// Lets the kernel ask for as much shared memory as a block can have, and takes it from the L1 cache
+// for as many blocks as possible. No work for a stream, so a capture may do it; always the same
+// values, so threads may race.
+template <typename Args>
+cudaError_t allow_all_shared_memory(void (*kernel)(Args), const Device& device) {
+  constexpr int kPercent = 100;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kPercent);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              device.shared_bytes);
 }
 
 // Null for success, else CUDA's words.

@@ -12,18 +12,32 @@ namespace ipo_ext::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Lane i receives the value of lane i + delta. All lanes of the warp must call.
-template <typename S>
-__device__ __forceinline__ S shuffle_down(const S& value, int delta) {
+// A shuffle of one word, for a struct of them. All lanes of the warp must call.
+template <typename S, typename Shuffle>
+__device__ __forceinline__ S shuffle_words(const S& value, const Shuffle& shuffle) {
   static_assert(sizeof(S) % sizeof(uint32_t) == 0, "a shuffle moves whole words");
   constexpr int kWords = sizeof(S) / sizeof(uint32_t);
   uint32_t words[kWords];
   memcpy(words, &value, sizeof(S));
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) words[i] = __shfl_down_sync(kFullWarp, words[i], delta);
+  for (int i = 0; i < kWords; ++i) words[i] = shuffle(words[i]);
   S moved;
   memcpy(&moved, words, sizeof(S));
   return moved;
+}
+
+// Lane i receives the value of lane i + delta.
+template <typename S>
+__device__ __forceinline__ S shuffle_down(const S& value, int delta) {
+  return shuffle_words(value,
+                       [=](uint32_t word) { return __shfl_down_sync(kFullWarp, word, delta); });
+}
+
+// Lane i receives the value of lane i ^ mask.
+template <typename S>
+__device__ __forceinline__ S shuffle_xor(const S& value, int mask) {
+  return shuffle_words(value,
+                       [=](uint32_t word) { return __shfl_xor_sync(kFullWarp, word, mask); });
 }
 
 // The merged value of the warp, valid in lane 0. All lanes must call.
@@ -32,6 +46,15 @@ __device__ __forceinline__ S warp_reduce(S value, Merge merge) {
 #pragma unroll
   for (int delta = kWarpSize / 2; delta > 0; delta /= 2)
     value = merge(value, shuffle_down(value, delta));
+  return value;
+}
+
+// The same, valid in all lanes; merge(a, b) must be merge(b, a).
+template <typename S, typename Merge>
+__device__ __forceinline__ S warp_all_reduce(S value, Merge merge) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2)
+    value = merge(value, shuffle_xor(value, mask));
   return value;
 }
 

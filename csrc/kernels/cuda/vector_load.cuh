@@ -2,6 +2,9 @@
 // them; loads widen on arrival.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -40,7 +43,7 @@ template <typename Stored, int kCount>
 __device__ __forceinline__ void load_aligned(const void* data, int64_t index,
                                              Stored (&out)[kCount]) {
   using Word = WordFor<Stored, kCount>;
-  constexpr int kWords = sizeof(out) / sizeof(Word);
+  constexpr int kWords = kCount * sizeof(Stored) / sizeof(Word);
   const Word* from = reinterpret_cast<const Word*>(static_cast<const Stored*>(data) + index);
   Word words[kWords];
 #pragma unroll
@@ -56,6 +59,41 @@ __device__ __forceinline__ void load_mutable(const Stored* from, Stored (&out)[k
   static_assert(sizeof(out) == sizeof(Word), "one load");
   const Word word = __ldcg(reinterpret_cast<const Word*>(from));
   memcpy(out, &word, sizeof(out));
+}
+
+// Neighbours to the compute dtype and back. Half precision goes by the device's own instructions,
+// two at a time where it has them.
+template <typename E, typename Stored, int kCount>
+__device__ __forceinline__ void widen_all(const Stored (&from)[kCount], E (&to)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = convert<E>(from[i]);
+}
+template <int kCount>
+__device__ __forceinline__ void widen_all(const Float16 (&from)[kCount], float (&to)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = __half2float(__ushort_as_half(from[i].bits));
+}
+
+template <typename E, typename Stored, int kCount>
+__device__ __forceinline__ void narrow_all(const E (&from)[kCount], Stored (&to)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = narrow<Stored>(from[i]);
+}
+template <int kCount>
+__device__ __forceinline__ void narrow_all(const float (&from)[kCount], Float16 (&to)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const __half2 pair = __floats2half2_rn(from[i], from[i + 1]);
+    memcpy(to + i, &pair, sizeof(pair));
+  }
+}
+template <int kCount>
+__device__ __forceinline__ void narrow_all(const float (&from)[kCount], BFloat16 (&to)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(from[i], from[i + 1]);
+    memcpy(to + i, &pair, sizeof(pair));
+  }
 }
 
 template <typename To, typename Stored, int kCount>

@@ -1,0 +1,137 @@
+// How many blocks share a row of logits, and where they hold it: the one place that chooses among
+// tier 2's kernels. Host code; it launches nothing.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/cuda/platform.cuh"
+
+namespace ipo_ext::cuda {
+
+// Groups of columns that a thread holds in registers: about half of the 64 that blocks_together()
+// leaves it, as many as compile without spills. In fp64 a quarter: its arithmetic needs more.
+constexpr int register_steps(int group_columns) { return group_columns == 4 ? 6 : 4; }
+
+// Of a block's shared memory, what reductions use; static_assert'ed where they are.
+constexpr int kStorageBytes = 8192;
+
+// Blocks that a multiprocessor runs at once: 1024 threads of 64 registers fill it.
+constexpr int blocks_together(int threads) { return 1024 / threads; }
+
+// A row of up to so many columns: a cluster of so many blocks, 8 at most.
+struct RowShape {
+  int64_t columns;
+  int blocks;
+  int threads;
+};
+
+// sm_90 and newer: the smallest cluster that holds the row with four blocks on a multiprocessor, so
+// that some of them load while others wait for a barrier. From 163,840 columns on, two large ones.
+constexpr RowShape kClusterShapes[] = {
+    {16384, 1, 256}, {32768, 2, 256}, {65536, 4, 256}, {163840, 8, 256}, {INT64_MAX, 8, 512},
+};
+
+// Before sm_90, and rows that no cluster holds: one block, which reads again what does not fit.
+constexpr RowShape kBlockShapes[] = {{8192, 1, 256}, {INT64_MAX, 1, 512}};
+
+// With a softcap, whose arithmetic leaves no registers to hold anything in: large blocks only.
+constexpr int kCappedThreads = 512;
+
+// Few rows, which would leave more than half of the device idle: `parts` blocks of this size for
+// each, then a second launch.
+constexpr int kPartThreads = 256;
+
+// The second launch, and the backward pass: this many steps for a block that holds nothing.
+constexpr int kStreamThreads = 256;
+constexpr int kStreamSteps = 8;
+
+struct RowsToShare {
+  int64_t rows;
+  int64_t columns;
+  int group_columns;    // columns that a thread loads at once
+  int compute_bytes;    // of one that is held
+  bool capped = false;  // a softcap: nothing is held in registers
+  bool apart = true;    // whether blocks that do not wait for each other may write the gradient
+  bool reduces = true;  // whether the sums are not known yet
+};
+
+struct RowSharing {
+  int blocks;        // of a row, in a cluster
+  int threads;       // of a block
+  int steps;         // groups of a thread
+  int shared_steps;  // of which this many are held in shared memory
+  int parts;         // 0, or for few rows the number of blocks of each
+  int stream_parts;  // blocks that write a row's gradient where nothing of it is held
+  int stream_steps;  // groups of a thread of those
+  int64_t shared_bytes;
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t groups_of(const RowsToShare& rows) {
+  return rows.columns / rows.group_columns;  // or one less, by where the row starts
+}
+
+template <size_t kCount>
+RowShape shape_for(const RowsToShare& rows, const RowShape (&shapes)[kCount]) {
+  const RowShape* shape = shapes;
+  while (rows.columns > shape->columns) ++shape;
+  return {rows.columns, shape->blocks, rows.capped ? kCappedThreads : shape->threads};
+}
+
+inline int64_t steps_of(const RowsToShare& rows, int64_t blocks, int threads) {
+  return divide_up(divide_up(groups_of(rows), blocks), threads);
+}
+
+// Steps in shared memory that `blocks` blocks need to hold the row.
+inline int64_t wanted_steps(const RowsToShare& rows, int64_t blocks, int threads) {
+  const int in_registers = rows.capped ? 0 : register_steps(rows.group_columns);
+  return std::max<int64_t>(steps_of(rows, blocks, threads) - in_registers, 0);
+}
+
+inline int64_t step_bytes(const RowsToShare& rows, int threads) {
+  return int64_t{threads} * rows.group_columns * rows.compute_bytes;
+}
+
+// Steps for which a block finds room: all that the device gives, or its part of a multiprocessor.
+inline int64_t fitting_steps(const RowsToShare& rows, const Device& device, int threads,
+                             bool with_others) {
+  const int its_part =
+      device.shared_bytes_together / blocks_together(threads) - device.shared_bytes_reserved;
+  const int room = with_others ? std::min(its_part, device.shared_bytes) : device.shared_bytes;
+  return std::max(room - kStorageBytes, 0) / step_bytes(rows, threads);
+}
+
+inline RowSharing share_rows(const RowsToShare& rows, const Device& device) {
+  RowShape shape = shape_for(rows, kBlockShapes);
+  if (device.capability >= 90) {
+    const RowShape cluster = shape_for(rows, kClusterShapes);
+    if (wanted_steps(rows, cluster.blocks, cluster.threads) <=
+        fitting_steps(rows, device, cluster.threads, false))
+      shape = cluster;
+  }
+  int64_t parts = 0;
+  if (rows.apart && rows.reduces && 2 * rows.rows * shape.blocks <= device.multiprocessors) {
+    parts =
+        std::min(divide_up(groups_of(rows), kPartThreads), 2 * device.multiprocessors / rows.rows);
+    if (parts < 2) parts = 0;
+  }
+  if (parts > 0) shape = {rows.columns, 1, kPartThreads};
+
+  const int64_t blocks = parts > 0 ? parts : shape.blocks;
+  const int64_t steps = std::min(wanted_steps(rows, blocks, shape.threads),
+                                 fitting_steps(rows, device, shape.threads, shape.blocks == 1));
+  const int64_t stream_steps = steps_of(rows, 1, kStreamThreads);
+  const int64_t stream_parts = rows.apart ? divide_up(stream_steps, kStreamSteps) : 1;
+  return {shape.blocks,
+          shape.threads,
+          static_cast<int>(steps_of(rows, blocks, shape.threads)),
+          static_cast<int>(steps),
+          static_cast<int>(parts),
+          static_cast<int>(std::max<int64_t>(stream_parts, 1)),
+          static_cast<int>(rows.apart ? kStreamSteps : stream_steps),
+          kStorageBytes + steps * step_bytes(rows, shape.threads)};
+}
+
+}  // namespace ipo_ext::cuda

@@ -1,0 +1,18 @@
+// Prints how tier 2 shares rows on an H200: one line for each length and dtype, for
+// scripts/resource_report.py. Runs on the host.
+#include <cstdio>
+
+#include "kernels/cuda/row_sharing.cuh"
+
+int main() {
+  using namespace ipo_ext::cuda;
+  const Device h200 = {90, 132, 227 << 10, 228 << 10, 1 << 10};
+  for (const long columns : {32000, 65536, 128256, 151936, 200064, 262144}) {
+    for (const int stored_bytes : {2, 4}) {
+      const RowSharing row = share_rows({8192, columns, 16 / stored_bytes, 4}, h200);
+      std::printf("%ld %s %d %d %d %d %ld\n", columns, stored_bytes == 2 ? "bf16" : "fp32",
+                  row.blocks, row.threads, row.steps, row.shared_steps,
+                  static_cast<long>(row.shared_bytes));
+    }
+  }
+}
