@@ -806,7 +806,7 @@ def test_one_backward(backend: Backend) -> None:
 def test_the_operator_says_what_it_was_not_told_to_make(backend: Backend) -> None:
     case = random_case().to(backend.device)
     hidden = case.hidden.requires_grad_()
-    settings = (*IPOConfig().log_bounds(torch.float32), 1.0, 1e-3, 0.0)
+    settings = IPOConfig().settings(torch.float32)
     constants = (case.labels, case.inference_logprobs, case.advantages, case.loss_mask)
     run = _operators.library().ipo_loss_from_hidden
     inputs = (hidden, case.weight, *constants, None, 0.0, None, None, None, None, *settings, 16)
@@ -991,7 +991,7 @@ def test_opcheck(backend: Backend) -> None:
     case = random_case(token_temperature=True).to(backend.device)
     leaves = (case.hidden.requires_grad_(), case.weight.requires_grad_())
     temperature = case.options["temperature"]
-    settings = (*IPOConfig().log_bounds(torch.float32), 1.0, 1e-3, 0.0)
+    settings = IPOConfig().settings(torch.float32)
     constants = (case.labels, case.inference_logprobs, case.advantages, case.loss_mask)
     operators = _operators.library()
     for num_active in (None, TOKENS - 2):
