@@ -71,10 +71,11 @@ class LossOutputs(NamedTuple):
 _LOSS_SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor inference_logprobs, Tensor advantages, "
     "Tensor loss_mask, Tensor? temperature, float softcap, Tensor? teacher_logprobs, "
-    "Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, float log_low, float log_high, "
-    "float adv_tau, float kl_tau, float teacher_tau, SymInt chunk_size, SymInt? num_active, "
-    "bool hidden_gradient, bool weight_gradient) -> (Tensor loss, Tensor logprobs, Tensor entropy, "
-    "Tensor means, Tensor sums, Tensor extremes, Tensor grad_hidden, Tensor grad_weight)"
+    "Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, int mask_rule, bool kl_active, "
+    "float low, float high, float adv_tau, float kl_tau, float teacher_tau, "
+    "SymInt chunk_size, SymInt? num_active, bool hidden_gradient, bool weight_gradient) -> "
+    "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, Tensor extremes, "
+    "Tensor grad_hidden, Tensor grad_weight)"
 )
 _LOGPROBS_SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? temperature, float softcap, "
