@@ -250,9 +250,16 @@ MUTATIONS = (
     Mutation(
         "store-before-all-have-loaded",
         LOGITS,
-        "if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();",
+        "        if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();",
         "",
         "gradient_over_logits_on_every_device",
+    ),
+    Mutation(
+        "stream-before-all-have-loaded",
+        LOGITS,
+        "__syncthreads();\n#pragma unroll\n    for (int i = 0; i < kBatch; ++i) {\n      E values",
+        "\n#pragma unroll\n    for (int i = 0; i < kBatch; ++i) {\n      E values",
+        "backward_over_logits",
     ),
     Mutation(
         "steps-that-overlap",

@@ -523,7 +523,8 @@ __global__ void __launch_bounds__(kPartThreads, blocks_together(kPartThreads))
 // The second launch for few rows, and the whole backward pass: rows whose sums are known, each
 // shared by `stream_parts` blocks.
 template <typename Stored, typename Gradient, bool kCapped>
-__global__ void __launch_bounds__(kStreamThreads, 3) logits_stream(const RowsArgs rows) {
+__global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
+    logits_stream(const RowsArgs rows) {
   using E = Compute<Stored>;
   RowStorage<E, kStreamThreads>& storage = shared_storage<RowStorage<E, kStreamThreads>>();
   const LogitsArgs& args = rows.logits;
