@@ -374,6 +374,16 @@ def test_nonfinite_rows_are_dropped_and_counted(backend: Backend) -> None:
     assert torch.equal(ours.output.loss, rest.output.loss)
 
 
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
+def test_a_softcap_makes_infinite_logits_finite(backend: Backend, infinity: float) -> None:
+    case = random_case(rows=5, columns=37, masked=0, softcap=3.0)
+    logits = case.logits.clone()
+    logits[0, 5] = infinity
+    logits[1] = infinity
+    assert_accurate(case.with_(logits=logits), backend)
+    assert case.with_(logits=logits).call().logprobs.isfinite().all()
+
+
 def test_infinite_logits_of_other_tokens(backend: Backend) -> None:
     case = random_case(rows=9, columns=65, masked=0)
     blocked = torch.rand(9, 65) < 0.5

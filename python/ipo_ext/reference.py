@@ -263,11 +263,13 @@ def token_logprobs(
     """As ``ipo_ext.token_logprobs``, in eager torch and differentiable any number of times."""
     dtype = dtype or torch.promote_types(logits.dtype, torch.float32)
     active = labels != _IGNORED
-    # A row that holds NaN or +inf, or nothing but -inf, is NaN, but its gradient must stay its own.
-    sound = active & (logits < math.inf).all(-1) & (logits > -math.inf).any(-1)
-    z = torch.where(sound[..., None], logits, 0).to(dtype)
+    whole = active & ~logits.isnan().any(-1)
+    z = torch.where(whole[..., None], logits, 0).to(dtype)
     if softcap is not None:
         z = softcap * _tanh(z / softcap)
+    # A row that holds NaN or +inf, or nothing but -inf, is NaN, but its gradient must stay its own.
+    sound = whole & (z < math.inf).all(-1) & (z > -math.inf).any(-1)
+    z = torch.where(sound[..., None], z, 0)
     if isinstance(temperature, torch.Tensor) and temperature.dim() > 0:
         z = z / torch.where(active, temperature, 1)[..., None].to(dtype)
     elif temperature is not None:
