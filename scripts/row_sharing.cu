@@ -2,6 +2,7 @@
 // scripts/resource_report.py. Runs on the host.
 #include <cstdio>
 
+#include "kernels/cuda/row_share.cuh"
 #include "kernels/cuda/row_sharing.cuh"
 
 int main() {
@@ -9,7 +10,10 @@ int main() {
   const Device h200 = {90, 132, 227 << 10, 228 << 10, 1 << 10};
   for (const long columns : {32000, 65536, 128256, 151936, 200064, 262144}) {
     for (const int stored_bytes : {2, 4}) {
-      const RowSharing row = share_rows({8192, columns, 16 / stored_bytes, 4}, h200);
+      const RowSharing row =
+          share_rows({8192, columns, 16 / stored_bytes, 4,
+                      stored_bytes == 2 ? kHeldGroups<ipo_ext::BFloat16> : kHeldGroups<float>},
+                     h200);
       std::printf("%ld %s %d %d %d %d %ld\n", columns, stored_bytes == 2 ? "bf16" : "fp32",
                   row.blocks, row.threads, row.steps, row.shared_steps,
                   static_cast<long>(row.shared_bytes));

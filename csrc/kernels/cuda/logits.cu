@@ -129,7 +129,7 @@ class HeldRow {
   using Share = RowShare<Stored, kThreads>;
   using E = typename Share::E;
   static constexpr int kColumns = Share::kColumns;
-  static constexpr int kRegisterSteps = kCapped ? 0 : register_steps(kColumns);
+  static constexpr int kRegisterSteps = kCapped ? 0 : kHeldGroups<Stored>;
 
   __device__ __forceinline__ HeldRow(const RowsArgs& rows, const Share& share,
                                      RowStorage<E, kThreads>& storage)
@@ -590,7 +590,8 @@ template <typename Stored>
 RowSharing sharing_of(const LogitsArgs& args, const Device& device) {
   constexpr int kColumns = kGroupColumns<Stored>;
   const LogitsMatrix& logits = args.logits;
-  RowsToShare rows = {logits.rows, logits.columns, kColumns, sizeof(Compute<Stored>)};
+  RowsToShare rows = {logits.rows, logits.columns, kColumns, sizeof(Compute<Stored>),
+                      kHeldGroups<Stored>};
   rows.capped = args.softcap != 0;
   // A narrower gradient may lie over columns that another block has yet to read.
   rows.apart = args.gradient.data == nullptr || args.gradient.dtype == logits.dtype;

@@ -16,6 +16,13 @@ using Compute = std::conditional_t<std::is_same_v<Stored, double>, double, float
 template <typename Stored>
 constexpr int kGroupColumns = 16 / sizeof(Stored);
 
+// Groups that a thread holds in registers: up to half of the 64 that blocks_together() leaves it,
+// as many as compile without spills.
+template <typename Stored>
+constexpr int kHeldGroups = std::is_same_v<Stored, float>     ? 6
+                            : std::is_same_v<Stored, Float16> ? 3
+                                                              : 4;
+
 // Of the block's groups, thread t has every kThreads-th: its steps, in ascending order. A launch
 // has the same number of steps everywhere; in the last ones a thread may have no group.
 template <typename Stored, int kThreads>

@@ -9,10 +9,6 @@
 
 namespace ipo_ext::cuda {
 
-// Groups of columns that a thread holds in registers: about half of the 64 that blocks_together()
-// leaves it, as many as compile without spills. In fp64 a quarter: its arithmetic needs more.
-constexpr int register_steps(int group_columns) { return group_columns == 4 ? 6 : 4; }
-
 // Of a block's shared memory, what reductions use; static_assert'ed where they are.
 constexpr int kStorageBytes = 8192;
 
@@ -51,6 +47,7 @@ struct RowsToShare {
   int64_t columns;
   int group_columns;    // columns that a thread loads at once
   int compute_bytes;    // of one that is held
+  int register_steps;   // groups that a thread holds in registers
   bool capped = false;  // a softcap: nothing is held in registers
   bool apart = true;    // whether blocks that do not wait for each other may write the gradient
   bool reduces = true;  // whether the sums are not known yet
@@ -86,7 +83,7 @@ inline int64_t steps_of(const RowsToShare& rows, int64_t blocks, int threads) {
 
 // Steps in shared memory that `blocks` blocks need to hold the row.
 inline int64_t wanted_steps(const RowsToShare& rows, int64_t blocks, int threads) {
-  const int in_registers = rows.capped ? 0 : register_steps(rows.group_columns);
+  const int in_registers = rows.capped ? 0 : rows.register_steps;
   return std::max<int64_t>(steps_of(rows, blocks, threads) - in_registers, 0);
 }
 
