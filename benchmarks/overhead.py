@@ -27,15 +27,12 @@ def subjects(device: str) -> dict[str, Callable[[], object]]:
     """From a built-in function to everything that a training step calls."""
     batch = baselines.make_batch(TOKENS, 4, device=device)
     leaf, constant = batch.trainer_logprobs, batch.trainer_logprobs.detach()
-    low, high = batch.config.log_bounds(torch.float32)
-    taus = (batch.config.adv_tau, batch.config.kl_tau, batch.config.teacher_tau)
+    settings = batch.config.settings(torch.float32)
     rest = (batch.inference_logprobs, batch.advantages, batch.loss_mask)
     operator = torch.ops.ipo_ext.ipo_loss
 
     def bare(trainer_logprobs: torch.Tensor, with_gradient: bool) -> Any:
-        return operator(
-            trainer_logprobs, *rest, None, None, None, None, low, high, *taus, with_gradient
-        )
+        return operator(trainer_logprobs, *rest, None, None, None, None, *settings, with_gradient)
 
     def loss(trainer_logprobs: torch.Tensor, **options: Any) -> ipo_ext.IPOOutput:
         return ipo_ext.ipo_loss(trainer_logprobs, *rest, **options)

@@ -99,15 +99,11 @@ def operator_gradient(case: Case) -> torch.Tensor:
     normalizer = case.normalizer
     if isinstance(normalizer, float | int):
         normalizer = torch.tensor(normalizer, dtype=torch.float64)
-    config = case.config
     return _operators.library().ipo_loss(
         *(getattr(case, name) for name in TOKEN_FIELDS),
         case.cu_seqlens,
         normalizer,
-        *config.log_bounds(case.compute_dtype),
-        config.adv_tau,
-        config.kl_tau,
-        config.teacher_tau,
+        *case.config.settings(case.compute_dtype),
         True,
     )[1]
 

@@ -98,10 +98,7 @@ def operator_arguments(case: Case, trainer: torch.Tensor, with_gradient: bool = 
         case.loss_weights,
         case.cu_seqlens,
         case.normalizer,
-        *config.log_bounds(case.compute_dtype),
-        config.adv_tau,
-        config.kl_tau,
-        config.teacher_tau,
+        *config.settings(case.compute_dtype),
         with_gradient,
     ]
 

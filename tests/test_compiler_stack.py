@@ -86,10 +86,10 @@ def values(operator: str, device: torch.device) -> dict[str, Any]:
         "extremes": torch.rand(len(_C.EXTREME_ROWS), 3, dtype=torch.float64),
     }
     numbers = dict(
-        zip(("log_low", "log_high"), IPOConfig().log_bounds(torch.float32), strict=True),
+        zip(("low", "high"), IPOConfig().log_bounds(torch.float32), strict=True),
         **dict.fromkeys(("num_active", "max_active"), TOKENS),
         **dict.fromkeys(("with_gradient", "hidden_gradient", "weight_gradient"), True),
-        adv_tau=1.0, kl_tau=1e-3, teacher_tau=0.3, softcap=4.0,
+        mask_rule=1, kl_active=True, adv_tau=1.0, kl_tau=1e-3, teacher_tau=0.3, softcap=4.0,
         chunk_size=8, columns=VOCABULARY, float64=False,
     )  # fmt: skip
     return {name: tensor.to(device) for name, tensor in tensors.items()} | numbers

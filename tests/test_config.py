@@ -32,6 +32,8 @@ def test_defaults_are_upstreams() -> None:
         "adv_tau": 1.0,
         "kl_tau": 1e-3,
         "teacher_tau": 0.0,
+        "mask_rule": "ratio",
+        "kl_scope": "kept",
     }
 
 
@@ -109,7 +111,7 @@ def test_from_mapping_takes_a_section() -> None:
 def test_from_mapping_refuses_an_unknown_field() -> None:
     with pytest.raises(ValueError, match="ipo_threshold") as caught:
         IPOConfig.from_mapping({"kl_tau": 0.1, "ipo_threshold": 0.3})
-    expected = "dppo_mask_low, dppo_mask_high, adv_tau, kl_tau, teacher_tau"
+    expected = ", ".join([*FIELDS, "mask_rule", "kl_scope"])
     assert str(caught.value) == (
         f"ipo_threshold: expected one of the fields {expected}, got ipo_threshold=0.3"
     )

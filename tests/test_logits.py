@@ -704,7 +704,7 @@ def test_opcheck(backend: Backend) -> None:
     case = random_case(token_temperature=True).to(backend.device)
     leaf = case.logits.requires_grad_()
     temperature = case.options["temperature"]
-    settings = (*IPOConfig().log_bounds(torch.float32), 1.0, 1e-3, 0.0)
+    settings = IPOConfig().settings(torch.float32)
     constants = (case.labels, case.inference_logprobs, case.advantages, case.loss_mask)
     operators = _operators.library()
     normalizer = torch.tensor(3.0, device=backend.device)

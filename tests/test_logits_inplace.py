@@ -11,12 +11,18 @@ import pytest
 import torch
 
 from backends import Backend
-from ipo_ext import _operators
+from ipo_ext import IPOConfig, _operators
 from test_logits import DTYPES, LAYOUTS, Case, bits, random_case
 
 COLUMNS = (1, 2, 7, 33, 130, 511, 512, 1031)
 NARROWER = (torch.float16, torch.bfloat16)
-LOSS = {"log_low": -1.6, "log_high": 1.6, "adv_tau": 1.0, "kl_tau": 1e-3, "teacher_tau": 0.0}
+LOSS = dict(
+    zip(
+        ("mask_rule", "kl_active", "low", "high", "adv_tau", "kl_tau", "teacher_tau"),
+        IPOConfig().settings(torch.float32),
+        strict=True,
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True)

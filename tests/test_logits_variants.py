@@ -74,7 +74,7 @@ def loss_rows(case: Case, gradient: torch.Tensor | None) -> tuple[torch.Tensor, 
     return operators.ipo_loss_rows(
         *(case.logits, case.labels, case.inference_logprobs, case.advantages, case.loss_mask),
         *(temperature, softcap or 0.0, None, None, None),
-        *(*IPOConfig().log_bounds(torch.float32), 1.0, 1e-3, 0.0),
+        *IPOConfig().settings(torch.float32),
         *(fault, gradient),
     )
 

@@ -44,7 +44,7 @@ def test_opcheck(backend: Backend) -> None:
     case = random_case(100).to(backend.device)
     arguments = [case.trainer_logprobs.requires_grad_(), case.inference_logprobs]
     arguments += [case.advantages, case.loss_mask, None, None, None, None]
-    arguments += [*case.config.log_bounds(torch.float32), 1.0, 1e-3, 0.0, True]
+    arguments += [*case.config.settings(torch.float32), True]
     torch.library.opcheck(_operators.library().ipo_loss, arguments)
 
 

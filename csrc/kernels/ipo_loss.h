@@ -62,12 +62,14 @@ struct MetricMeansArgs {
 template <typename E>
 IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
   const math::LossParams<double>& params = args.params;
-  return {static_cast<E>(params.log_low),
-          static_cast<E>(params.log_high),
+  return {static_cast<E>(params.low),
+          static_cast<E>(params.high),
           static_cast<E>(params.adv_tau),
           static_cast<E>(params.kl_tau),
           static_cast<E>(params.teacher_tau),
-          static_cast<E>(math::inverse_normalizer(load_scalar(args.normalizer)))};
+          static_cast<E>(math::inverse_normalizer(load_scalar(args.normalizer))),
+          params.rule,
+          params.kl_active};
 }
 
 IPO_HOST_DEVICE math::TokenExtras extras_of(const IpoLossArgs& args) {

@@ -119,7 +119,9 @@ IPO_HOST_DEVICE double loss_slope(const LogitsArgs& args, int64_t row, C logprob
                                 C(0)};
   math::LossParams<C> params = params_for<C>(loss);
   if (!args.normalized) params.inv_normalizer = 1;
-  return math::token_loss(token, params).gradient;
+  return params.rules() == math::Rules::kDefault
+             ? math::token_loss<math::Rules::kDefault>(token, params).gradient
+             : math::token_loss<math::Rules::kAny>(token, params).gradient;
 }
 
 // The derivatives that flow into an active row from above, known before it is read.

@@ -7,20 +7,27 @@
 
 #include "math/exponential.h"
 #include "math/lanes.h"
+#include "math/mask_rules.h"
 
 namespace ipo_ext::math {
 
-// Settings of the loss, E the compute dtype's scalar. The bounds are logarithms, rounded and
-// clamped by the caller so that no x between them is infinite or has an infinite exp (docs/math.md,
-// "The band").
+// Settings of the loss, E the compute dtype's scalar. Bounds mean what the rule says; those of the
+// ratio are logarithms, rounded and clamped by the caller so that no x between them is infinite or
+// has an infinite exp (docs/math.md, "The band").
 template <typename E>
 struct LossParams {
-  E log_low;
-  E log_high;
+  E low;
+  E high;
   E adv_tau;
   E kl_tau;
   E teacher_tau;
   E inv_normalizer;  // see inverse_normalizer
+  MaskRule rule;
+  bool kl_active;  // the KL is paid by every active token, not by kept ones alone
+
+  IPO_HOST_DEVICE Rules rules() const {
+    return rule == MaskRule::kRatio && !kl_active ? Rules::kDefault : Rules::kAny;
+  }
 };
 
 // 1 / normalizer for the gradient and the loss: 0 stands for "loss 0, gradients 0" (a normalizer of
@@ -46,14 +53,14 @@ struct TokenLoss {
   Mask<T> active;
   Mask<T> kept;
   Mask<T> finite;  // neither the log-ratio nor the ratio overflows
-  Mask<T> above;   // active and above the band, an infinite ratio included
-  Mask<T> below;   // active and below the band
+  Mask<T> above;   // active and above the bounds; of the ratio's band, an infinite one included
+  Mask<T> below;   // active and below the bounds
   T log_ratio;
   T ratio;
   T mismatch_kl;  // r - 1 - x, with x clamped to kMismatchClamp
-  T pg_loss;      // exactly 0 unless kept, like the next two
-  T kl_loss;
-  T gradient;  // d loss / d trainer_logprob, divided by the normalizer
+  T pg_loss;      // exactly 0 unless kept
+  T kl_loss;      // exactly 0 unless kept or, where the KL's scope is wider, active and finite
+  T gradient;     // d loss / d trainer_logprob, divided by the normalizer
 };
 
 // Beyond it the mismatch says "broken", not how much; sums of it still fit fp32.
@@ -66,17 +73,20 @@ IPO_HOST_DEVICE T log_ratio(const Token<T>& token) {
 }
 
 // exponential_x is exponential(log_ratio(token)), which a caller may have made earlier.
-template <typename T>
+template <Rules kRules, typename T>
 IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential<T>& exponential_x,
                                         const LossParams<Element<T>>& params) {
   using E = Element<T>;
   const T x = log_ratio(token);
   const T r = exponential_x.exp;
 
-  const Mask<T> kept = token.active & (x >= params.log_low) & (x <= params.log_high);
-  const Mask<T> above = token.active & (x > params.log_high);
-  const Mask<T> below = token.active & (x < params.log_low);
   const Mask<T> finite = (x >= -std::numeric_limits<E>::max()) & (x <= kMaxLog<E>);
+  const Verdict<T> verdict = verdict_of<kRules, T>(
+      {token.trainer_logprob, token.inference_logprob, x, token.advantage, token.active, finite},
+      params.rule, params.low, params.high);
+  const Mask<T> kept = verdict.kept;
+  Mask<T> pays_kl = kept;
+  if constexpr (kRules == Rules::kAny) pays_kl = params.kl_active ? token.active & finite : kept;
   const T mismatch_kl = select<T>(x > E(kMismatchClamp), splat<T>(E(kMismatchAtClamp)),
                                   exponential_x.exp_minus_1_minus_x);
 
@@ -91,30 +101,32 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
   // The formula and its derivative (docs/math.md): d(-A r)/dx = -A r, d(tau x^2)/dx = 2 tau x.
   const T pg_loss = token.weight * (-advantage * r);
   const T kl_loss = token.weight * (tau_x * x);
-  const T derivative = token.weight * (-advantage * r + E(2) * tau_x);
+  T pg_slope = -advantage * r;
+  if constexpr (kRules == Rules::kAny) pg_slope = select<T>(kept, pg_slope, T{});
+  const T derivative = token.weight * (pg_slope + E(2) * tau_x);
 
   const T poison = splat<T>(params.inv_normalizer * E(0));  // 0, or NaN
   const T gradient = params.inv_normalizer != 0
-                         ? select<T>(kept, derivative * params.inv_normalizer, poison)
+                         ? select<T>(pays_kl, derivative * params.inv_normalizer, poison)
                          : T{};
 
   return {token.active,
           kept,
           finite,
-          above,
-          below,
+          verdict.above,
+          verdict.below,
           x,
           r,
           mismatch_kl,
           select<T>(kept, pg_loss, T{}),
-          select<T>(kept, kl_loss, T{}),
+          select<T>(pays_kl, kl_loss, T{}),
           gradient};
 }
 
-template <typename T>
+template <Rules kRules, typename T>
 IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token,
                                         const LossParams<Element<T>>& params) {
-  return token_loss(token, exponential(log_ratio(token)), params);
+  return token_loss<kRules>(token, exponential(log_ratio(token)), params);
 }
 
 }  // namespace ipo_ext::math

@@ -11,7 +11,8 @@ inline constexpr const char* kIpoLossSchema =
     "ipo_loss(Tensor trainer_logprobs, Tensor inference_logprobs, Tensor advantages, Tensor "
     "loss_mask, "
     "Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, "
-    "float log_low, float log_high, float adv_tau, float kl_tau, float teacher_tau, bool "
+    "int mask_rule, bool kl_active, float low, float high, float adv_tau, float kl_tau, float "
+    "teacher_tau, bool "
     "with_gradient) "
     "-> (Tensor loss, Tensor gradient, Tensor means, Tensor sums, Tensor extremes)";
 
@@ -19,6 +20,12 @@ inline constexpr const char* kMetricMeansSchema =
     "metric_means(Tensor sums, Tensor extremes, bool float64) -> Tensor";
 
 inline bool is_float64(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
+
+inline math::MaskRule rule_of(int64_t mask_rule) {
+  IPO_EXT_CHECK(mask_rule >= 0 && mask_rule < static_cast<int64_t>(math::MaskRule::kCount),
+                "mask_rule: expected the index of a rule, got ", mask_rule);
+  return static_cast<math::MaskRule>(mask_rule);
+}
 
 // CPU only: reads the values.
 inline void check_partition(const Segments& segments) {
@@ -144,11 +151,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss(
     const Tensor& trainer_logprobs, const Tensor& inference_logprobs, const Tensor& advantages,
     const Tensor& loss_mask, std::optional<Tensor> teacher_logprobs,
     std::optional<Tensor> loss_weights, std::optional<Tensor> cu_seqlens,
-    std::optional<Tensor> normalizer, double log_low, double log_high, double adv_tau,
-    double kl_tau, double teacher_tau, bool with_gradient) {
+    std::optional<Tensor> normalizer, int64_t mask_rule, bool kl_active, double low, double high,
+    double adv_tau, double kl_tau, double teacher_tau, bool with_gradient) {
   IpoLossCall call(trainer_logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
                    loss_weights, cu_seqlens, normalizer, std::nullopt,
-                   {log_low, log_high, adv_tau, kl_tau, teacher_tau, 1}, with_gradient);
+                   {low, high, adv_tau, kl_tau, teacher_tau, 1, rule_of(mask_rule), kl_active},
+                   with_gradient);
   call.check_values<Backend>();
   call.run<Backend>();
   return {call.loss, call.gradient, call.means, call.sums, call.extremes};

@@ -13,7 +13,8 @@ inline constexpr const char* kIpoLossFromLogitsSchema =
     "ipo_loss_from_logits(Tensor logits, Tensor labels, Tensor inference_logprobs, Tensor "
     "advantages, Tensor loss_mask, Tensor? temperature, float softcap, "
     "Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, "
-    "float log_low, float log_high, float adv_tau, float kl_tau, float teacher_tau, bool "
+    "int mask_rule, bool kl_active, float low, float high, float adv_tau, float kl_tau, float "
+    "teacher_tau, bool "
     "with_gradient) "
     "-> (Tensor loss, Tensor gradient, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, "
     "Tensor extremes)";
@@ -23,7 +24,8 @@ inline constexpr const char* kIpoLossFromLogitsInplaceSchema =
     "ipo_loss_from_logits_(Tensor(a!) logits, Tensor labels, Tensor inference_logprobs, Tensor "
     "advantages, Tensor loss_mask, Tensor? temperature, float softcap, "
     "Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, "
-    "float log_low, float log_high, float adv_tau, float kl_tau, float teacher_tau) "
+    "int mask_rule, bool kl_active, float low, float high, float adv_tau, float kl_tau, float "
+    "teacher_tau) "
     "-> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, Tensor extremes)";
 
 // 0 in the one element of `fault` where all is well. On the CPU a fault raises instead.
@@ -36,7 +38,8 @@ inline constexpr const char* kFindFaultsSchema =
 inline constexpr const char* kIpoLossRowsSchema =
     "ipo_loss_rows(Tensor logits, Tensor labels, Tensor inference_logprobs, Tensor advantages, "
     "Tensor loss_mask, Tensor? temperature, float softcap, Tensor? teacher_logprobs, "
-    "Tensor? loss_weights, Tensor? normalizer, float log_low, float log_high, float adv_tau, "
+    "Tensor? loss_weights, Tensor? normalizer, int mask_rule, bool kl_active, float low, float "
+    "high, float adv_tau, "
     "float kl_tau, float teacher_tau, Tensor fault, Tensor(a!)? gradient) "
     "-> (Tensor logprobs, Tensor entropy)";
 
@@ -44,7 +47,8 @@ inline constexpr const char* kIpoLossRowsSchema =
 inline constexpr const char* kIpoLossOfRowsSchema =
     "ipo_loss_of_rows(Tensor logprobs, Tensor entropy, Tensor inference_logprobs, Tensor "
     "advantages, Tensor loss_mask, Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? "
-    "cu_seqlens, Tensor? normalizer, float log_low, float log_high, float adv_tau, float kl_tau, "
+    "cu_seqlens, Tensor? normalizer, int mask_rule, bool kl_active, float low, float high, float "
+    "adv_tau, float kl_tau, "
     "float teacher_tau, Tensor fault) -> (Tensor loss, Tensor means, Tensor sums, Tensor extremes)";
 
 inline constexpr const char* kTokenLogprobsSchema =
@@ -326,14 +330,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from
     const Tensor& logits, const Tensor& labels, const Tensor& inference_logprobs,
     const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> temperature,
     double softcap, std::optional<Tensor> teacher_logprobs, std::optional<Tensor> loss_weights,
-    std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer, double log_low,
-    double log_high, double adv_tau, double kl_tau, double teacher_tau, bool with_gradient) {
+    std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer, int64_t mask_rule,
+    bool kl_active, double low, double high, double adv_tau, double kl_tau, double teacher_tau,
+    bool with_gradient) {
   LogitsCall rows(logits, labels, temperature, softcap);
   const Tensor gradient =
       with_gradient ? rows.new_gradient() : empty({0}, logits.scalar_type(), logits);
   const auto [loss, logprobs, entropy, means, sums, extremes] = loss_of_logits<Backend>(
       rows, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights, cu_seqlens,
-      normalizer, {log_low, log_high, adv_tau, kl_tau, teacher_tau, 1});
+      normalizer, {low, high, adv_tau, kl_tau, teacher_tau, 1, rule_of(mask_rule), kl_active});
   return {loss, gradient, logprobs, entropy, means, sums, extremes};
 }
 
@@ -342,13 +347,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits_
     const Tensor& logits, const Tensor& labels, const Tensor& inference_logprobs,
     const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> temperature,
     double softcap, std::optional<Tensor> teacher_logprobs, std::optional<Tensor> loss_weights,
-    std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer, double log_low,
-    double log_high, double adv_tau, double kl_tau, double teacher_tau) {
+    std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer, int64_t mask_rule,
+    bool kl_active, double low, double high, double adv_tau, double kl_tau, double teacher_tau) {
   LogitsCall rows(logits, labels, temperature, softcap);
   rows.write_gradient_over_logits();
-  return loss_of_logits<Backend>(rows, inference_logprobs, advantages, loss_mask, teacher_logprobs,
-                                 loss_weights, cu_seqlens, normalizer,
-                                 {log_low, log_high, adv_tau, kl_tau, teacher_tau, 1});
+  return loss_of_logits<Backend>(
+      rows, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights, cu_seqlens,
+      normalizer, {low, high, adv_tau, kl_tau, teacher_tau, 1, rule_of(mask_rule), kl_active});
 }
 
 template <typename Backend>
@@ -368,20 +373,24 @@ Tensor find_faults(const Tensor& labels, std::optional<Tensor> loss_mask,
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> ipo_loss_rows(
-    const Tensor& logits, const Tensor& labels, const Tensor& inference_logprobs,
-    const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> temperature,
-    double softcap, std::optional<Tensor> teacher_logprobs, std::optional<Tensor> loss_weights,
-    std::optional<Tensor> normalizer, double log_low, double log_high, double adv_tau,
-    double kl_tau, double teacher_tau, const Tensor& fault, std::optional<Tensor> gradient) {
+std::tuple<Tensor, Tensor> ipo_loss_rows(const Tensor& logits, const Tensor& labels,
+                                         const Tensor& inference_logprobs, const Tensor& advantages,
+                                         const Tensor& loss_mask, std::optional<Tensor> temperature,
+                                         double softcap, std::optional<Tensor> teacher_logprobs,
+                                         std::optional<Tensor> loss_weights,
+                                         std::optional<Tensor> normalizer, int64_t mask_rule,
+                                         bool kl_active, double low, double high, double adv_tau,
+                                         double kl_tau, double teacher_tau, const Tensor& fault,
+                                         std::optional<Tensor> gradient) {
   LogitsCall rows(logits, labels, temperature, softcap);
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
   if (gradient.has_value()) rows.write_gradient_to(*gradient);
   rows.args.fault = fault_flag(fault, logits);
-  const IpoLossCall loss(logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
-                         loss_weights, std::nullopt, normalizer, std::nullopt,
-                         {log_low, log_high, adv_tau, kl_tau, teacher_tau, 1}, false);
+  const IpoLossCall loss(
+      logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights,
+      std::nullopt, normalizer, std::nullopt,
+      {low, high, adv_tau, kl_tau, teacher_tau, 1, rule_of(mask_rule), kl_active}, false);
   run_rows<Backend>(rows, loss);
   return {logprobs, entropy};
 }
@@ -391,11 +400,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ipo_loss_of_rows(
     const Tensor& logprobs, const Tensor& entropy, const Tensor& inference_logprobs,
     const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> teacher_logprobs,
     std::optional<Tensor> loss_weights, std::optional<Tensor> cu_seqlens,
-    std::optional<Tensor> normalizer, double log_low, double log_high, double adv_tau,
-    double kl_tau, double teacher_tau, const Tensor& fault) {
+    std::optional<Tensor> normalizer, int64_t mask_rule, bool kl_active, double low, double high,
+    double adv_tau, double kl_tau, double teacher_tau, const Tensor& fault) {
   IpoLossCall loss(logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
                    loss_weights, cu_seqlens, normalizer, entropy,
-                   {log_low, log_high, adv_tau, kl_tau, teacher_tau, 1}, false);
+                   {low, high, adv_tau, kl_tau, teacher_tau, 1, rule_of(mask_rule), kl_active},
+                   false);
   loss.args.fault = fault_flag(fault, logprobs);
   loss.run<Backend>();
   return {loss.loss, loss.means, loss.sums, loss.extremes};

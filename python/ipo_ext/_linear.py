@@ -38,8 +38,10 @@ class LossInputs(NamedTuple):
     loss_weights: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     normalizer: torch.Tensor | None
-    log_low: float
-    log_high: float
+    mask_rule: int
+    kl_active: bool
+    low: float
+    high: float
     adv_tau: float
     kl_tau: float
     teacher_tau: float
@@ -49,8 +51,9 @@ class LossInputs(NamedTuple):
     weight_gradient: bool
 
     @property
-    def settings(self) -> tuple[float, ...]:
-        return (self.log_low, self.log_high, self.adv_tau, self.kl_tau, self.teacher_tau)
+    def settings(self) -> tuple[Any, ...]:
+        first = self._fields.index("mask_rule")
+        return self[first : self._fields.index("teacher_tau") + 1]
 
     @property
     def wanted(self) -> Wanted:
@@ -71,10 +74,11 @@ class LossOutputs(NamedTuple):
 _LOSS_SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor inference_logprobs, Tensor advantages, "
     "Tensor loss_mask, Tensor? temperature, float softcap, Tensor? teacher_logprobs, "
-    "Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, float log_low, float log_high, "
-    "float adv_tau, float kl_tau, float teacher_tau, SymInt chunk_size, SymInt? num_active, "
-    "bool hidden_gradient, bool weight_gradient) -> (Tensor loss, Tensor logprobs, Tensor entropy, "
-    "Tensor means, Tensor sums, Tensor extremes, Tensor grad_hidden, Tensor grad_weight)"
+    "Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, int mask_rule, bool kl_active, "
+    "float low, float high, float adv_tau, float kl_tau, float teacher_tau, "
+    "SymInt chunk_size, SymInt? num_active, bool hidden_gradient, bool weight_gradient) -> "
+    "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, Tensor extremes, "
+    "Tensor grad_hidden, Tensor grad_weight)"
 )
 _LOGPROBS_SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor? temperature, float softcap, "

@@ -48,8 +48,10 @@ def _ipo_loss_fake(
     loss_weights: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     normalizer: torch.Tensor | None,
-    log_low: float,
-    log_high: float,
+    mask_rule: int,
+    kl_active: bool,
+    low: float,
+    high: float,
     adv_tau: float,
     kl_tau: float,
     teacher_tau: float,
@@ -285,8 +287,10 @@ class LogitsLossInputs(NamedTuple):
     loss_weights: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     normalizer: torch.Tensor | None
-    log_low: float
-    log_high: float
+    mask_rule: int
+    kl_active: bool
+    low: float
+    high: float
     adv_tau: float
     kl_tau: float
     teacher_tau: float

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+
+MaskRule = Literal["ratio", "dppo", "prob_diff", "kpop"]  # in the order of math/mask_rules.h
+KLScope = Literal["kept", "active"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +22,24 @@ class IPOConfig:
     ``A' = adv_tau * A + teacher_tau * (teacher_logprob - trainer_logprob)``
     (PrimeIntellect-ai/prime-rl pull request 2423; docs/math.md).
 
+    Other losses of the family keep other tokens: ``IPOConfig.dppo``, ``prob_diff``, ``kpop``.
+
     Args:
-        dppo_mask_low: alpha, the smallest importance ratio kept; 0 keeps every small ratio.
+        dppo_mask_low: alpha, the smallest importance ratio kept; 0 keeps every small ratio. Under
+            another rule: by how much the probability may fall.
         dppo_mask_high: beta, the largest importance ratio kept; ``inf`` keeps every finite ratio.
+            Under another rule: by how much the probability may rise, or the largest binary KL.
         adv_tau: weight of the advantage.
         kl_tau: weight of the squared log-ratio.
         teacher_tau: weight of the teacher's log-ratio in the advantage; above 0 it needs
             ``teacher_logprobs``.
+        mask_rule: what the bounds are compared with; docs/math.md, "The rules".
+        kl_scope: whether the KL is paid by kept tokens alone or by every active one whose ratio
+            is finite.
 
     Raises:
-        ValueError: a field breaks ``0 <= dppo_mask_low <= dppo_mask_high`` or "finite and >= 0".
+        ValueError: a field breaks ``0 <= dppo_mask_low``, ``dppo_mask_low <= dppo_mask_high`` (a
+            band on the ratio) or "finite and >= 0", or is not one of its words.
     """
 
     dppo_mask_low: float = 0.2
@@ -36,12 +47,19 @@ class IPOConfig:
     adv_tau: float = 1.0
     kl_tau: float = 1e-3
     teacher_tau: float = 0.0
+    mask_rule: MaskRule = "ratio"
+    kl_scope: KLScope = "kept"
 
     _log_bounds: ClassVar[dict[torch.dtype, tuple[float, float]]]  # of an instance; no field
 
     def __post_init__(self) -> None:
+        for name, words in _WORDS.items():
+            if (value := getattr(self, name)) not in words:
+                raise ValueError(f"{name}: expected one of {', '.join(words)}, got {value!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name in _WORDS:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{field.name}: expected a number, got {value!r}")
             object.__setattr__(self, field.name, float(value))
@@ -52,6 +70,10 @@ class IPOConfig:
         low, high = self.dppo_mask_low, self.dppo_mask_high
         if not 0 <= low < math.inf:
             raise ValueError(f"dppo_mask_low: expected a finite number >= 0, got {low!r}")
+        if self.mask_rule != "ratio":
+            if not high >= 0:
+                raise ValueError(f"dppo_mask_high: expected a number >= 0, got {high!r}")
+            return
         if not low <= high:
             raise ValueError(
                 f"dppo_mask_high: expected a number >= dppo_mask_low ({low!r}), got {high!r}"
@@ -64,6 +86,30 @@ class IPOConfig:
         object.__setattr__(self, "_log_bounds", log_bounds)
 
     @classmethod
+    def dppo(cls, low: float = 0.2, high: float = 0.2, **taus: float) -> IPOConfig:
+        """DPPO+KL, prime-rl's default before: a bound on the probability's change, by sign of A.
+
+        With ``d = exp(trainer_logprob) - exp(inference_logprob)`` a token is dropped where
+        ``A > 0`` and ``d > high``, or ``A <= 0`` and ``d < -low``; every active token pays the KL.
+        ``taus`` are adv_tau, kl_tau and teacher_tau.
+        """
+        return cls(low, high, mask_rule="dppo", kl_scope="active", **taus)
+
+    @classmethod
+    def prob_diff(cls, threshold: float = 0.1, **taus: float) -> IPOConfig:
+        """The IPO that prime-rl merged: drops where ``|d| > threshold``; all active pay the KL."""
+        return cls(threshold, threshold, mask_rule="prob_diff", kl_scope="active", **taus)
+
+    @classmethod
+    def kpop(cls, threshold: float, **taus: float) -> IPOConfig:
+        """KPop: dropped where the binary KL, in either direction, exceeds ``threshold``.
+
+        Between the token's two probabilities, clamped to ``[1e-6, 1 - 1e-6]``; every active token
+        pays the KL penalty.
+        """
+        return cls(0.0, threshold, mask_rule="kpop", kl_scope="active", **taus)
+
+    @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> IPOConfig:
         """The config of a ``trainer.loss`` section; an unknown field is a ValueError."""
         known = [field.name for field in dataclasses.fields(cls)]
@@ -74,6 +120,24 @@ class IPOConfig:
                 )
         return cls(**mapping)
 
+    def bounds(self, dtype: torch.dtype) -> tuple[float, float]:
+        """What the rule compares with: those of the ratio are logarithms."""
+        if self.mask_rule == "ratio":
+            return self.log_bounds(dtype)
+        largest = _LOG_RANGE[dtype][0]
+        return min(self.dppo_mask_low, -largest), min(self.dppo_mask_high, -largest)
+
+    def settings(self, dtype: torch.dtype) -> tuple[int, bool, float, float, float, float, float]:
+        """The settings as every operator takes them."""
+        rule = get_args(MaskRule).index(self.mask_rule)
+        bounds = self.bounds(dtype)
+        # float(): read here, or torch.compile (2.13) reads them inside the first of two calls of
+        # the loss in a graph, and fails at the second.
+        low, high, adv_tau, kl_tau, teacher_tau = map(
+            float, (*bounds, self.adv_tau, self.kl_tau, self.teacher_tau)
+        )
+        return rule, self.kl_scope == "active", low, high, adv_tau, kl_tau, teacher_tau
+
     def log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """The band's bounds on ``log r``, exactly representable in ``dtype`` (float32 or float64).
 
@@ -82,6 +146,11 @@ class IPOConfig:
         """
         return self._log_bounds[dtype]
 
+
+_WORDS: dict[str, tuple[str, ...]] = {
+    "mask_rule": get_args(MaskRule),
+    "kl_scope": get_args(KLScope),
+}
 
 # -max, and the largest number whose exp is finite. (The float32 nearest to log(max) overflows.)
 _LOG_RANGE = {

@@ -103,7 +103,7 @@ def ipo_loss(
         loss_weights,
         cu_seqlens,
         normalizer,
-        *_settings(config, compute),
+        *config.settings(compute),
         with_gradient,
     )
     metrics = IPOMetrics(means, sums, extremes, has_teacher=teacher_logprobs is not None)
@@ -214,7 +214,7 @@ def ipo_loss_from_logits(
         loss_weights,
         cu_seqlens,
         normalizer,
-        *_settings(config, compute),
+        *config.settings(compute),
         with_gradient,
     )
     metrics = IPOMetrics(
@@ -364,7 +364,7 @@ def ipo_loss_from_hidden(
         loss_weights,
         cu_seqlens,
         normalizer,
-        *_settings(config, compute),
+        *config.settings(compute),
         _chunk_size(chunk_size, hidden, weight),
         _count("num_active", num_active, 0),
         hidden.requires_grad and with_gradient,
@@ -432,13 +432,6 @@ def _check_config(config: object) -> None:
             f"config: expected an IPOConfig, got {type(config).__name__}; "
             "use IPOConfig.from_mapping"
         )
-
-
-def _settings(config: IPOConfig, compute: torch.dtype) -> list[float]:
-    taus = (config.adv_tau, config.kl_tau, config.teacher_tau)
-    # float(): read here, or torch.compile (2.13) reads them inside the first of two calls of the
-    # loss in a graph, and fails at the second.
-    return [float(value) for value in (*config.log_bounds(compute), *taus)]
 
 
 def _scalar(

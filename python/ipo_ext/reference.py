@@ -42,19 +42,25 @@ def ipo_loss(
         torch.promote_types(trainer_logprobs.dtype, inference_logprobs.dtype), torch.float32
     )
     dtype = dtype or band_dtype
-    low, high = _log_bounds(config, band_dtype)
     band_x = trainer_logprobs.detach().to(band_dtype) - inference_logprobs.to(band_dtype)
     finite = band_x.isfinite() & (band_x <= _largest_log(band_dtype))
     active = loss_mask
-    keep = active & (band_x >= low) & (band_x <= high)
+    dropped, above, below = mask_rule(
+        config,
+        trainer_logprobs.detach().to(band_dtype),
+        inference_logprobs.to(band_dtype),
+        advantages,
+    )
+    keep = active & finite & ~dropped
+    pays_kl = keep if config.kl_scope == "kept" else active & finite
 
     # Replace what a dropped token holds before any arithmetic: torch.where after it would still
     # differentiate the branch that was not taken, and 0 * inf is NaN.
     def only(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return torch.where(mask, values, torch.zeros_like(values)).to(dtype)
 
-    x = only(keep, trainer_logprobs) - only(keep, inference_logprobs)
-    ratio = x.exp()
+    x = only(pays_kl, trainer_logprobs) - only(pays_kl, inference_logprobs)
+    ratio = only(keep, x).exp()
     advantage = torch.zeros_like(x)
     if config.adv_tau != 0:
         advantage = advantage + config.adv_tau * only(keep, advantages)
@@ -62,10 +68,10 @@ def ipo_loss(
         assert teacher_logprobs is not None, "teacher_tau > 0 needs teacher_logprobs"
         distance = only(keep, teacher_logprobs) - only(keep, trainer_logprobs)
         advantage = advantage + config.teacher_tau * distance.detach()
-    weight = only(keep, loss_weights) if loss_weights is not None else keep.to(dtype)
+    weight = only(pays_kl, loss_weights) if loss_weights is not None else pays_kl.to(dtype)
 
     pg_loss = only(keep, -weight * advantage * ratio)
-    kl_loss = only(keep, weight * config.kl_tau * x**2)
+    kl_loss = only(pays_kl, weight * config.kl_tau * x**2)
     loss = (pg_loss + kl_loss).sum()
     if isinstance(normalizer, torch.Tensor):
         nothing = normalizer == 0
@@ -87,8 +93,8 @@ def ipo_loss(
             "masked_mismatch_kl": (mismatch * counted_masked, masked),
             "unmasked_mismatch_kl": (mismatch * keep, keep),
             "is_masked": (masked, active),
-            "is_masked_low": (active & (band_x < low), active),
-            "is_masked_high": (active & (band_x > high), active),
+            "is_masked_low": (active & below, active),
+            "is_masked_high": (active & above, active),
             "pg_loss": (pg_loss, active),
             "kl_loss": (kl_loss, active),
             "nonfinite": (active & ~finite, active),
@@ -134,6 +140,37 @@ def ipo_loss(
                 for name in names
             },
         )
+
+
+def mask_rule(
+    config: IPOConfig,
+    trainer_logprobs: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per token, whether the rule drops it, and on which side it counts: high or low."""
+    x = trainer_logprobs - inference_logprobs
+    if config.mask_rule == "ratio":
+        low, high = _log_bounds(config, x.dtype)
+        return ~((x >= low) & (x <= high)), x > high, x < low
+
+    largest = _largest_log(x.dtype)
+    low, high = config.dppo_mask_low, config.dppo_mask_high
+    p, q = (logprob.clamp(max=largest).exp() for logprob in (trainer_logprobs, inference_logprobs))
+    if config.mask_rule == "kpop":
+        dropped = torch.maximum(_binary_kl(p, q), _binary_kl(q, p)) > high
+        return dropped, dropped & (x > 0), dropped & (x < 0)
+    too_high, too_low = p - q > high, p - q < -low
+    if config.mask_rule == "dppo":
+        too_high, too_low = too_high & (advantages > 0), too_low & (advantages <= 0)
+        return too_high | too_low, too_high, too_low & (advantages < 0)
+    return too_high | too_low, too_high, too_low
+
+
+def _binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Between two coins, their probabilities clamped away from 0 and 1."""
+    p, q = p.clamp(1e-6, 1 - 1e-6), q.clamp(1e-6, 1 - 1e-6)
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
 
 
 def ipo_loss_from_logits(

@@ -28,6 +28,7 @@ TESTS = (
     "tests/test_properties.py",
     "tests/test_logits.py",
     "tests/test_logits_variants.py",
+    "tests/test_mask_rules.py",
 )
 
 
@@ -45,6 +46,7 @@ REDUCE = "kernels/cuda/reduce.cuh"
 LOADS = "kernels/cuda/vector_load.cuh"
 SEGMENTS = "kernels/segments.h"
 LOSS = "math/token_loss.h"
+RULES = "math/mask_rules.h"
 METRICS = "math/metrics.h"
 LOGITS = "kernels/cuda/logits.cu"
 SHARE = "kernels/cuda/row_share.cuh"
@@ -172,16 +174,30 @@ MUTATIONS = (
     ),
     Mutation(
         "exclusive-bound",
-        LOSS,
-        "token.active & (x >= params.log_low)",
-        "token.active & (x > params.log_low)",
+        RULES,
+        "token.active & (x >= low)",
+        "token.active & (x > low)",
         "band_includes",
     ),
     Mutation(
         "swapped-bounds",
+        RULES,
+        "token.active & (x > high)",
+        "token.active & (x < low)",
+    ),
+    Mutation(
+        "one-sided-kl",
+        RULES,
+        "larger(forward, backward) > high",
+        "forward > high",
+        "proven_crossing or any_tokens or test_equals",
+    ),
+    Mutation(
+        "everyone-pays-the-policy-gradient",
         LOSS,
-        "token.active & (x > params.log_high)",
-        "token.active & (x < params.log_low)",
+        "pg_slope = select<T>(kept, pg_slope, T{})",
+        "pg_slope = pg_slope",
+        "scope or test_equals",
     ),
     Mutation(
         "multiplied-by-the-mask",

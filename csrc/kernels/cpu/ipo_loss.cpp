@@ -19,18 +19,16 @@ template <typename E>
 using PieceSums = TileSums<E> (*)(const IpoLossArgs&, const math::LossParams<E>&, int64_t begin,
                                   int64_t end);
 
-template <typename E>
+template <math::Rules kRules, typename E>
 PieceSums<E> best_piece_sums();
-template <>
-PieceSums<float> best_piece_sums<float>() {
-  static const PieceSums<float> best = IPO_EXT_CHOOSE(piece_sums_f32);
-  return best;
-}
-template <>
-PieceSums<double> best_piece_sums<double>() {
-  static const PieceSums<double> best = IPO_EXT_CHOOSE(piece_sums_f64);
-  return best;
-}
+#define IPO_EXT_CHOOSE_PIECE_SUMS(name, kRules, E)         \
+  template <>                                              \
+  PieceSums<E> best_piece_sums<kRules, E>() {              \
+    static const PieceSums<E> best = IPO_EXT_CHOOSE(name); \
+    return best;                                           \
+  }
+IPO_EXT_PIECE_SUMS(IPO_EXT_CHOOSE_PIECE_SUMS)
+#undef IPO_EXT_CHOOSE_PIECE_SUMS
 
 // The last segment that begins at or before `token`.
 int64_t segment_of(const Segments& segments, int64_t token) {
@@ -45,7 +43,9 @@ int64_t segment_of(const Segments& segments, int64_t token) {
 template <typename E>
 void run_tile(const IpoLossArgs& args, const math::LossParams<E>& params, int64_t tile) {
   const Segments& segments = args.segments;
-  const PieceSums<E> piece_sums = best_piece_sums<E>();
+  const PieceSums<E> piece_sums = params.rules() == math::Rules::kDefault
+                                      ? best_piece_sums<math::Rules::kDefault, E>()
+                                      : best_piece_sums<math::Rules::kAny, E>();
   const Workspace<E> workspace(args);
   const int64_t tile_begin = tile * segments.tile_size;
   const int64_t tile_end = std::min(tile_begin + segments.tile_size, segments.tokens);

@@ -135,7 +135,7 @@ inline __attribute__((always_inline)) void copy_sums(const TileSums<T>& from, Ti
   to.log_ratio_max = from.log_ratio_max;
 }
 
-template <typename E>
+template <Rules kRules, typename E>
 inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int64_t count,
                                                      const LossParams<E>& shared_params,
                                                      const TokenExtras& has,
@@ -160,7 +160,7 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int6
                             load<T>(chunk.weight + i),    load_mask<T>(chunk.active + i),
                             load<T>(chunk.entropy + i)};
     const TokenLoss<T> loss =
-        token_loss(token, {load<T>(ratios + i), load<T>(mismatches + i)}, params);
+        token_loss<kRules, T>(token, {load<T>(ratios + i), load<T>(mismatches + i)}, params);
     store(chunk.gradient + i, loss.gradient);
     add_token(sums, token, loss, has);
   }
@@ -184,7 +184,7 @@ inline __attribute__((always_inline)) TileSums<E> merge_lanes(const TileSums<Vec
   return total;
 }
 
-template <typename E>
+template <Rules kRules, typename E>
 inline __attribute__((always_inline)) TileSums<E> piece_sums(const IpoLossArgs& args,
                                                              const LossParams<E>& params,
                                                              int64_t begin, int64_t end) {
@@ -194,7 +194,7 @@ inline __attribute__((always_inline)) TileSums<E> piece_sums(const IpoLossArgs& 
   for (int64_t first = begin; first < end;) {
     const int64_t count = chunk_tokens<E>(end - first);
     const Chunk<E> chunk = stage_chunk<E>(args, first, count, staging);
-    add_chunk<E>(chunk, count, params, has, tile);
+    add_chunk<kRules, E>(chunk, count, params, has, tile);
     if (args.gradient != nullptr && chunk.gradient == staging.gradient) {
       memcpy(static_cast<E*>(args.gradient) + first, staging.gradient, count * sizeof(E));
     }
@@ -205,14 +205,12 @@ inline __attribute__((always_inline)) TileSums<E> piece_sums(const IpoLossArgs& 
 
 }  // namespace
 
-TileSums<float> piece_sums_f32(const IpoLossArgs& args, const LossParams<float>& params,
-                               int64_t begin, int64_t end) {
-  return piece_sums<float>(args, params, begin, end);
-}
-
-TileSums<double> piece_sums_f64(const IpoLossArgs& args, const LossParams<double>& params,
-                                int64_t begin, int64_t end) {
-  return piece_sums<double>(args, params, begin, end);
-}
+#define IPO_EXT_DEFINE_PIECE_SUMS(name, kRules, E)                                      \
+  TileSums<E> name(const IpoLossArgs& args, const LossParams<E>& params, int64_t begin, \
+                   int64_t end) {                                                       \
+    return piece_sums<kRules, E>(args, params, begin, end);                             \
+  }
+IPO_EXT_PIECE_SUMS(IPO_EXT_DEFINE_PIECE_SUMS)
+#undef IPO_EXT_DEFINE_PIECE_SUMS
 
 }  // namespace ipo_ext::cpu::IPO_EXT_CPU_ARCH

@@ -6,17 +6,23 @@
 
 namespace ipo_ext::cpu {
 
+// name, rules and compute dtype of each version.
+#define IPO_EXT_PIECE_SUMS(X)                          \
+  X(piece_sums_f32, math::Rules::kDefault, float)      \
+  X(piece_sums_f64, math::Rules::kDefault, double)     \
+  X(piece_sums_any_rule_f32, math::Rules::kAny, float) \
+  X(piece_sums_any_rule_f64, math::Rules::kAny, double)
+
 // Writes the gradients of tokens [begin, end) and returns their sums.
-#define IPO_EXT_DECLARE_ARCH(arch)                                                             \
-  namespace arch {                                                                             \
-  math::TileSums<float> piece_sums_f32(const IpoLossArgs& args,                                \
-                                       const math::LossParams<float>& params, int64_t begin,   \
-                                       int64_t end);                                           \
-  math::TileSums<double> piece_sums_f64(const IpoLossArgs& args,                               \
-                                        const math::LossParams<double>& params, int64_t begin, \
-                                        int64_t end);                                          \
+#define IPO_EXT_DECLARE_PIECE_SUMS(name, kRules, E)                                  \
+  math::TileSums<E> name(const IpoLossArgs& args, const math::LossParams<E>& params, \
+                         int64_t begin, int64_t end);
+#define IPO_EXT_DECLARE_ARCH(arch)               \
+  namespace arch {                               \
+  IPO_EXT_PIECE_SUMS(IPO_EXT_DECLARE_PIECE_SUMS) \
   }
 IPO_EXT_CPU_ARCHS(IPO_EXT_DECLARE_ARCH)
 #undef IPO_EXT_DECLARE_ARCH
+#undef IPO_EXT_DECLARE_PIECE_SUMS
 
 }  // namespace ipo_ext::cpu

@@ -103,7 +103,7 @@ struct TokenGroup {
 };
 
 // Adds tokens [index, index + kCount) to the thread's sums and writes their gradients.
-template <typename E, int kCount>
+template <Rules kRules, typename E, int kCount>
 __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const LossParams<E>& params,
                                                int64_t index, TileSums<E>& sums) {
   TokenGroup<E, kCount> group;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const Token<E> token = group.token(i, args);
-    const TokenLoss<E> loss = token_loss(token, params);
+    const TokenLoss<E> loss = token_loss<kRules>(token, params);
     add_token(sums, token, loss, extras_of(args));
     gradients[i] = loss.gradient;
   }
@@ -125,7 +125,7 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
 
 // One block a tile: each piece of a segment in it is summed to the piece's slot. kCount tokens a
 // load where a whole group lies in the piece, else one by one.
-template <typename E, int kCount>
+template <Rules kRules, typename E, int kCount>
 __global__ void __launch_bounds__(kThreads) ipo_loss_tiles(const IpoLossArgs args) {
   using Storage = BlockReduceStorage<TileSums<E>, kThreads>;
   Storage& storage = shared_storage<Storage>();
@@ -152,10 +152,10 @@ __global__ void __launch_bounds__(kThreads) ipo_loss_tiles(const IpoLossArgs arg
     for (int64_t index = first_group + threadIdx.x * kCount; index < end;
          index += kThreads * kCount) {
       if (index >= begin && index + kCount <= end) {
-        process_tokens<E, kCount>(args, params, index, sums);
+        process_tokens<kRules, E, kCount>(args, params, index, sums);
       } else if constexpr (kCount > 1) {
         for (int64_t i = index < begin ? begin : index; i < index + kCount && i < end; ++i) {
-          process_tokens<E, 1>(args, params, i, sums);
+          process_tokens<kRules, E, 1>(args, params, i, sums);
         }
       }
     }
@@ -260,14 +260,21 @@ bool vectorizable(const IpoLossArgs& args) {
          is_aligned({args.gradient, DType::kFloat32});
 }
 
+template <Rules kRules, typename E>
+auto tiles_kernel(const IpoLossArgs& args) {
+  return vectorizable(args) ? ipo_loss_tiles<kRules, E, kTokensPerLoad<E>>
+                            : ipo_loss_tiles<kRules, E, 1>;
+}
+
 template <typename E>
 cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
   using TileStorage = BlockReduceStorage<TileSums<E>, kThreads>;
   using FinishStorage = BlockReduceStorage<SegmentSums, kThreads>;
   const int64_t tiles = args.segments.num_tiles();
   if (tiles > 0) {
-    const auto kernel =
-        vectorizable(args) ? ipo_loss_tiles<E, kTokensPerLoad<E>> : ipo_loss_tiles<E, 1>;
+    const auto kernel = args.params.rules() == Rules::kDefault
+                            ? tiles_kernel<Rules::kDefault, E>(args)
+                            : tiles_kernel<Rules::kAny, E>(args);
     const cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage), stream, args);
     if (error != cudaSuccess) return error;
   }
