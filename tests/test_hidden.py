@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 import ipo_ext
@@ -956,7 +957,7 @@ def test_the_graph_holds_one_node_and_no_logits(backend: Backend) -> None:
         nodes.extend(graph.graph.nodes)
         return graph.forward
 
-    compiler = torch._dynamo.backends.common.aot_autograd(fw_compiler=inspect)
+    compiler = aot_autograd(fw_compiler=inspect)
     compiled = torch.compile(ipo_ext.ipo_loss_from_hidden, fullgraph=True, backend=compiler)
     evaluate(random_case(64).to(backend.device), compiled)
     operator = _operators.library().ipo_loss_from_hidden.default

@@ -51,10 +51,10 @@ class LossInputs(NamedTuple):
     weight_gradient: bool
 
     @property
-    def settings(self) -> tuple[float, ...]:
-        """From ``mask_rule`` to ``teacher_tau``: what the config says."""
-        bounds = (self.mask_rule, self.kl_active, self.low, self.high)
-        return (*bounds, self.adv_tau, self.kl_tau, self.teacher_tau)
+    def settings(self) -> tuple[Any, ...]:
+        """What the config says: from ``mask_rule`` to ``teacher_tau``."""
+        first, last = map(self._fields.index, ("mask_rule", "teacher_tau"))
+        return self[first : last + 1]
 
     @property
     def wanted(self) -> Wanted:
