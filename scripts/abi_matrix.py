@@ -15,12 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[1]
+from environments import ROOT, build_wheel, fresh_environment, run
+
 VERSIONS = ("2.11", "2.12", "2.13", "2.14", "newest")
 SMOKE = ("tests/test_abi.py", "tests/test_smoke.py", "tests/test_diagnosis.py")
 TEST_TOOLS = ("pytest", "hypothesis", "numpy")
@@ -50,24 +50,11 @@ class Row:
         return self.passed == self.tests and self.fakes and self.cuda_operators == self.operators
 
 
-def run(*command: str | Path) -> str:
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
-    return done.stdout
-
-
-def build_wheel(folder: Path) -> Path:
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, ROOT)
-    (wheel,) = folder.glob("ipo_ext-*.whl")
-    return wheel
-
-
 def environment(folder: Path, version: str, wheel: Path) -> Path:
     """The Python of a fresh environment with that torch and the wheel; one found there is kept."""
     python = folder / "bin" / "python"
     if not python.exists():
-        venv.create(folder, with_pip=True)
+        fresh_environment(folder)
         torch = "torch" if version == "newest" else f"torch=={version}.*"
         run(python, "-m", "pip", "install", "--quiet", torch, *TEST_TOOLS)
     # Over a wheel of the same version too, whose dependencies, torch, are there.

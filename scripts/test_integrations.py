@@ -14,16 +14,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from check_wheel import ROOT, build_wheel, fresh_environment, over_existing, run
+from environments import ROOT, build_wheel, fresh_environment, over_existing, run
 
 HOSTS = ("trl", "verl")  # extras of the package, each with tests/integrations/test_<host>.py
 TESTS = "tests/integrations"
 
 
 def environment_of(host: str, folder: Path, wheel: Path, existing: Path | None) -> Path:
-    python = (
-        over_existing(folder, wheel, existing) if existing else fresh_environment(folder, wheel)
-    )
+    python = over_existing(folder, existing) if existing else fresh_environment(folder)
     run(python, "-m", "pip", "install", "--quiet", f"ipo_ext[{host}] @ {wheel.as_uri()}", "pytest")
     return python
 
@@ -48,7 +46,7 @@ def main() -> None:
     os.environ["IPO_EXT_CUDA"] = "OFF"
     with tempfile.TemporaryDirectory(prefix="test_integrations_") as temporary:
         folder = Path(temporary)
-        wheel = (options.wheel or build_wheel(folder, isolated=True)).resolve()
+        wheel = (options.wheel or build_wheel(folder)).resolve()
         passed = [
             passes(host, environment_of(host, folder / host, wheel, existing))
             for host in options.hosts or HOSTS
