@@ -24,13 +24,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Deselected, not skipped: a slow test that was not asked for is no hole in the run.
-    if config.getoption("--run-slow"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    # Deselected, not skipped: a test that was not asked for, or is of CUDA alone, is no hole in the
+    # run of another backend.
+    left_out = [item for item in items if _is_left_out(config, item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _is_left_out(config: pytest.Config, item: pytest.Item) -> bool:
+    if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
+        return True
+    backend = getattr(item, "callspec", None) and item.callspec.params.get("backend_name")
+    return item.get_closest_marker("cuda") is not None and backend != "cuda"
 
 
 @pytest.fixture(params=available(), scope="session")

@@ -237,15 +237,9 @@ def test_deterministic_mode_is_accepted(backend: Backend, subject: Subject) -> N
 # Streams and graphs, where there is a GPU
 
 
-@pytest.fixture
-def gpu(backend: Backend) -> torch.device:
-    if backend.name != "cuda":
-        pytest.skip("needs a GPU")
-    return backend.device
-
-
-def test_a_side_stream(gpu: torch.device, subject: Subject) -> None:
-    first, constants = subject.inputs(TOKENS, gpu)
+@pytest.mark.cuda
+def test_a_side_stream(backend: Backend, subject: Subject) -> None:
+    first, constants = subject.inputs(TOKENS, backend.device)
     expected = subject.gradient(first, *constants)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -255,8 +249,9 @@ def test_a_side_stream(gpu: torch.device, subject: Subject) -> None:
     assert same_bits(gradient, expected)
 
 
-def test_a_captured_graph_follows_its_inputs(gpu: torch.device, subject: Subject) -> None:
-    first, constants = subject.inputs(TOKENS, gpu)
+@pytest.mark.cuda
+def test_a_captured_graph_follows_its_inputs(backend: Backend, subject: Subject) -> None:
+    first, constants = subject.inputs(TOKENS, backend.device)
     leaf = first.clone().requires_grad_()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # warm-up, as torch asks for before a capture
