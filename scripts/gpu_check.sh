@@ -3,7 +3,8 @@
 #
 #   scripts/gpu_check.sh [FOLDER]      results go to FOLDER, by default build/gpu_check
 #
-# Leaves in FOLDER: summary.json, log.txt, tests.xml, sanitizers.txt, tier1-cuda.json, tier1-cuda.png, overhead-cuda.json.
+# Leaves in FOLDER: summary.json, log.txt, tests.xml, sanitizers.txt, overhead-cuda.json, and tierN-cuda.json and .png of each
+# tier's benchmark. STAGES="tests benchmarks sanitizers", the default, or some of them, says what to run after the build.
 # A stage is passed, failed, timed out or unavailable: what could not be run is never called passed. Exit status: 1 if a
 # stage failed or timed out, else 0.
 #
@@ -19,11 +20,19 @@ cd "$root" || exit 1
 DEADLINE=515 # seconds after which nothing more is started and what runs is ended
 # Small shapes that reach every variant of the kernels: what the sanitizers can afford.
 SANITIZED=${SANITIZED:-'cuda and (memory_case or no_tokens or every_cluster or rows_of_every_length or edge_on_every_device)'}
+STAGES=${STAGES:-tests benchmarks sanitizers}
 PYTHON=${PYTHON:-python3}
+for group in $STAGES; do
+  case $group in tests | benchmarks | sanitizers) ;; *)
+    printf 'STAGES: expected some of tests, benchmarks, sanitizers, got %s\n' "$group" >&2
+    exit 2
+    ;;
+  esac
+done
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-rm -f "$folder"/{summary.json,log.txt,tests.xml,sanitizers.txt,tier1-cuda.json,tier1-cuda.png,overhead-cuda.json}
+rm -f "$folder"/{summary.json,log.txt,tests.xml,sanitizers.txt,overhead-cuda.json,tier[123]-cuda.{json,png}}
 export PATH="$PATH:/usr/local/cuda/bin"
 export PYTHONPATH="$work/site:$work/wheels" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export HYPOTHESIS_PROFILE=ci PIP_DISABLE_PIP_VERSION_CHECK=1 COLUMNS=120
@@ -167,7 +176,7 @@ END
 
 # ---- The stages ----
 
-measured=(tests benchmark overhead memcheck racecheck synccheck initcheck)
+measured=(tests tier1 tier2 tier3 overhead memcheck racecheck synccheck initcheck)
 
 build() {
   local missing
@@ -193,14 +202,19 @@ run_tests() {
     --junitxml="$folder/tests.xml"
 }
 
+benchmark() { # TIER SECONDS OPTION...
+  local tier=$1 budget=$2 picture=(--picture "$folder/$1-cuda.png")
+  shift 2
+  [[ -n $(modules_missing matplotlib) ]] && picture=()
+  stage "$tier" "$budget" judge_status "$PYTHON" "benchmarks/$tier.py" --device cuda --json "$folder/$tier-cuda.json" \
+    "${picture[@]}" "$@"
+}
+
 run_benchmarks() {
-  local picture=(--picture "$folder/tier1-cuda.png")
-  if [[ -n $(modules_missing matplotlib) ]]; then
-    say "no matplotlib: no picture"
-    picture=()
-  fi
-  stage benchmark 150 judge_status "$PYTHON" benchmarks/tier1.py --device cuda --seconds 1 --deadline 110 \
-    --json "$folder/tier1-cuda.json" "${picture[@]}"
+  [[ -n $(modules_missing matplotlib) ]] && say "no matplotlib: no pictures"
+  benchmark tier2 100 --deadline 75
+  benchmark tier3 70 --tokens 8192 --active 100,50 --rounds 3
+  benchmark tier1 80 --seconds 1 --deadline 60
   stage overhead 25 judge_status "$PYTHON" benchmarks/overhead.py --device cuda --turns 60 \
     --json "$folder/overhead-cuda.json"
 }
@@ -261,9 +275,7 @@ else
   say "$gpu"
   build
   if [[ $(state_of build) == passed ]]; then
-    run_tests
-    run_benchmarks
-    run_sanitizers
+    for group in $STAGES; do "run_$group"; done
   else
     skip "there is no build to check" "${measured[@]}"
   fi
