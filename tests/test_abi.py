@@ -115,3 +115,11 @@ def test_a_stranger_is_seen(
 ) -> None:
     found = objections({Symbol(name, weak)}, exports, stable_abi())
     assert found == ([f"{name}: {objection}"] if objection else [])
+
+
+def test_sources_use_no_macro_that_the_oldest_headers_lack() -> None:
+    """Newer headers of torch have some that 2.11's have not, which are then built against in vain."""
+    newer = re.compile(r"\bSTABLE_TORCH_ERROR_CODE_CHECK\b")
+    sources = [path for path in (LIST.parents[1] / "csrc/ops").iterdir() if path.is_file()]
+    assert len(sources) > 4
+    assert [path.name for path in sources if newer.search(path.read_text())] == []

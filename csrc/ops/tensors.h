@@ -96,13 +96,16 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const T
   for (size_t dim = sizes.size(); dim-- > 0; stride *= std::max<int64_t>(sizes[dim], 1)) {
     strides[dim] = stride;
   }
-  int32_t device_type;
-  AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      like.get_device_index(), &tensor));
+  int32_t device_type = 0;
+  AtenTensorHandle tensor = nullptr;
+  AOTITorchError status = aoti_torch_get_device_type(like.get(), &device_type);
+  if (status == AOTI_TORCH_SUCCESS) {
+    status = aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+        like.get_device_index(), &tensor);
+  }
+  IPO_EXT_CHECK(status == AOTI_TORCH_SUCCESS, "no memory for a tensor of ", stride, " elements");
   return Tensor(tensor);
 }
 
