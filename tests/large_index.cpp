@@ -90,7 +90,7 @@ struct Batch {
     args.advantages = {advantages.template as<E>() + shift, kDType<E>};
     args.loss_mask = mask.template as<bool>() + shift;
     args.gradient = gradient.template as<E>() + shift;
-    args.params = {std::log(0.2), std::log(5.0), 1, 1e-3, 0, 1};
+    args.params = {std::log(0.2), std::log(5.0), 1, 1e-3, 0, 1, math::MaskRule::kRatio, false};
     args.segments = {nullptr, 1, tokens, 0};
     args.loss = &loss;
     args.means = means.data();
@@ -119,7 +119,7 @@ struct OnCpu {
 template <typename E, int kCount>
 __global__ void last_tile(const IpoLossArgs args) {
   blockIdx.x = static_cast<unsigned>(args.segments.num_tiles() - 1);
-  cuda::ipo_loss_tiles<E, kCount>(args);
+  cuda::ipo_loss_tiles<math::Rules::kDefault, E, kCount>(args);
 }
 
 struct OnCuda {

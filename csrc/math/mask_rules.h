@@ -7,7 +7,7 @@
 
 namespace ipo_ext::math {
 
-// In the order of Python's config.MASK_RULES.
+// In the order of Python's config.MaskRule.
 enum class MaskRule : int32_t { kRatio, kDppo, kProbDiff, kKpop, kCount };
 
 // What a kernel is compiled for: the default settings alone, whose code knows no other rule, or
