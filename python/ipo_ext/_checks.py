@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,59 +31,42 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class LossConstants(NamedTuple):
+    """What every tier's loss takes besides the policy. No gradient flows to any of it."""
+
+    inference_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    loss_mask: torch.Tensor
+    teacher_logprobs: torch.Tensor | None
+    loss_weights: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    normalizer: torch.Tensor | None
+
+    @classmethod
+    def of(cls, inputs: Any) -> LossConstants:
+        """Those among the arguments of an operator, by their names."""
+        return cls(*(getattr(inputs, name) for name in cls._fields))
+
+
 def check_per_token_loss(
-    trainer_logprobs: torch.Tensor,
-    inference_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
-    teacher_logprobs: torch.Tensor | None,
-    loss_weights: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
-    teacher_tau: float,
+    trainer_logprobs: torch.Tensor, constants: LossConstants, teacher_tau: float
 ) -> None:
     """Raises unless the arguments of tier 1 agree."""
     _check_tensor("trainer_logprobs", trainer_logprobs, FLOATING)
     check_device_supported("trainer_logprobs", trainer_logprobs)
-    _check_constants_of_loss(
-        _Like("trainer_logprobs", trainer_logprobs),
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        teacher_logprobs,
-        loss_weights,
-        cu_seqlens,
-        normalizer,
-        teacher_tau,
-    )
+    _check_constants_of_loss(_Like("trainer_logprobs", trainer_logprobs), constants, teacher_tau)
 
 
 def check_logits_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    inference_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
     temperature: torch.Tensor | None,
-    teacher_logprobs: torch.Tensor | None,
-    loss_weights: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
+    constants: LossConstants,
     teacher_tau: float,
 ) -> None:
     """Raises unless the arguments of tier 2 agree."""
     check_logits(logits, labels, temperature)
-    _check_constants_of_loss(
-        _Like("labels", labels),
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        teacher_logprobs,
-        loss_weights,
-        cu_seqlens,
-        normalizer,
-        teacher_tau,
-    )
+    _check_constants_of_loss(_Like("labels", labels), constants, teacher_tau)
 
 
 def check_logits(
@@ -117,29 +99,13 @@ def check_hidden_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
-    inference_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
     temperature: torch.Tensor | None,
-    teacher_logprobs: torch.Tensor | None,
-    loss_weights: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
+    constants: LossConstants,
     teacher_tau: float,
 ) -> None:
     """Raises unless the arguments of tier 3 agree."""
     check_hidden(hidden, weight, labels, temperature)
-    _check_constants_of_loss(
-        _Like("labels", labels),
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        teacher_logprobs,
-        loss_weights,
-        cu_seqlens,
-        normalizer,
-        teacher_tau,
-    )
+    _check_constants_of_loss(_Like("labels", labels), constants, teacher_tau)
 
 
 def check_hidden(
@@ -193,30 +159,20 @@ def _check_not_distributed(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_constants_of_loss(
-    like: _Like,
-    inference_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
-    teacher_logprobs: torch.Tensor | None,
-    loss_weights: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
-    teacher_tau: float,
-) -> None:
-    """Raises unless what every tier's loss takes besides the policy agrees with ``like``."""
-    _check_per_token("inference_logprobs", inference_logprobs, FLOATING, like)
-    _check_per_token("advantages", advantages, FLOATING, like)
-    _check_per_token("loss_mask", loss_mask, BOOLEAN, like)
-    if teacher_logprobs is not None:
-        _check_per_token("teacher_logprobs", teacher_logprobs, FLOATING, like)
-    if loss_weights is not None:
-        _check_per_token("loss_weights", loss_weights, FLOATING, like)
-    if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, like)
-    if normalizer is not None:
-        _check_scalar("normalizer", normalizer, NORMALIZER, like)
-    if teacher_tau > 0 and teacher_logprobs is None:
+def _check_constants_of_loss(like: _Like, constants: LossConstants, teacher_tau: float) -> None:
+    """Raises unless ``constants`` agree with ``like``."""
+    _check_per_token("inference_logprobs", constants.inference_logprobs, FLOATING, like)
+    _check_per_token("advantages", constants.advantages, FLOATING, like)
+    _check_per_token("loss_mask", constants.loss_mask, BOOLEAN, like)
+    if constants.teacher_logprobs is not None:
+        _check_per_token("teacher_logprobs", constants.teacher_logprobs, FLOATING, like)
+    if constants.loss_weights is not None:
+        _check_per_token("loss_weights", constants.loss_weights, FLOATING, like)
+    if constants.cu_seqlens is not None:
+        _check_cu_seqlens(constants.cu_seqlens, like)
+    if constants.normalizer is not None:
+        _check_scalar("normalizer", constants.normalizer, NORMALIZER, like)
+    if teacher_tau > 0 and constants.teacher_logprobs is None:
         raise ValueError(
             f"teacher_logprobs: expected a tensor because config.teacher_tau is {teacher_tau!r}, "
             "got None; pass the teacher's log-probabilities or set teacher_tau to 0"
@@ -243,9 +199,14 @@ def _check_scalar(
         _check_device(name, tensor, like)
 
 
-def check_constants(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> None:
+def check_no_gradient(
+    constants: LossConstants | None, temperature: torch.Tensor | None = None
+) -> None:
     """Raises if a tensor to which no gradient flows asks for one."""
-    for name, tensor in tensors:
+    named = [("temperature", temperature)]
+    if constants is not None:
+        named += zip(constants._fields, constants, strict=True)
+    for name, tensor in named:
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
                 f"{name}: expected a tensor that does not require grad, because no gradient flows "

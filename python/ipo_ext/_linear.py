@@ -269,14 +269,8 @@ def _ipo_loss_from_hidden_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
         hidden,
         inputs.weight,
         labels,
-        inputs.inference_logprobs,
-        inputs.advantages,
-        inputs.loss_mask,
         inputs.temperature,
-        inputs.teacher_logprobs,
-        inputs.loss_weights,
-        inputs.cu_seqlens,
-        inputs.normalizer,
+        _checks.LossConstants.of(inputs),
         inputs.teacher_tau,
     )
     per_token = _checks.widened(hidden.dtype)

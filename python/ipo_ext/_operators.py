@@ -39,41 +39,16 @@ def register(namespace: str) -> None:
 # Tier 1
 
 
-def _ipo_loss_fake(
-    trainer_logprobs: torch.Tensor,
-    inference_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
-    teacher_logprobs: torch.Tensor | None,
-    loss_weights: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
-    mask_rule: int,
-    kl_active: bool,
-    low: float,
-    high: float,
-    adv_tau: float,
-    kl_tau: float,
-    teacher_tau: float,
-    with_gradient: bool,
-) -> tuple[torch.Tensor, ...]:
-    _checks.check_per_token_loss(
-        trainer_logprobs,
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        teacher_logprobs,
-        loss_weights,
-        cu_seqlens,
-        normalizer,
-        teacher_tau,
-    )
-    compute = _checks.compute_dtype(trainer_logprobs, inference_logprobs)
+def _ipo_loss_fake(trainer_logprobs: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    constants = _checks.LossConstants(*inputs[: len(_checks.LossConstants._fields)])
+    teacher_tau, with_gradient = inputs[-2:]
+    _checks.check_per_token_loss(trainer_logprobs, constants, teacher_tau)
+    compute = _checks.compute_dtype(trainer_logprobs, constants.inference_logprobs)
     new = trainer_logprobs.new_empty
     return (
         new((), dtype=compute),
         new(trainer_logprobs.shape if with_gradient else (0,), dtype=compute),
-        *metrics_fake(trainer_logprobs, cu_seqlens, compute),
+        *metrics_fake(trainer_logprobs, constants.cu_seqlens, compute),
     )
 
 
@@ -300,19 +275,8 @@ class LogitsLossInputs(NamedTuple):
 def _ipo_loss_from_logits_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
     inputs = LogitsLossInputs(*arguments)
     logits, labels = inputs.logits, inputs.labels
-    _checks.check_logits_loss(
-        logits,
-        labels,
-        inputs.inference_logprobs,
-        inputs.advantages,
-        inputs.loss_mask,
-        inputs.temperature,
-        inputs.teacher_logprobs,
-        inputs.loss_weights,
-        inputs.cu_seqlens,
-        inputs.normalizer,
-        inputs.teacher_tau,
-    )
+    constants = _checks.LossConstants.of(inputs)
+    _checks.check_logits_loss(logits, labels, inputs.temperature, constants, inputs.teacher_tau)
     compute = _checks.compute_dtype(logits, inputs.inference_logprobs)
     per_token = _checks.widened(logits.dtype)
     return (

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from ipo_ext import _checks, _chunks, _linear, _operators
+from ipo_ext._checks import LossConstants
 from ipo_ext.config import IPOConfig
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
@@ -71,40 +72,21 @@ def ipo_loss(
         >>> out.metrics["is_masked"]
     """
     _check_config(config)
-    normalizer = _scalar("normalizer", normalizer, trainer_logprobs)
-    _checks.check_per_token_loss(
-        trainer_logprobs,
+    constants = LossConstants(
         inference_logprobs,
         advantages,
         loss_mask,
         teacher_logprobs,
         loss_weights,
         cu_seqlens,
-        normalizer,
-        config.teacher_tau,
+        _scalar("normalizer", normalizer, trainer_logprobs),
     )
-    _checks.check_constants(
-        (
-            ("inference_logprobs", inference_logprobs),
-            ("advantages", advantages),
-            ("teacher_logprobs", teacher_logprobs),
-            ("loss_weights", loss_weights),
-            ("normalizer", normalizer),
-        )
-    )
+    _checks.check_per_token_loss(trainer_logprobs, constants, config.teacher_tau)
+    _checks.check_no_gradient(constants)
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
     compute = _checks.compute_dtype(trainer_logprobs, inference_logprobs)
     loss, means, sums, extremes = _operators.run_ipo_loss(
-        trainer_logprobs,
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        teacher_logprobs,
-        loss_weights,
-        cu_seqlens,
-        normalizer,
-        *config.settings(compute),
-        with_gradient,
+        trainer_logprobs, *constants, *config.settings(compute), with_gradient
     )
     metrics = IPOMetrics(means, sums, extremes, has_teacher=teacher_logprobs is not None)
     return IPOOutput(loss, metrics)
@@ -172,31 +154,18 @@ def ipo_loss_from_logits(
         >>> out.loss.backward()
     """
     _check_config(config)
-    normalizer = _scalar("normalizer", normalizer, logits)
-    temperature = _scalar("temperature", temperature, logits)
-    _checks.check_logits_loss(
-        logits,
-        labels,
+    constants = LossConstants(
         inference_logprobs,
         advantages,
         loss_mask,
-        temperature,
         teacher_logprobs,
         loss_weights,
         cu_seqlens,
-        normalizer,
-        config.teacher_tau,
+        _scalar("normalizer", normalizer, logits),
     )
-    _checks.check_constants(
-        (
-            ("inference_logprobs", inference_logprobs),
-            ("advantages", advantages),
-            ("temperature", temperature),
-            ("teacher_logprobs", teacher_logprobs),
-            ("loss_weights", loss_weights),
-            ("normalizer", normalizer),
-        )
-    )
+    temperature = _scalar("temperature", temperature, logits)
+    _checks.check_logits_loss(logits, labels, temperature, constants, config.teacher_tau)
+    _checks.check_no_gradient(constants, temperature)
     compute = _checks.compute_dtype(logits, inference_logprobs)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
@@ -213,7 +182,7 @@ def ipo_loss_from_logits(
         teacher_logprobs,
         loss_weights,
         cu_seqlens,
-        normalizer,
+        constants.normalizer,
         *config.settings(compute),
         with_gradient,
     )
@@ -248,7 +217,7 @@ def token_logprobs(
     """
     temperature = _scalar("temperature", temperature, logits)
     _checks.check_logits(logits, labels, temperature)
-    _checks.check_constants((("temperature", temperature),))
+    _checks.check_no_gradient(None, temperature)
     logprobs, entropy, _ = _with_index_error(
         _operators.run_token_logprobs, logits, labels, temperature, _softcap(softcap)
     )
@@ -321,32 +290,18 @@ def ipo_loss_from_hidden(
         >>> out.loss.backward()
     """
     _check_config(config)
-    normalizer = _scalar("normalizer", normalizer, hidden)
-    temperature = _scalar("temperature", temperature, hidden)
-    _checks.check_hidden_loss(
-        hidden,
-        weight,
-        labels,
+    constants = LossConstants(
         inference_logprobs,
         advantages,
         loss_mask,
-        temperature,
         teacher_logprobs,
         loss_weights,
         cu_seqlens,
-        normalizer,
-        config.teacher_tau,
+        _scalar("normalizer", normalizer, hidden),
     )
-    _checks.check_constants(
-        (
-            ("inference_logprobs", inference_logprobs),
-            ("advantages", advantages),
-            ("temperature", temperature),
-            ("teacher_logprobs", teacher_logprobs),
-            ("loss_weights", loss_weights),
-            ("normalizer", normalizer),
-        )
-    )
+    temperature = _scalar("temperature", temperature, hidden)
+    _checks.check_hidden_loss(hidden, weight, labels, temperature, constants, config.teacher_tau)
+    _checks.check_no_gradient(constants, temperature)
     compute = _checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
     loss, logprobs, entropy, means, sums, extremes = _with_index_error(
@@ -363,7 +318,7 @@ def ipo_loss_from_hidden(
         teacher_logprobs,
         loss_weights,
         cu_seqlens,
-        normalizer,
+        constants.normalizer,
         *config.settings(compute),
         _chunk_size(chunk_size, hidden, weight),
         _count("num_active", num_active, 0),
@@ -404,7 +359,7 @@ def linear_token_logprobs(
     """
     temperature = _scalar("temperature", temperature, hidden)
     _checks.check_hidden(hidden, weight, labels, temperature)
-    _checks.check_constants((("temperature", temperature),))
+    _checks.check_no_gradient(None, temperature)
     logprobs, entropy, _ = _with_index_error(
         _linear.run_linear_token_logprobs,
         _checks.product_dtype(hidden, weight),
