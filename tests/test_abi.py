@@ -118,7 +118,7 @@ def test_a_stranger_is_seen(
 
 
 def test_sources_use_no_macro_that_the_oldest_headers_lack() -> None:
-    """Newer headers of torch have some that 2.11's have not, which are then built against in vain."""
+    """Headers of torch newer than 2.11 have some; a build against 2.11's would fail."""
     newer = re.compile(r"\bSTABLE_TORCH_ERROR_CODE_CHECK\b")
     sources = [path for path in (LIST.parents[1] / "csrc/ops").iterdir() if path.is_file()]
     assert len(sources) > 4
