@@ -18,8 +18,8 @@ SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 REGISTERS = re.compile(r"Used (\d+) registers")
 
 # Bytes of stack and spills that are known, by the start of a kernel's name: the arithmetic of the
-# mask rules, chosen at run time, shares the registers of the thread that finishes a row (or, in fp64, a
-# token). docs/performance.md says what would end them.
+# mask rules, chosen at run time, shares the registers of the thread that finishes a row (or, in
+# fp64, a token). docs/performance.md says what would end them.
 KNOWN = {"logits_rows<": 136, "ipo_loss_tiles<1, double": 44}  # 1: knows every rule
 
 
