@@ -435,7 +435,11 @@ def _cast(dtype: torch.dtype, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class LinearTokenLogprobsGradient(torch.autograd.Function):
-    """The backward pass of ``linear_token_logprobs``, refusing to be differentiated in turn."""
+    """The backward pass of ``linear_token_logprobs``, refusing to be differentiated in turn.
+
+    Its arguments are named one by one: torch.compile traces no ``*inputs`` of a Function within a
+    Function.
+    """
 
     @staticmethod
     def forward(

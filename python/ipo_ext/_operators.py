@@ -563,7 +563,11 @@ def run_ipo_loss_from_logits(*inputs: Any, inplace: bool = False) -> tuple[torch
 
 
 class TokenLogprobsGradient(torch.autograd.Function):
-    """The backward pass of ``token_logprobs``, refusing to be differentiated in turn."""
+    """The backward pass of ``token_logprobs``, refusing to be differentiated in turn.
+
+    Its arguments are named one by one: torch.compile traces no ``*inputs`` of a Function within a
+    Function.
+    """
 
     @staticmethod
     def forward(
