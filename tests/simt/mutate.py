@@ -43,7 +43,6 @@ class Mutation:
 
 KERNEL = "kernels/cuda/ipo_loss.cu"
 REDUCE = "kernels/cuda/reduce.cuh"
-LOADS = "kernels/cuda/vector_load.cuh"
 SEGMENTS = "kernels/segments.h"
 LOSS = "math/token_loss.h"
 RULES = "math/mask_rules.h"

@@ -16,8 +16,8 @@ using Compute = std::conditional_t<std::is_same_v<Stored, double>, double, float
 template <typename Stored>
 constexpr int kGroupColumns = 16 / sizeof(Stored);
 
-// Groups that a thread holds in registers: up to half of the 64 that blocks_together() leaves it,
-// as many as compile without spills.
+// Groups that a thread holds in registers: up to half of the 64 that blocks_together() leaves it.
+// More of them spill more (docs/performance.md).
 template <typename Stored>
 constexpr int kHeldGroups = std::is_same_v<Stored, float>     ? 6
                             : std::is_same_v<Stored, Float16> ? 3
