@@ -15,6 +15,7 @@ PROBABILITY = 0.3  # the token's, under the policy that sampled it
 KL_TAU = 0.05  # larger than the default, to be seen
 RULES = {
     "ratio band (default)": IPOConfig(kl_tau=KL_TAU),
+    "icepop(0.5, 5)": IPOConfig.icepop(),
     "dppo(0.2, 0.2)": IPOConfig.dppo(kl_tau=KL_TAU),
     "prob_diff(0.1)": IPOConfig.prob_diff(kl_tau=KL_TAU),
     "kpop(0.1)": IPOConfig.kpop(0.1, kl_tau=KL_TAU),
@@ -46,7 +47,7 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, grid = plt.subplots(2, len(RULES), figsize=(12, 5.6), dpi=120, sharex=True, sharey=True)
+    figure, grid = plt.subplots(2, len(RULES), figsize=(14, 5.6), dpi=120, sharex=True, sharey=True)
     for column, (name, config) in enumerate(RULES.items()):
         for row, advantage in enumerate((1.0, -1.0)):
             _panel(grid[row][column], *curves(config, advantage))
@@ -57,7 +58,7 @@ def draw(path: Path) -> None:
     grid[0][0].legend(loc="upper left", frameon=False, fontsize=9)
     figure.suptitle(
         f"One token that was sampled with probability {PROBABILITY:g}: its loss, and the gradient "
-        f"by its log-probability (kl_tau = {KL_TAU:g})",
+        f"by its log-probability (kl_tau = {KL_TAU:g}; icepop has no KL)",
         fontsize=12,
     )
     figure.tight_layout()

@@ -90,7 +90,7 @@ def values(operator: str, device: torch.device) -> dict[str, Any]:
         **dict.fromkeys(("num_active", "max_active"), TOKENS),
         **dict.fromkeys(("with_gradient", "hidden_gradient", "weight_gradient"), True),
         mask_rule=1, kl_active=True, adv_tau=1.0, kl_tau=1e-3, teacher_tau=0.3, softcap=4.0,
-        chunk_size=8, columns=VOCABULARY, float64=False,
+        rollout_low=None, chunk_size=8, columns=VOCABULARY, float64=False, normalized=True,
     )  # fmt: skip
     return {name: tensor.to(device) for name, tensor in tensors.items()} | numbers
 

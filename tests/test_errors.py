@@ -249,9 +249,10 @@ def test_a_negative_count(backend: Backend, dtype: torch.dtype) -> None:
 
 def operator_arguments(case: Case) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(case) if field.name != "config"]
-    settings = {"mask_rule": 0, "kl_active": False, "low": -1.0, "high": 1.0, "adv_tau": 1.0}
+    rules = {"mask_rule": 0, "kl_active": False, "rollout_low": None, "low": -1.0, "high": 1.0}
+    taus = {"adv_tau": 1.0, "kl_tau": 0.1, "teacher_tau": 0.5}
     arguments = {name: getattr(case, name) for name in names}
-    return {**arguments, **settings, "kl_tau": 0.1, "teacher_tau": 0.5, "with_gradient": True}
+    return {**arguments, **rules, **taus, "with_gradient": True}
 
 
 @pytest.mark.parametrize("field", [*FLOAT_FIELDS, "loss_mask"])

@@ -18,7 +18,16 @@ COLUMNS = (1, 2, 7, 33, 130, 511, 512, 1031)
 NARROWER = (torch.float16, torch.bfloat16)
 LOSS = dict(
     zip(
-        ("mask_rule", "kl_active", "low", "high", "adv_tau", "kl_tau", "teacher_tau"),
+        (
+            "mask_rule",
+            "kl_active",
+            "rollout_low",
+            "low",
+            "high",
+            "adv_tau",
+            "kl_tau",
+            "teacher_tau",
+        ),
         IPOConfig().settings(torch.float32),
         strict=True,
     )
@@ -86,11 +95,16 @@ def loss_of_rows(case: Case, rows: Result) -> tuple[torch.Tensor, ...]:
     """Loss and metrics of log-probabilities and entropies that are there."""
     what = ("inference_logprobs", "advantages", "loss_mask", "teacher_logprobs", "loss_weights")
     inputs = {name: rows_of(case)[name] for name in (*what, "normalizer", *LOSS)}
-    return tuple(
-        _operators.library().ipo_loss_of_rows(
-            rows.logprobs, rows.entropy, **inputs, cu_seqlens=None, fault=no_fault(case)
-        )
+    loss, _, *metrics = _operators.library().ipo_loss_of_rows(
+        rows.logprobs,
+        rows.entropy,
+        **inputs,
+        cu_seqlens=None,
+        fault=no_fault(case),
+        with_gradient=False,
+        normalized=True,
     )
+    return loss, *metrics
 
 
 def at_row_starts(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -229,13 +243,7 @@ def test_rows_in_chunks_make_the_whole(backend: Backend) -> None:
     )
     rounded = expected.gradient.bfloat16()
     assert_same(whole, dataclasses.replace(expected, gradient=rounded))
-    told = rows_of(case)
-    for name in ("labels", "temperature", "softcap"):
-        told.pop(name)
-    loss, *metrics = _operators.library().ipo_loss_of_rows(
-        whole.logprobs, whole.entropy, **told, cu_seqlens=None, fault=fault
-    )
-    for mine, theirs in zip((loss, *metrics), expected.loss, strict=True):
+    for mine, theirs in zip(loss_of_rows(case, whole), expected.loss, strict=True):
         assert torch.equal(bits(mine), bits(theirs))
 
 

@@ -26,6 +26,7 @@ struct IpoLossArgs {
   const bool* loss_mask;          // [tokens]
   ScalarInput normalizer;
   math::LossParams<double> params;  // inv_normalizer is the kernels' to fill
+  bool normalized = true;           // whether the gradient already holds 1 / normalizer
   Segments segments;                // tile_size is the launchers' to fill
   const int32_t* fault = nullptr;   // [1], CUDA: not 0 poisons the loss; null: nothing is wrong
 
@@ -42,14 +43,25 @@ template <typename E>
 struct Workspace {
   math::TileSums<E>* slots;  // [segments.num_slots()]
   double* tile_losses;       // [segments.num_tiles()]
+  bool* rollout_flags;       // [segments.num_slots()] whether a token of the piece drops its
+                             // sequence; only where there is a rollout rule
 
-  static size_t bytes(const Segments& segments) {
-    return segments.num_slots() * sizeof(math::TileSums<E>) + segments.num_tiles() * sizeof(double);
+  static size_t bytes(const IpoLossArgs& args, const Segments& segments) {
+    const size_t flags = args.params.has_rollout_rule ? segments.num_slots() : 0;
+    return segments.num_slots() * sizeof(math::TileSums<E>) +
+           segments.num_tiles() * sizeof(double) + flags * sizeof(bool);
   }
   IPO_HOST_DEVICE explicit Workspace(const IpoLossArgs& args)
       : slots(static_cast<math::TileSums<E>*>(args.workspace)),
-        tile_losses(reinterpret_cast<double*>(slots + args.segments.num_slots())) {}
+        tile_losses(reinterpret_cast<double*>(slots + args.segments.num_slots())),
+        rollout_flags(reinterpret_cast<bool*>(tile_losses + args.segments.num_tiles())) {}
 };
+
+// What a piece adds to the loss, before it is normalized.
+template <typename E>
+IPO_HOST_DEVICE double loss_of_piece(const math::TileSums<E>& piece) {
+  return piece.sums[math::sum::pg_loss] + piece.sums[math::sum::kl_loss];
+}
 
 struct MetricMeansArgs {
   DType compute_dtype;
@@ -69,7 +81,18 @@ IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
           static_cast<E>(params.teacher_tau),
           static_cast<E>(math::inverse_normalizer(load_scalar(args.normalizer))),
           params.rule,
-          params.kl_active};
+          params.kl_active,
+          params.has_rollout_rule,
+          static_cast<E>(params.rollout_low),
+          params.rollout_dropped};
+}
+
+// The same for a gradient that may be wanted without 1 / normalizer.
+template <typename E>
+IPO_HOST_DEVICE math::LossParams<E> gradient_params_for(const IpoLossArgs& args) {
+  math::LossParams<E> params = params_for<E>(args);
+  if (!args.normalized) params.inv_normalizer = 1;
+  return params;
 }
 
 IPO_HOST_DEVICE math::TokenExtras extras_of(const IpoLossArgs& args) {
@@ -133,9 +156,9 @@ namespace cuda {
 
 size_t workspace_bytes(const IpoLossArgs& args);
 
-// Two launches on `stream`, no host synchronisation. They return null, or CUDA's words for what
-// failed. A cu_seqlens that is no partition makes the loss and every gradient NaN and leaves the
-// metrics undefined.
+// Two launches on `stream`, three with a rollout rule, no host synchronisation. They return null,
+// or CUDA's words for what failed. A cu_seqlens that is no partition makes the loss and every
+// gradient NaN and leaves the metrics undefined.
 const char* ipo_loss(IpoLossArgs args, CUstream_st* stream);
 const char* metric_means(const MetricMeansArgs& args, CUstream_st* stream);
 

@@ -34,8 +34,7 @@ struct LogitsMatrix {
 // One struct for the three uses:
 //   loss      loss.loss_mask set: derivatives are those of the loss, written in the same pass
 //   forward   nothing set: log-probabilities, entropies, and the softmax for the backward pass
-//   backward  grad_logprobs and grad_entropy set; logprobs is not used, entropy and softmax are
-//   read
+//   backward  grad_logprobs set; logprobs is not used, entropy and softmax are read
 struct LogitsArgs {
   DType compute_dtype;    // kFloat64 for fp64 logits, else kFloat32; below "compute"
   LogitsMatrix logits;    // [rows, columns]
@@ -43,27 +42,29 @@ struct LogitsArgs {
                           // or fp16 or bf16 for fp32 logits; each of its rows may start where
                           // that row of the logits does, which it then overwrites
   int64_t max_active = std::numeric_limits<int64_t>::max();  // what the caller has promised
-  const void* labels;                                        // [rows] int32 or int64
-  DType label_dtype;                                         //
-  TokenInput temperatures;                                   // [rows], or null:
-  ScalarInput temperature;                                   // one for all rows
-  double softcap;                                            // 0 for none
-  IpoLossArgs loss = {};     // tokens are the rows; its trainer_logprobs and outputs are not used
-  bool normalized = true;    // whether the gradient already holds 1 / normalizer
-  void* logprobs = nullptr;  // [rows] compute
-  void* entropy = nullptr;   // [rows] compute
-  void* softmax = nullptr;   // [2, rows] compute: the largest capped logit, the sum of
-                             // exponentials; null where nothing will need them
-  const void* grad_logprobs = nullptr;  // [rows] compute
-  const void* grad_entropy = nullptr;   // [rows] compute
-  int32_t* fault = nullptr;             // [1], CUDA: filled by find_faults; not 0 poisons
-  void* workspace = nullptr;            // [workspace_bytes(args)], CUDA: aligned to 16 bytes
+  const bool* active = nullptr;  // [rows], or null: rows whose label is not kIgnoredLabel
+  const void* labels;            // [rows] int32 or int64
+  DType label_dtype;             //
+  TokenInput temperatures;       // [rows], or null:
+  ScalarInput temperature;       // one for all rows
+  double softcap;                // 0 for none
+  IpoLossArgs loss = {};      // tokens are the rows; its trainer_logprobs and outputs are not used
+  void* logprobs = nullptr;   // [rows] compute
+  void* entropy = nullptr;    // [rows] compute
+  void* softmax = nullptr;    // [2, rows] compute: the largest capped logit, the sum of
+                              // exponentials; null where nothing will need them
+  TokenInput grad_logprobs;   // [rows]
+  TokenInput grad_entropy;    // [rows], or null: 0
+  int32_t* fault = nullptr;   // [1], CUDA: filled by find_faults; not 0 poisons
+  void* workspace = nullptr;  // [workspace_bytes(args)], CUDA: aligned to 16 bytes
 };
 
 constexpr int64_t kIgnoredLabel = -100;
 
 IPO_HOST_DEVICE bool has_loss(const LogitsArgs& args) { return args.loss.loss_mask != nullptr; }
-IPO_HOST_DEVICE bool is_backward(const LogitsArgs& args) { return args.grad_logprobs != nullptr; }
+IPO_HOST_DEVICE bool is_backward(const LogitsArgs& args) {
+  return args.grad_logprobs.data != nullptr;
+}
 
 IPO_HOST_DEVICE int64_t label_of(const LogitsArgs& args, int64_t row) {
   return load_element<int64_t>(args.labels, args.label_dtype, row);
@@ -81,7 +82,7 @@ IPO_HOST_DEVICE math::LogitScale<E> scale_of(const LogitsArgs& args, int64_t row
 
 // Whether row takes part; one that does not is never read, and neither is its label.
 IPO_HOST_DEVICE bool row_is_active(const LogitsArgs& args, int64_t row) {
-  return has_loss(args) ? args.loss.loss_mask[row] : label_of(args, row) != kIgnoredLabel;
+  return args.active != nullptr ? args.active[row] : label_of(args, row) != kIgnoredLabel;
 }
 
 // What a caller must guarantee of an active row.
@@ -117,8 +118,7 @@ IPO_HOST_DEVICE double loss_slope(const LogitsArgs& args, int64_t row, C logprob
                                 load_token<C>(loss.loss_weights, row, 1),
                                 true,
                                 C(0)};
-  math::LossParams<C> params = params_for<C>(loss);
-  if (!args.normalized) params.inv_normalizer = 1;
+  const math::LossParams<C> params = gradient_params_for<C>(loss);
   return params.rules() == math::Rules::kDefault
              ? math::token_loss<math::Rules::kDefault>(token, params).gradient
              : math::token_loss<math::Rules::kAny>(token, params).gradient;
@@ -127,8 +127,7 @@ IPO_HOST_DEVICE double loss_slope(const LogitsArgs& args, int64_t row, C logprob
 // The derivatives that flow into an active row from above, known before it is read.
 template <typename E>
 IPO_HOST_DEVICE math::RowSlopes<E> upstream_slopes(const LogitsArgs& args, int64_t row) {
-  return {static_cast<const E*>(args.grad_logprobs)[row],
-          static_cast<const E*>(args.grad_entropy)[row]};
+  return {load_token<E>(args.grad_logprobs, row, 0), load_token<E>(args.grad_entropy, row, 0)};
 }
 
 // What an active row's sums say of its token.

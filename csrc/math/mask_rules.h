@@ -107,6 +107,12 @@ IPO_HOST_DEVICE Verdict<T> kpop_rule(const Candidate<T>& token, Element<T>, Elem
                  dropped & (token.log_ratio < E(0)));
 }
 
+// The rollout rule: a token that drops its whole sequence. A ratio of 0 is below any bound.
+template <typename T>
+IPO_HOST_DEVICE Mask<T> drops_rollout(Mask<T> active, T log_ratio, Element<T> low) {
+  return active & (log_ratio < low);
+}
+
 template <Rules kRules, typename T>
 IPO_HOST_DEVICE Verdict<T> verdict_of(const Candidate<T>& token, MaskRule rule, Element<T> low,
                                       Element<T> high) {

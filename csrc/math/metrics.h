@@ -9,8 +9,8 @@
 
 namespace ipo_ext::math {
 
-// Rows of the operator's `sums`: counts first, then real-valued sums. Python reads the names from
-// these lists.
+// Rows of the operator's `sums`: counts first, then real-valued sums, then what only a whole
+// segment knows. Python reads the names from these lists.
 #define IPO_EXT_COUNT_ROWS(X)  \
   X(active)                    \
   X(kept)                      \
@@ -30,6 +30,8 @@ namespace ipo_ext::math {
   X(teacher_kl)             \
   X(entropy)
 
+#define IPO_EXT_SEGMENT_ROWS(X) X(rollout_dropped)
+
 // Rows of the operator's `extremes`.
 #define IPO_EXT_EXTREME_ROWS(X) \
   X(log_ratio_min)              \
@@ -47,6 +49,7 @@ namespace ipo_ext::math {
   X(pg_loss)                   \
   X(kl_loss)                   \
   X(nonfinite)                 \
+  X(rollout_dropped)           \
   X(masked_advantage_positive) \
   X(masked_advantage_negative) \
   X(ess)                       \
@@ -61,6 +64,9 @@ enum Row : int { IPO_EXT_COUNT_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
 namespace sum {
 enum Row : int { IPO_EXT_SUM_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
 }
+namespace of_segment {
+enum Row : int { IPO_EXT_SEGMENT_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
+}
 namespace extreme {
 enum Row : int { IPO_EXT_EXTREME_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
 }
@@ -69,7 +75,8 @@ enum Row : int { IPO_EXT_MEAN_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
 }
 #undef IPO_EXT_ENUMERATOR
 
-constexpr int kNumSumRows = count::kNumRows + sum::kNumRows;
+constexpr int kFirstSegmentRow = count::kNumRows + sum::kNumRows;
+constexpr int kNumSumRows = kFirstSegmentRow + of_segment::kNumRows;
 
 // Sums over the tokens of a tile, T a scalar or, while a SIMD loop runs, a vector.
 template <typename T>
@@ -167,13 +174,18 @@ IPO_HOST_DEVICE SegmentSums merge(SegmentSums a, const SegmentSums& b) {
 
 template <typename E>
 IPO_HOST_DEVICE SegmentSums to_segment_sums(const TileSums<E>& tile) {
-  SegmentSums segment;
+  SegmentSums segment = {};
   for (int row = 0; row < count::kNumRows; ++row) segment.sums[row] = tile.counts[row];
   for (int row = 0; row < sum::kNumRows; ++row)
     segment.sums[count::kNumRows + row] = tile.sums[row];
   segment.extremes[extreme::log_ratio_min] = tile.log_ratio_min;
   segment.extremes[extreme::log_ratio_max] = tile.log_ratio_max;
   return segment;
+}
+
+// All active tokens of a sequence that the rollout rule has dropped count as dropped by it.
+IPO_HOST_DEVICE void mark_dropped_rollout(SegmentSums& segment) {
+  segment.sums[kFirstSegmentRow + of_segment::rollout_dropped] = segment.sums[count::active];
 }
 
 // A mean over nothing is 0.
@@ -206,6 +218,8 @@ IPO_HOST_DEVICE Means means_of(const SegmentSums& segment) {
   means.rows[mean::pg_loss] = ratio_or_zero(sums[sum::pg_loss], active);
   means.rows[mean::kl_loss] = ratio_or_zero(sums[sum::kl_loss], active);
   means.rows[mean::nonfinite] = ratio_or_zero(counts[count::nonfinite], active);
+  means.rows[mean::rollout_dropped] =
+      ratio_or_zero(segment.sums[kFirstSegmentRow + of_segment::rollout_dropped], active);
   means.rows[mean::masked_advantage_positive] =
       ratio_or_zero(counts[count::masked_advantage_positive], masked);
   means.rows[mean::masked_advantage_negative] =

@@ -23,10 +23,14 @@ struct LossParams {
   E teacher_tau;
   E inv_normalizer;  // see inverse_normalizer
   MaskRule rule;
-  bool kl_active;  // the KL is paid by every active token, not by kept ones alone
+  bool kl_active;         // the KL is paid by every active token, not by kept ones alone
+  bool has_rollout_rule;  // an active token below rollout_low drops its whole sequence
+  E rollout_low;          // a logarithm
+  bool rollout_dropped;   // whether that has happened to the tokens at hand: the kernels' to fill
 
   IPO_HOST_DEVICE Rules rules() const {
-    return rule == MaskRule::kRatio && !kl_active ? Rules::kDefault : Rules::kAny;
+    return rule == MaskRule::kRatio && !kl_active && !has_rollout_rule ? Rules::kDefault
+                                                                       : Rules::kAny;
   }
 };
 
@@ -84,9 +88,12 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
   const Verdict<T> verdict = verdict_of<kRules, T>(
       {token.trainer_logprob, token.inference_logprob, x, token.advantage, token.active, finite},
       params.rule, params.low, params.high);
-  const Mask<T> kept = verdict.kept;
+  Mask<T> kept = verdict.kept;
   Mask<T> pays_kl = kept;
-  if constexpr (kRules == Rules::kAny) pays_kl = params.kl_active ? token.active & finite : kept;
+  if constexpr (kRules == Rules::kAny) {
+    if (params.kl_active) pays_kl = token.active & finite;
+    if (params.rollout_dropped) kept = pays_kl = Mask<T>{};
+  }
   const T mismatch_kl = select<T>(x > E(kMismatchClamp), splat<T>(E(kMismatchAtClamp)),
                                   exponential_x.exp_minus_1_minus_x);
 

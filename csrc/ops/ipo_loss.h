@@ -11,9 +11,8 @@ inline constexpr const char* kIpoLossSchema =
     "ipo_loss(Tensor trainer_logprobs, Tensor inference_logprobs, Tensor advantages, Tensor "
     "loss_mask, "
     "Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, "
-    "int mask_rule, bool kl_active, float low, float high, float adv_tau, float kl_tau, float "
-    "teacher_tau, bool "
-    "with_gradient) "
+    "int mask_rule, bool kl_active, float? rollout_low, float low, float high, float adv_tau, "
+    "float kl_tau, float teacher_tau, bool with_gradient) "
     "-> (Tensor loss, Tensor gradient, Tensor means, Tensor sums, Tensor extremes)";
 
 inline constexpr const char* kMetricMeansSchema =
@@ -21,10 +20,18 @@ inline constexpr const char* kMetricMeansSchema =
 
 inline bool is_float64(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
 
-inline math::MaskRule rule_of(int64_t mask_rule) {
+inline math::LossParams<double> loss_params(int64_t mask_rule, bool kl_active,
+                                            std::optional<double> rollout_low, double low,
+                                            double high, double adv_tau, double kl_tau,
+                                            double teacher_tau) {
   IPO_EXT_CHECK(mask_rule >= 0 && mask_rule < static_cast<int64_t>(math::MaskRule::kCount),
                 "mask_rule: expected the index of a rule, got ", mask_rule);
-  return static_cast<math::MaskRule>(mask_rule);
+  math::LossParams<double> params = {low, high, adv_tau, kl_tau, teacher_tau};
+  params.rule = static_cast<math::MaskRule>(mask_rule);
+  params.kl_active = kl_active;
+  params.has_rollout_rule = rollout_low.has_value();
+  params.rollout_low = rollout_low.value_or(0);
+  return params;
 }
 
 // CPU only: reads the values.
@@ -151,12 +158,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss(
     const Tensor& trainer_logprobs, const Tensor& inference_logprobs, const Tensor& advantages,
     const Tensor& loss_mask, std::optional<Tensor> teacher_logprobs,
     std::optional<Tensor> loss_weights, std::optional<Tensor> cu_seqlens,
-    std::optional<Tensor> normalizer, int64_t mask_rule, bool kl_active, double low, double high,
-    double adv_tau, double kl_tau, double teacher_tau, bool with_gradient) {
-  IpoLossCall call(trainer_logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
-                   loss_weights, cu_seqlens, normalizer, std::nullopt,
-                   {low, high, adv_tau, kl_tau, teacher_tau, 1, rule_of(mask_rule), kl_active},
-                   with_gradient);
+    std::optional<Tensor> normalizer, int64_t mask_rule, bool kl_active,
+    std::optional<double> rollout_low, double low, double high, double adv_tau, double kl_tau,
+    double teacher_tau, bool with_gradient) {
+  IpoLossCall call(
+      trainer_logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights,
+      cu_seqlens, normalizer, std::nullopt,
+      loss_params(mask_rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau),
+      with_gradient);
   call.check_values<Backend>();
   call.run<Backend>();
   return {call.loss, call.gradient, call.means, call.sums, call.extremes};

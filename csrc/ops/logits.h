@@ -4,6 +4,7 @@
 #pragma once
 
 #include <tuple>
+#include <utility>
 
 #include "ops/ipo_loss.h"
 
@@ -13,9 +14,8 @@ inline constexpr const char* kIpoLossFromLogitsSchema =
     "ipo_loss_from_logits(Tensor logits, Tensor labels, Tensor inference_logprobs, Tensor "
     "advantages, Tensor loss_mask, Tensor? temperature, float softcap, "
     "Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, "
-    "int mask_rule, bool kl_active, float low, float high, float adv_tau, float kl_tau, float "
-    "teacher_tau, bool "
-    "with_gradient) "
+    "int mask_rule, bool kl_active, float? rollout_low, float low, float high, float adv_tau, "
+    "float kl_tau, float teacher_tau, bool with_gradient) "
     "-> (Tensor loss, Tensor gradient, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, "
     "Tensor extremes)";
 
@@ -24,8 +24,8 @@ inline constexpr const char* kIpoLossFromLogitsInplaceSchema =
     "ipo_loss_from_logits_(Tensor(a!) logits, Tensor labels, Tensor inference_logprobs, Tensor "
     "advantages, Tensor loss_mask, Tensor? temperature, float softcap, "
     "Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, "
-    "int mask_rule, bool kl_active, float low, float high, float adv_tau, float kl_tau, float "
-    "teacher_tau) "
+    "int mask_rule, bool kl_active, float? rollout_low, float low, float high, float adv_tau, "
+    "float kl_tau, float teacher_tau) "
     "-> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, Tensor extremes)";
 
 // 0 in the one element of `fault` where all is well. On the CPU a fault raises instead.
@@ -34,22 +34,24 @@ inline constexpr const char* kFindFaultsSchema =
     "SymInt max_active, Tensor? cu_seqlens, Tensor? normalizer) -> Tensor fault";
 
 // Log-probabilities and entropies of rows whose faults have been looked for, and their share of the
-// loss's gradient, which may be narrower than the logits and lie over them.
+// loss's gradient, which may be narrower than the logits and lie over them. No rollout rule: it
+// would have to see all rows first.
 inline constexpr const char* kIpoLossRowsSchema =
     "ipo_loss_rows(Tensor logits, Tensor labels, Tensor inference_logprobs, Tensor advantages, "
     "Tensor loss_mask, Tensor? temperature, float softcap, Tensor? teacher_logprobs, "
-    "Tensor? loss_weights, Tensor? normalizer, int mask_rule, bool kl_active, float low, float "
-    "high, float adv_tau, "
-    "float kl_tau, float teacher_tau, Tensor fault, Tensor(a!)? gradient) "
+    "Tensor? loss_weights, Tensor? normalizer, int mask_rule, bool kl_active, float? rollout_low, "
+    "float low, float high, float adv_tau, float kl_tau, float teacher_tau, Tensor fault, "
+    "Tensor(a!)? gradient) "
     "-> (Tensor logprobs, Tensor entropy)";
 
-// Loss and metrics of all rows.
+// Loss and metrics of all rows, and the derivatives by their log-probabilities where wanted.
 inline constexpr const char* kIpoLossOfRowsSchema =
     "ipo_loss_of_rows(Tensor logprobs, Tensor entropy, Tensor inference_logprobs, Tensor "
     "advantages, Tensor loss_mask, Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? "
-    "cu_seqlens, Tensor? normalizer, int mask_rule, bool kl_active, float low, float high, float "
-    "adv_tau, float kl_tau, "
-    "float teacher_tau, Tensor fault) -> (Tensor loss, Tensor means, Tensor sums, Tensor extremes)";
+    "cu_seqlens, Tensor? normalizer, int mask_rule, bool kl_active, float? rollout_low, float low, "
+    "float high, float adv_tau, float kl_tau, float teacher_tau, Tensor fault, bool with_gradient, "
+    "bool normalized) -> (Tensor loss, Tensor gradient, Tensor means, Tensor sums, Tensor "
+    "extremes)";
 
 inline constexpr const char* kTokenLogprobsSchema =
     "token_logprobs(Tensor logits, Tensor labels, Tensor? temperature, float softcap) "
@@ -272,6 +274,13 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
                   "gradient: expected the dtype of logits, or fp16 or bf16 for fp32 logits");
   }
 
+  // The rows become the tokens of a loss.
+  void take_loss(IpoLossCall& loss) {
+    loss.args.normalized = args.gradient.dtype != DType::kFloat16;  // it would underflow
+    args.loss = loss.args;
+    args.active = loss.args.loss_mask;
+  }
+
   template <typename Backend>
   void run() {
     const Tensor workspace =
@@ -297,12 +306,18 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
   std::vector<Tensor> kept_;
 };
 
-// The rows' part of a loss: log-probabilities, entropies and, where the call has a place for it,
-// the gradient.
+// A rollout rule must see all log-probabilities of a sequence before any gradient: they come first,
+// then the loss and its derivatives by them, then the gradient, by another pass over the logits.
 template <typename Backend>
-void run_rows(LogitsCall& rows, const IpoLossCall& loss) {
-  rows.args.loss = loss.args;
-  rows.args.normalized = rows.args.gradient.dtype != DType::kFloat16;  // it would underflow
+void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss) {
+  const LogitsMatrix gradient = std::exchange(rows.args.gradient, {});
+  rows.args.loss = {};
+  const Tensor softmax = rows.per_token(2, rows.args.softmax);
+  rows.run<Backend>();
+  loss.run<Backend>();
+  if (gradient.data == nullptr) return;
+  rows.args.gradient = gradient;
+  rows.args.grad_logprobs = {loss.args.gradient, loss.args.compute_dtype};
   rows.run<Backend>();
 }
 
@@ -314,14 +329,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logits(
     const std::optional<Tensor>& normalizer, const math::LossParams<double>& params) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
+  const bool with_slopes = params.has_rollout_rule && rows.args.gradient.data != nullptr;
   IpoLossCall loss(logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
-                   loss_weights, cu_seqlens, normalizer, entropy, params, false);
+                   loss_weights, cu_seqlens, normalizer, entropy, params, with_slopes);
   loss.check_values<Backend>();
-  rows.args.loss = loss.args;
+  rows.take_loss(loss);
   rows.find_faults<Backend>();
-  run_rows<Backend>(rows, loss);
   loss.args.fault = rows.args.fault;
-  loss.run<Backend>();
+  if (params.has_rollout_rule) {
+    run_in_two_passes<Backend>(rows, loss);
+  } else {
+    rows.run<Backend>();
+    loss.run<Backend>();
+  }
   return {loss.loss, logprobs, entropy, loss.means, loss.sums, loss.extremes};
 }
 
@@ -331,14 +351,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from
     const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> temperature,
     double softcap, std::optional<Tensor> teacher_logprobs, std::optional<Tensor> loss_weights,
     std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer, int64_t mask_rule,
-    bool kl_active, double low, double high, double adv_tau, double kl_tau, double teacher_tau,
-    bool with_gradient) {
+    bool kl_active, std::optional<double> rollout_low, double low, double high, double adv_tau,
+    double kl_tau, double teacher_tau, bool with_gradient) {
   LogitsCall rows(logits, labels, temperature, softcap);
   const Tensor gradient =
       with_gradient ? rows.new_gradient() : empty({0}, logits.scalar_type(), logits);
   const auto [loss, logprobs, entropy, means, sums, extremes] = loss_of_logits<Backend>(
       rows, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights, cu_seqlens,
-      normalizer, {low, high, adv_tau, kl_tau, teacher_tau, 1, rule_of(mask_rule), kl_active});
+      normalizer,
+      loss_params(mask_rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau));
   return {loss, gradient, logprobs, entropy, means, sums, extremes};
 }
 
@@ -348,12 +369,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits_
     const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> temperature,
     double softcap, std::optional<Tensor> teacher_logprobs, std::optional<Tensor> loss_weights,
     std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer, int64_t mask_rule,
-    bool kl_active, double low, double high, double adv_tau, double kl_tau, double teacher_tau) {
+    bool kl_active, std::optional<double> rollout_low, double low, double high, double adv_tau,
+    double kl_tau, double teacher_tau) {
   LogitsCall rows(logits, labels, temperature, softcap);
   rows.write_gradient_over_logits();
   return loss_of_logits<Backend>(
       rows, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights, cu_seqlens,
-      normalizer, {low, high, adv_tau, kl_tau, teacher_tau, 1, rule_of(mask_rule), kl_active});
+      normalizer,
+      loss_params(mask_rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau));
 }
 
 template <typename Backend>
@@ -367,48 +390,53 @@ Tensor find_faults(const Tensor& labels, std::optional<Tensor> loss_mask,
     loss.emplace(labels, *loss_mask, cu_seqlens, normalizer);
     loss->check_values<Backend>();
     rows.args.loss = loss->args;
+    rows.args.active = loss->args.loss_mask;
   }
   rows.find_faults<Backend>();
   return rows.fault;
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> ipo_loss_rows(const Tensor& logits, const Tensor& labels,
-                                         const Tensor& inference_logprobs, const Tensor& advantages,
-                                         const Tensor& loss_mask, std::optional<Tensor> temperature,
-                                         double softcap, std::optional<Tensor> teacher_logprobs,
-                                         std::optional<Tensor> loss_weights,
-                                         std::optional<Tensor> normalizer, int64_t mask_rule,
-                                         bool kl_active, double low, double high, double adv_tau,
-                                         double kl_tau, double teacher_tau, const Tensor& fault,
-                                         std::optional<Tensor> gradient) {
+std::tuple<Tensor, Tensor> ipo_loss_rows(
+    const Tensor& logits, const Tensor& labels, const Tensor& inference_logprobs,
+    const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> temperature,
+    double softcap, std::optional<Tensor> teacher_logprobs, std::optional<Tensor> loss_weights,
+    std::optional<Tensor> normalizer, int64_t mask_rule, bool kl_active,
+    std::optional<double> rollout_low, double low, double high, double adv_tau, double kl_tau,
+    double teacher_tau, const Tensor& fault, std::optional<Tensor> gradient) {
   LogitsCall rows(logits, labels, temperature, softcap);
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
   if (gradient.has_value()) rows.write_gradient_to(*gradient);
   rows.args.fault = fault_flag(fault, logits);
-  const IpoLossCall loss(
+  IPO_EXT_CHECK(!rollout_low.has_value(), "rollout_low: expected None, got ", *rollout_low);
+  IpoLossCall loss(
       logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights,
       std::nullopt, normalizer, std::nullopt,
-      {low, high, adv_tau, kl_tau, teacher_tau, 1, rule_of(mask_rule), kl_active}, false);
-  run_rows<Backend>(rows, loss);
+      loss_params(mask_rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau),
+      false);
+  rows.take_loss(loss);
+  rows.run<Backend>();
   return {logprobs, entropy};
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor> ipo_loss_of_rows(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_of_rows(
     const Tensor& logprobs, const Tensor& entropy, const Tensor& inference_logprobs,
     const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> teacher_logprobs,
     std::optional<Tensor> loss_weights, std::optional<Tensor> cu_seqlens,
-    std::optional<Tensor> normalizer, int64_t mask_rule, bool kl_active, double low, double high,
-    double adv_tau, double kl_tau, double teacher_tau, const Tensor& fault) {
-  IpoLossCall loss(logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
-                   loss_weights, cu_seqlens, normalizer, entropy,
-                   {low, high, adv_tau, kl_tau, teacher_tau, 1, rule_of(mask_rule), kl_active},
-                   false);
+    std::optional<Tensor> normalizer, int64_t mask_rule, bool kl_active,
+    std::optional<double> rollout_low, double low, double high, double adv_tau, double kl_tau,
+    double teacher_tau, const Tensor& fault, bool with_gradient, bool normalized) {
+  IpoLossCall loss(
+      logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights,
+      cu_seqlens, normalizer, entropy,
+      loss_params(mask_rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau),
+      with_gradient);
+  loss.args.normalized = normalized;
   loss.args.fault = fault_flag(fault, logprobs);
   loss.run<Backend>();
-  return {loss.loss, loss.means, loss.sums, loss.extremes};
+  return {loss.loss, loss.gradient, loss.means, loss.sums, loss.extremes};
 }
 
 template <typename Backend>
@@ -444,8 +472,9 @@ void backward_rows(LogitsCall& rows, const Tensor& entropy, const Tensor& softma
   const int64_t count = rows.args.logits.rows;
   rows.args.entropy = rows.saved(entropy, count, "entropy");
   rows.args.softmax = rows.saved(softmax, 2 * count, "softmax");
-  rows.args.grad_logprobs = rows.saved(grad_logprobs, count, "grad_logprobs");
-  rows.args.grad_entropy = rows.saved(grad_entropy, count, "grad_entropy");
+  const DType compute = rows.args.compute_dtype;
+  rows.args.grad_logprobs = {rows.saved(grad_logprobs, count, "grad_logprobs"), compute};
+  rows.args.grad_entropy = {rows.saved(grad_entropy, count, "grad_entropy"), compute};
   rows.run<Backend>();
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.autograd import forward_ad
@@ -40,6 +40,7 @@ class LossInputs(NamedTuple):
     normalizer: torch.Tensor | None
     mask_rule: int
     kl_active: bool
+    rollout_low: float | None
     low: float
     high: float
     adv_tau: float
@@ -61,6 +62,26 @@ class LossInputs(NamedTuple):
         return Wanted(self.hidden_gradient, self.weight_gradient)
 
 
+class HeadInputs(NamedTuple):
+    """What log-probabilities are made of."""
+
+    hidden: torch.Tensor  # [..., width]
+    weight: torch.Tensor  # [vocabulary, width]
+    labels: torch.Tensor  # [...]
+    temperature: torch.Tensor | None
+    softcap: float
+    chunk_size: int
+
+    @classmethod
+    def of(cls, inputs: LossInputs) -> HeadInputs:
+        return cls(*(getattr(inputs, name) for name in cls._fields))
+
+    def flat(self) -> HeadInputs:
+        """With per-token tensors as ``[tokens]``."""
+        labels, temperature = _flat(self.labels, self.temperature)
+        return self._replace(labels=labels, temperature=temperature)
+
+
 class LossOutputs(NamedTuple):
     loss: torch.Tensor
     logprobs: torch.Tensor
@@ -72,11 +93,20 @@ class LossOutputs(NamedTuple):
     grad_weight: torch.Tensor  # [vocabulary, width] in the compute dtype; likewise
 
 
+# The tensors that the loss takes for each token besides its label.
+_TOKENS = (
+    "inference_logprobs",
+    "advantages",
+    "loss_mask",
+    "teacher_logprobs",
+    "loss_weights",
+)
+
 _LOSS_SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor inference_logprobs, Tensor advantages, "
     "Tensor loss_mask, Tensor? temperature, float softcap, Tensor? teacher_logprobs, "
     "Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, int mask_rule, bool kl_active, "
-    "float low, float high, float adv_tau, float kl_tau, float teacher_tau, "
+    "float? rollout_low, float low, float high, float adv_tau, float kl_tau, float teacher_tau, "
     "SymInt chunk_size, SymInt? num_active, bool hidden_gradient, bool weight_gradient) -> "
     "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, Tensor extremes, "
     "Tensor grad_hidden, Tensor grad_weight)"
@@ -98,44 +128,52 @@ _LOGPROBS_BACKWARD_SCHEMA = (
 
 def _ipo_loss_from_hidden(ops: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
     inputs = LossInputs(*arguments)
-    hidden, weight = inputs.hidden, inputs.weight
-    labels, inference, advantages, mask, temperature, teacher, weights = _flat(
+    names = ("labels", *_TOKENS, "temperature")
+    flat = dict(zip(names, _flat(*(getattr(inputs, name) for name in names)), strict=True))
+    shape, inputs = inputs.labels.shape, inputs._replace(**flat)
+    tokens = inputs.labels.numel()
+    fault = ops.find_faults(
         inputs.labels,
-        inputs.inference_logprobs,
-        inputs.advantages,
         inputs.loss_mask,
         inputs.temperature,
-        inputs.teacher_logprobs,
-        inputs.loss_weights,
+        inputs.weight.shape[0],
+        tokens if inputs.num_active is None else inputs.num_active,
+        inputs.cu_seqlens,
+        inputs.normalizer,
     )
-    tokens, vocabulary = labels.numel(), weight.shape[0]
-    promised = tokens if inputs.num_active is None else inputs.num_active
-    fault = ops.find_faults(
-        labels, mask, temperature, vocabulary, promised, inputs.cu_seqlens, inputs.normalizer
-    )
-    rows = Rows.of(mask, inputs.num_active)
+    make = _loss_in_one_pass if inputs.rollout_low is None else _loss_of_whole_rollouts
+    loss, logprobs, entropy, *others = make(ops, inputs, fault)
+    return loss, logprobs.view(shape), entropy.view(shape), *others
+
+
+def _loss_in_one_pass(
+    ops: Any, inputs: LossInputs, fault: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What tokens pay, and the gradients, as soon as a chunk's logits are there."""
+    hidden, weight = inputs.hidden, inputs.weight
+    rows = Rows.of(inputs.loss_mask, inputs.num_active)
     chunks = rows.chunks(inputs.chunk_size)
     head = Head(weight, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
-    logprobs = rows.new_output((tokens,), fill)
-    entropy = rows.new_output((tokens,), fill)
+    logprobs = rows.new_output((rows.tokens,), fill)
+    entropy = rows.new_output((rows.tokens,), fill)
     gradients = Gradients(head, hidden, rows, fill, inputs.wanted)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
         states = rows.take_states(hidden, chunk)
-        active = take(mask)
+        active = take(inputs.loss_mask)
         logits = head.logits(states)
         gradient = gradients.over(logits)
         logprobs_here, entropy_here = ops.ipo_loss_rows(
             logits,
-            take(labels),
-            take(inference),
-            take(advantages),
+            take(inputs.labels),
+            take(inputs.inference_logprobs),
+            take(inputs.advantages),
             active,
-            take(temperature),
+            take(inputs.temperature),
             inputs.softcap,
-            take(teacher),
-            take(weights),
+            take(inputs.teacher_logprobs),
+            take(inputs.loss_weights),
             inputs.normalizer,
             *inputs.settings,
             fault,
@@ -145,92 +183,127 @@ def _ipo_loss_from_hidden(ops: Any, *arguments: Any) -> tuple[torch.Tensor, ...]
         rows.put(entropy, chunk, entropy_here)
         gradients.add(chunk, gradient, states, active & logprobs_here.isfinite())
 
-    loss, *metrics = ops.ipo_loss_of_rows(
-        logprobs,
-        entropy,
-        inference,
-        advantages,
-        mask,
-        teacher,
-        weights,
-        inputs.cu_seqlens,
-        inputs.normalizer,
-        *inputs.settings,
-        fault,
-    )
-    shape = inputs.labels.shape
-    return loss, logprobs.view(shape), entropy.view(shape), *metrics, *gradients.finished()
+    loss, _, *metrics = _loss_of_rows(ops, inputs, fault, logprobs, entropy, False)
+    return loss, logprobs, entropy, *metrics, *gradients.finished()
 
 
-def _linear_token_logprobs(
-    ops: Any,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: torch.Tensor | None,
-    softcap: float,
-    chunk_size: int,
+def _loss_of_whole_rollouts(
+    ops: Any, inputs: LossInputs, fault: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    shape = labels.shape
-    labels, temperature = _flat(labels, temperature)
-    tokens = labels.numel()
-    fault = ops.find_faults(labels, None, temperature, weight.shape[0], tokens, None, None)
-    rows = Rows.of(labels != _IGNORED_LABEL, None)
-    chunks = rows.chunks(chunk_size)
-    head = Head(weight, _longest(chunks))
+    """A rollout rule needs all log-probabilities of a sequence before any gradient.
+
+    So the logits are made twice, the second time for tokens that pay.
+    """
+    labels = inputs.labels.masked_fill(~inputs.loss_mask, _IGNORED_LABEL)
+    head = HeadInputs.of(inputs)._replace(labels=labels)
+    rows = Rows.of(inputs.loss_mask, inputs.num_active)
+    logprobs, entropy, softmax = _logprobs_of(ops, rows, fault, head)
+    with_slopes = any(inputs.wanted)
+    loss, slopes, *metrics = _loss_of_rows(ops, inputs, fault, logprobs, entropy, with_slopes)
+    slopes = slopes.to(logprobs.dtype)
+    if with_slopes:
+        rows = Rows.of(inputs.loss_mask & (slopes != 0), inputs.num_active)
+    flowing = (entropy, softmax, slopes, torch.zeros_like(entropy))
+    gradients = _gradients_of(ops, rows, fault, head, *flowing, inputs.wanted)
+    return loss, logprobs, entropy, *metrics, *gradients
+
+
+def _loss_of_rows(
+    ops: Any,
+    inputs: LossInputs,
+    fault: torch.Tensor,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    with_slopes: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Loss, its derivatives by the log-probabilities, means, sums and extremes."""
+    return tuple(
+        ops.ipo_loss_of_rows(
+            logprobs,
+            entropy,
+            inputs.inference_logprobs,
+            inputs.advantages,
+            inputs.loss_mask,
+            inputs.teacher_logprobs,
+            inputs.loss_weights,
+            inputs.cu_seqlens,
+            inputs.normalizer,
+            *inputs.settings,
+            fault,
+            with_slopes,
+            _operators.gradient_is_normalized(inputs.weight.dtype),
+        )
+    )
+
+
+def _linear_token_logprobs(ops: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    inputs = HeadInputs(*arguments)
+    shape, inputs = inputs.labels.shape, inputs.flat()
+    fault = _faults_of_head(ops, inputs)
+    rows = Rows.of(inputs.labels != _IGNORED_LABEL, None)
+    logprobs, entropy, softmax = _logprobs_of(ops, rows, fault, inputs)
+    return logprobs.view(shape), entropy.view(shape), softmax
+
+
+def _logprobs_of(
+    ops: Any, rows: Rows, fault: torch.Tensor, inputs: HeadInputs
+) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities and entropies ``[tokens]``, the softmax's numbers ``[tokens, 2]``."""
+    chunks = rows.chunks(inputs.chunk_size)
+    head = Head(inputs.weight, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
-    logprobs = rows.new_output((tokens,), fill)
-    entropy = rows.new_output((tokens,), fill)
-    softmax = rows.new_output((tokens, 2), fill)
+    logprobs = rows.new_output((rows.tokens,), fill)
+    entropy = rows.new_output((rows.tokens,), fill)
+    softmax = rows.new_output((rows.tokens, 2), fill)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
-        logits = head.logits(rows.take_states(hidden, chunk))
+        logits = head.logits(rows.take_states(inputs.hidden, chunk))
         logprobs_here, entropy_here, softmax_here = ops.token_logprobs_rows(
-            logits, take(labels), take(temperature), softcap, fault
+            logits, take(inputs.labels), take(inputs.temperature), inputs.softcap, fault
         )
         rows.put(logprobs, chunk, logprobs_here)
         rows.put(entropy, chunk, entropy_here)
         rows.put(softmax, chunk, softmax_here.t())
-    return logprobs.view(shape), entropy.view(shape), softmax
+    return logprobs, entropy, softmax
 
 
-def _linear_token_logprobs_backward(
+def _linear_token_logprobs_backward(ops: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    count = len(HeadInputs._fields)
+    inputs = HeadInputs(*arguments[:count]).flat()
+    entropy, softmax, grad_logprobs, grad_entropy, *wanted = arguments[count:]
+    entropy, grad_logprobs, grad_entropy = _flat(entropy, grad_logprobs, grad_entropy)
+    fault = _faults_of_head(ops, inputs)
+    flows = (inputs.labels != _IGNORED_LABEL) & ((grad_logprobs != 0) | (grad_entropy != 0))
+    flowing = (entropy, softmax, grad_logprobs, grad_entropy)
+    return _gradients_of(ops, Rows.of(flows, None), fault, inputs, *flowing, Wanted(*wanted))
+
+
+def _gradients_of(
     ops: Any,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: torch.Tensor | None,
-    softcap: float,
-    chunk_size: int,
+    rows: Rows,
+    fault: torch.Tensor,
+    inputs: HeadInputs,
     entropy: torch.Tensor,
     softmax: torch.Tensor,
     grad_logprobs: torch.Tensor,
     grad_entropy: torch.Tensor,
-    hidden_gradient: bool,
-    weight_gradient: bool,
+    wanted: Wanted,
 ) -> tuple[torch.Tensor, ...]:
-    labels, temperature, entropy, grad_logprobs, grad_entropy = _flat(
-        labels, temperature, entropy, grad_logprobs, grad_entropy
-    )
-    tokens = labels.numel()
-    fault = ops.find_faults(labels, None, temperature, weight.shape[0], tokens, None, None)
-    flows = (labels != _IGNORED_LABEL) & ((grad_logprobs != 0) | (grad_entropy != 0))
-    rows = Rows.of(flows, None)
-    chunks = rows.chunks(chunk_size)
-    head = Head(weight, _longest(chunks))
+    """By hidden states and weight, of the active rows, whose logits are made again."""
+    chunks = rows.chunks(inputs.chunk_size) if any(wanted) else []
+    head = Head(inputs.weight, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
-    wanted = Wanted(hidden_gradient, weight_gradient)
-    gradients = Gradients(head, hidden, rows, fill, wanted)
+    gradients = Gradients(head, inputs.hidden, rows, fill, wanted)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
-        states = rows.take_states(hidden, chunk)
+        states = rows.take_states(inputs.hidden, chunk)
         logits = head.logits(states)
         gradient = gradients.over(logits)
         ops.token_logprobs_rows_backward(
             logits,
-            take(labels),
-            take(temperature),
-            softcap,
+            take(inputs.labels),
+            take(inputs.temperature),
+            inputs.softcap,
             take(entropy),
             take(softmax).t(),
             take(grad_logprobs),
@@ -238,8 +311,16 @@ def _linear_token_logprobs_backward(
             fault,
             gradient,
         )
-        gradients.add(chunk, gradient, states, take(flows))
+        gradients.add(chunk, gradient, states, take(rows.active))
     return gradients.finished()
+
+
+def _faults_of_head(ops: Any, inputs: HeadInputs) -> torch.Tensor:
+    labels, vocabulary = inputs.labels, inputs.weight.shape[0]
+    return cast(
+        torch.Tensor,
+        ops.find_faults(labels, None, inputs.temperature, vocabulary, labels.numel(), None, None),
+    )
 
 
 def _flat(*tensors: torch.Tensor | None) -> list[Any]:

@@ -264,6 +264,7 @@ class LogitsLossInputs(NamedTuple):
     normalizer: torch.Tensor | None
     mask_rule: int
     kl_active: bool
+    rollout_low: float | None
     low: float
     high: float
     adv_tau: float
@@ -329,11 +330,15 @@ def _ipo_loss_of_rows_fake(
     teacher_logprobs: torch.Tensor | None,
     loss_weights: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    *_: Any,
+    *others: Any,
 ) -> tuple[torch.Tensor, ...]:
+    with_gradient = others[-2]
     compute = _checks.compute_dtype(logprobs, inference_logprobs)
-    loss = logprobs.new_empty((), dtype=compute)
-    return (loss, *metrics_fake(logprobs, cu_seqlens, compute))
+    return (
+        logprobs.new_empty((), dtype=compute),
+        logprobs.new_empty(logprobs.shape if with_gradient else (0,), dtype=compute),
+        *metrics_fake(logprobs, cu_seqlens, compute),
+    )
 
 
 def _token_logprobs_fake(
@@ -429,9 +434,14 @@ class ScaleOnce(torch.autograd.Function):
     vmap = staticmethod(refuse_vmap)
 
 
+def gradient_is_normalized(dtype: torch.dtype) -> bool:
+    """Whether a gradient made in forward holds 1 / normalizer, which would underflow in fp16."""
+    return dtype != torch.float16
+
+
 def normalizer_to_keep(dtype: torch.dtype, normalizer: torch.Tensor | None) -> torch.Tensor | None:
-    """The normalizer where ``gradient_factor`` will need it: 1 / normalizer underflows in fp16."""
-    return normalizer if dtype == torch.float16 else None
+    """The normalizer where ``gradient_factor`` will need it."""
+    return None if gradient_is_normalized(dtype) else normalizer
 
 
 def gradient_factor(grad_loss: torch.Tensor, normalizer: torch.Tensor | None) -> torch.Tensor:

@@ -22,7 +22,8 @@ class IPOConfig:
     ``A' = adv_tau * A + teacher_tau * (teacher_logprob - trainer_logprob)``
     (PrimeIntellect-ai/prime-rl pull request 2423; docs/math.md).
 
-    Other losses of the family keep other tokens: ``IPOConfig.dppo``, ``prob_diff``, ``kpop``.
+    Other losses of the family keep other tokens: ``IPOConfig.dppo``, ``icepop``, ``prob_diff``,
+    ``kpop``.
 
     Args:
         dppo_mask_low: alpha, the smallest importance ratio kept; 0 keeps every small ratio. Under
@@ -36,6 +37,9 @@ class IPOConfig:
         mask_rule: what the bounds are compared with; docs/math.md, "The rules".
         kl_scope: whether the KL is paid by kept tokens alone or by every active one whose ratio
             is finite.
+        rollout_min_ratio: a sequence with an active token whose ratio is below it is dropped whole,
+            under any mask rule; 0 drops none. A sequence is a segment of ``cu_seqlens``, without
+            them a row ``[T]`` of tokens ``[..., T]``.
 
     Raises:
         ValueError: a field breaks ``0 <= dppo_mask_low``, ``dppo_mask_low <= dppo_mask_high`` (a
@@ -49,6 +53,7 @@ class IPOConfig:
     teacher_tau: float = 0.0
     mask_rule: MaskRule = "ratio"
     kl_scope: KLScope = "kept"
+    rollout_min_ratio: float = 0.0
 
     _log_bounds: ClassVar[dict[torch.dtype, tuple[float, float]]]  # of an instance; no field
 
@@ -63,7 +68,7 @@ class IPOConfig:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{field.name}: expected a number, got {value!r}")
             object.__setattr__(self, field.name, float(value))
-        for name in ("adv_tau", "kl_tau", "teacher_tau"):
+        for name in ("adv_tau", "kl_tau", "teacher_tau", "rollout_min_ratio"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
@@ -94,6 +99,31 @@ class IPOConfig:
         ``taus`` are adv_tau, kl_tau and teacher_tau.
         """
         return cls(low, high, mask_rule="dppo", kl_scope="active", **taus)
+
+    @classmethod
+    def icepop(
+        cls,
+        low: float = 0.5,
+        high: float = 5.0,
+        rollout_min_ratio: float = 1e-5,
+        *,
+        kl_tau: float = 0.0,
+        **taus: float,
+    ) -> IPOConfig:
+        """IcePop (prime-rl #2401): a band on the ratio, no KL, and no token of a broken rollout.
+
+        A sequence contributes nothing when the ratio of any of its active tokens is below
+        ``rollout_min_ratio``. ``taus`` are adv_tau and teacher_tau.
+        """
+        return cls(
+            low,
+            high,
+            mask_rule="ratio",
+            kl_tau=kl_tau,
+            kl_scope="kept",
+            rollout_min_ratio=rollout_min_ratio,
+            **taus,
+        )
 
     @classmethod
     def prob_diff(cls, threshold: float = 0.1, **taus: float) -> IPOConfig:
@@ -127,7 +157,14 @@ class IPOConfig:
         largest = _LOG_RANGE[dtype][0]
         return min(self.dppo_mask_low, -largest), min(self.dppo_mask_high, -largest)
 
-    def settings(self, dtype: torch.dtype) -> tuple[int, bool, float, float, float, float, float]:
+    @property
+    def has_rollout_rule(self) -> bool:
+        """Whether a token can drop its whole sequence."""
+        return self.rollout_min_ratio > 0
+
+    def settings(
+        self, dtype: torch.dtype
+    ) -> tuple[int, bool, float | None, float, float, float, float, float]:
         """The settings as every operator takes them."""
         rule = get_args(MaskRule).index(self.mask_rule)
         bounds = self.bounds(dtype)
@@ -136,7 +173,9 @@ class IPOConfig:
         low, high, adv_tau, kl_tau, teacher_tau = map(
             float, (*bounds, self.adv_tau, self.kl_tau, self.teacher_tau)
         )
-        return rule, self.kl_scope == "active", low, high, adv_tau, kl_tau, teacher_tau
+        rollout_low = self._rollout_low(dtype)
+        kl_active = self.kl_scope == "active"
+        return rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau
 
     def log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """The band's bounds on ``log r``, exactly representable in ``dtype`` (float32 or float64).
@@ -145,6 +184,12 @@ class IPOConfig:
         infinite and ``exp`` of none overflows (docs/math.md, "The band").
         """
         return self._log_bounds[dtype]
+
+    def _rollout_low(self, dtype: torch.dtype) -> float | None:
+        """The rollout rule's bound on ``log r``, rounded like those of the band; None for none."""
+        if not self.has_rollout_rule:
+            return None
+        return _round_to(math.log(self.rollout_min_ratio), dtype)
 
 
 _WORDS: dict[str, tuple[str, ...]] = {

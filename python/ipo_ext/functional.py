@@ -36,7 +36,8 @@ def ipo_loss(
     Per active token, with ``x = trainer_logprob - inference_logprob`` and ``r = exp(x)``: kept
     where x and r are finite and ``log(dppo_mask_low) <= x <= log(dppo_mask_high)``; a kept token
     pays ``w * (-A' * r + kl_tau * x**2)``, every other token exactly 0, whatever it holds. Source:
-    PrimeIntellect-ai/prime-rl pull request 2423; docs/math.md derives it.
+    PrimeIntellect-ai/prime-rl pull request 2423; docs/math.md derives it. Other rules of
+    ``config`` keep other tokens; a rollout rule takes one more launch.
 
     Everything is computed in float64 if either log-probability is float64, else in float32.
 
@@ -85,11 +86,12 @@ def ipo_loss(
     _checks.check_no_gradient(constants)
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
     compute = _checks.compute_dtype(trainer_logprobs, inference_logprobs)
-    loss, means, sums, extremes = _operators.run_ipo_loss(
+    if config.has_rollout_rule:
+        constants = _with_sequences(constants)
+    loss, *rows = _operators.run_ipo_loss(
         trainer_logprobs, *constants, *config.settings(compute), with_gradient
     )
-    metrics = IPOMetrics(means, sums, extremes, has_teacher=teacher_logprobs is not None)
-    return IPOOutput(loss, metrics)
+    return IPOOutput(loss, _metrics(rows, cu_seqlens, constants, config))
 
 
 def ipo_loss_from_logits(
@@ -114,7 +116,8 @@ def ipo_loss_from_logits(
     once; backward only scales it, in place, and not even that for ``loss.backward()``. Rows that
     the loss mask leaves out are never read. Log-probabilities and the loss are computed in float64
     for float64 logits, else in float32 (the loss also in float64 for float64
-    ``inference_logprobs``).
+    ``inference_logprobs``). Under a rollout rule (``config.rollout_min_ratio``) the gradient takes
+    a pass of its own, after the log-probabilities of all rows.
 
     Args:
         logits: ``[..., V]``, any floating dtype; the only input that receives a gradient. Slices
@@ -170,7 +173,9 @@ def ipo_loss_from_logits(
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
         _check_may_be_overwritten(logits)
-    loss, logprobs, entropy, means, sums, extremes = _with_index_error(
+    if config.has_rollout_rule:
+        constants = _with_sequences(constants)
+    loss, logprobs, entropy, *rows = _with_index_error(
         functools.partial(_operators.run_ipo_loss_from_logits, inplace=inplace),
         logits,
         labels,
@@ -181,14 +186,12 @@ def ipo_loss_from_logits(
         _softcap(softcap),
         teacher_logprobs,
         loss_weights,
-        cu_seqlens,
+        constants.cu_seqlens,
         constants.normalizer,
         *config.settings(compute),
         with_gradient,
     )
-    metrics = IPOMetrics(
-        means, sums, extremes, has_teacher=teacher_logprobs is not None, has_entropy=True
-    )
+    metrics = _metrics(rows, cu_seqlens, constants, config, has_entropy=True)
     return IPOOutput(loss, metrics, logprobs, entropy)
 
 
@@ -248,7 +251,9 @@ def ipo_loss_from_hidden(
     are gathered away; of the others a chunk of rows at a time becomes logits, log-probabilities,
     the gradient over the logits, and what that adds to the gradients of hidden states and weight:
     three matrix products and none for tokens that do not train. The gradients are made in forward,
-    so the loss can run backward once; only those that are needed are made.
+    so the loss can run backward once; only those that are needed are made. A rollout rule
+    (``config.rollout_min_ratio``) must see all log-probabilities first: a fourth product, and only
+    tokens that pay take part in the other three.
 
     Logits are float32 (float64 for float64 inputs) whatever the dtype of ``hidden``; the weight's
     gradient is summed in float32 and rounded once, in backward. Under ``torch.autocast`` hidden
@@ -304,7 +309,9 @@ def ipo_loss_from_hidden(
     _checks.check_no_gradient(constants, temperature)
     compute = _checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
-    loss, logprobs, entropy, means, sums, extremes = _with_index_error(
+    if config.has_rollout_rule:
+        constants = _with_sequences(constants)
+    loss, logprobs, entropy, *rows = _with_index_error(
         _linear.run_ipo_loss_from_hidden,
         _checks.product_dtype(hidden, weight),
         hidden,
@@ -317,7 +324,7 @@ def ipo_loss_from_hidden(
         _softcap(softcap),
         teacher_logprobs,
         loss_weights,
-        cu_seqlens,
+        constants.cu_seqlens,
         constants.normalizer,
         *config.settings(compute),
         _chunk_size(chunk_size, hidden, weight),
@@ -325,9 +332,7 @@ def ipo_loss_from_hidden(
         hidden.requires_grad and with_gradient,
         weight.requires_grad and with_gradient,
     )
-    metrics = IPOMetrics(
-        means, sums, extremes, has_teacher=teacher_logprobs is not None, has_entropy=True
-    )
+    metrics = _metrics(rows, cu_seqlens, constants, config, has_entropy=True)
     return IPOOutput(loss, metrics, logprobs, entropy)
 
 
@@ -387,6 +392,33 @@ def _check_config(config: object) -> None:
             f"config: expected an IPOConfig, got {type(config).__name__}; "
             "use IPOConfig.from_mapping"
         )
+
+
+def _with_sequences(constants: LossConstants) -> LossConstants:
+    """What a rollout rule takes for sequences without ``cu_seqlens``: the rows of ``[..., T]``."""
+    mask = constants.loss_mask
+    if constants.cu_seqlens is not None or mask.dim() < 2:
+        return constants
+    rows = torch.arange(math.prod(mask.shape[:-1]) + 1, dtype=torch.int32, device=mask.device)
+    return constants._replace(cu_seqlens=rows * mask.shape[-1])
+
+
+def _metrics(
+    rows: list[torch.Tensor],
+    cu_seqlens: torch.Tensor | None,
+    constants: LossConstants,
+    config: IPOConfig,
+    *,
+    has_entropy: bool = False,
+) -> IPOMetrics:
+    """Of the operator's means, sums and extremes, for the segments that the caller has named."""
+    metrics = IPOMetrics(
+        *rows,
+        has_teacher=constants.teacher_logprobs is not None,
+        has_entropy=has_entropy,
+        has_rollout_rule=config.has_rollout_rule,
+    )
+    return metrics if constants.cu_seqlens is cu_seqlens else metrics.total()
 
 
 def _scalar(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,15 +37,17 @@ class IPOMetrics(Mapping[str, torch.Tensor]):
         *,
         has_teacher: bool = False,
         has_entropy: bool = False,
+        has_rollout_rule: bool = False,
     ) -> None:
         self.means = means
         self.sums = sums
         self.extremes = extremes
         self.has_teacher = has_teacher
         self.has_entropy = has_entropy
+        self.has_rollout_rule = has_rollout_rule
 
     def _names(self) -> tuple[str, ...]:
-        return _NAMES[self.has_teacher, self.has_entropy]
+        return _NAMES[_optional(self)]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._names():
@@ -84,7 +87,9 @@ class IPOMetrics(Mapping[str, torch.Tensor]):
                 f"{tuple(other.sums.shape)}; add their total() instead"
             )
         if self._names() != other._names():
-            raise ValueError("metrics: expected both or neither to have a teacher and an entropy")
+            raise ValueError(
+                "metrics: expected both or neither to have a teacher, an entropy, a rollout rule"
+            )
         (low, high), (other_low, other_high) = self.extremes.unbind(0), other.extremes.unbind(0)
         extremes = torch.stack([torch.minimum(low, other_low), torch.maximum(high, other_high)])
         return self._made_of(self.sums + other.sums, extremes)
@@ -109,32 +114,40 @@ class IPOMetrics(Mapping[str, torch.Tensor]):
     def _made_of(self, sums: torch.Tensor, extremes: torch.Tensor) -> IPOMetrics:
         float64 = self.means.dtype == torch.float64
         means = _operators.library().metric_means(sums, extremes, float64)
-        return IPOMetrics(
-            means, sums, extremes, has_teacher=self.has_teacher, has_entropy=self.has_entropy
-        )
+        return _unflatten((means, sums, extremes), _optional(self))
 
 
 _MEAN_ROW = {name: row for row, name in enumerate(IPOMetrics.MEAN_ROWS)}
+
+# Metrics that are there only where the loss has seen what they measure, in the order of _optional.
+_OPTIONAL_ROWS = ("teacher_kl", "entropy", "rollout_dropped")
 _NAMES = {
-    (teacher, entropy): tuple(
+    present: tuple(
         name
         for name in IPOMetrics.MEAN_ROWS
-        if (teacher or name != "teacher_kl") and (entropy or name != "entropy")
+        if name not in _OPTIONAL_ROWS or present[_OPTIONAL_ROWS.index(name)]
     )
-    for teacher in (False, True)
-    for entropy in (False, True)
+    for present in itertools.product((False, True), repeat=len(_OPTIONAL_ROWS))
 }
 
 
+def _optional(metrics: IPOMetrics) -> tuple[bool, ...]:
+    return metrics.has_teacher, metrics.has_entropy, metrics.has_rollout_rule
+
+
 # A pytree node: metrics pass through torch.compile and torch.export as an output.
-def _flatten(metrics: IPOMetrics) -> tuple[list[torch.Tensor], tuple[bool, bool]]:
-    context = (metrics.has_teacher, metrics.has_entropy)
-    return [metrics.means, metrics.sums, metrics.extremes], context
+def _flatten(metrics: IPOMetrics) -> tuple[list[torch.Tensor], tuple[bool, ...]]:
+    return [metrics.means, metrics.sums, metrics.extremes], _optional(metrics)
 
 
-def _unflatten(leaves: Any, context: tuple[bool, bool]) -> IPOMetrics:
-    has_teacher, has_entropy = context
-    return IPOMetrics(*leaves, has_teacher=has_teacher, has_entropy=has_entropy)
+def _unflatten(leaves: Any, context: tuple[bool, ...]) -> IPOMetrics:
+    has_teacher, has_entropy, has_rollout_rule = context
+    return IPOMetrics(
+        *leaves,
+        has_teacher=has_teacher,
+        has_entropy=has_entropy,
+        has_rollout_rule=has_rollout_rule,
+    )
 
 
 pytree.register_pytree_node(

@@ -51,8 +51,9 @@ def ipo_loss(
         inference_logprobs.to(band_dtype),
         advantages,
     )
-    keep = active & finite & ~dropped
-    pays_kl = keep if config.kl_scope == "kept" else active & finite
+    rollout_dropped = rollout_rule(config, band_x, active, cu_seqlens)
+    keep = active & finite & ~dropped & ~rollout_dropped
+    pays_kl = keep if config.kl_scope == "kept" else active & finite & ~rollout_dropped
 
     # Replace what a dropped token holds before any arithmetic: torch.where after it would still
     # differentiate the branch that was not taken, and 0 * inf is NaN.
@@ -104,6 +105,8 @@ def ipo_loss(
         if teacher_logprobs is not None:
             distance = only(counted, teacher_logprobs) - only(counted, trainer_logprobs)
             shares["teacher_kl"] = (distance, active)
+        if config.rollout_min_ratio > 0:
+            shares["rollout_dropped"] = (active & rollout_dropped, active)
         if entropy is not None:
             shares["entropy"] = (only(counted, entropy), active)
         kept_ratio = only(keep, ratio)
@@ -165,6 +168,21 @@ def mask_rule(
         too_high, too_low = too_high & (advantages > 0), too_low & (advantages <= 0)
         return too_high | too_low, too_high, too_low & (advantages < 0)
     return too_high | too_low, too_high, too_low
+
+
+def rollout_rule(
+    config: IPOConfig, x: torch.Tensor, active: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    """Per token, whether an active token of its sequence has a ratio below the rollout's bound."""
+    if config.rollout_min_ratio == 0 or x.numel() == 0:
+        return torch.zeros_like(active)
+    below = active & (x < torch.tensor(math.log(config.rollout_min_ratio), dtype=x.dtype))
+    if cu_seqlens is None:  # the rows of [..., T]
+        return below.any(-1, keepdim=True).expand(x.shape) if x.dim() else below
+    flat, dropped = below.flatten(), torch.zeros_like(below.flatten())
+    for begin, end in itertools.pairwise(cu_seqlens.tolist()):
+        dropped[begin:end] = flat[begin:end].any()
+    return dropped.view(x.shape)
 
 
 def _binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

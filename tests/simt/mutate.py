@@ -29,6 +29,7 @@ TESTS = (
     "tests/test_logits.py",
     "tests/test_logits_variants.py",
     "tests/test_mask_rules.py",
+    "tests/test_rollout_rule.py",
 )
 
 
@@ -73,8 +74,8 @@ MUTATIONS = (
     Mutation(
         "wrong-slot",
         KERNEL,
-        "Segments::slot(tile, segment)] = sums",
-        "Segments::slot(tile, 0)] = sums",
+        "slot = Segments::slot(tile, segment);",
+        "slot = Segments::slot(tile, 0);",
     ),
     Mutation(
         "skipped-segment",
@@ -97,8 +98,8 @@ MUTATIONS = (
     Mutation(
         "wrong-stride-of-slots",
         KERNEL,
-        "slot += kThreads)",
-        "slot += 2 * kThreads)",
+        "slot += kThreads) {",
+        "slot += 2 * kThreads) {",
     ),
     Mutation(
         "wrong-search",
@@ -170,6 +171,48 @@ MUTATIONS = (
         "value < 0 ? 0 : (value > tokens ? tokens : value)",
         "value",
         "leaves_the_buffers and hostile",
+    ),
+    Mutation(
+        "rollout-by-any-token",
+        RULES,
+        "active & (log_ratio < low)",
+        "log_ratio < low",
+        "rollout_rule and (inactive or any_case)",
+    ),
+    Mutation(
+        "rollout-of-one-thread",
+        KERNEL,
+        "drops_sequence = __syncthreads_or(drops_sequence);",
+        "__syncthreads_or(drops_sequence);",
+        "rollout_rule and broken_sequences",
+    ),
+    Mutation(
+        "rollout-flags-rewritten",
+        KERNEL,
+        "params.has_rollout_rule && !params.rollout_dropped)",
+        "params.has_rollout_rule)",
+        "rollout_rule and broken_sequences",
+    ),
+    Mutation(
+        "rollout-flags-of-a-few",
+        KERNEL,
+        "slot += kThreads)\n    dropped",
+        "slot += end)\n    dropped",
+        "rollout_rule and broken_sequences",
+    ),
+    Mutation(
+        "rollout-loss-twice",
+        KERNEL,
+        "loss += loss_of_piece(workspace.slots[slot]);\n        begin",
+        "begin",
+        "rollout_rule and reference",
+    ),
+    Mutation(
+        "rollout-pays-its-kl",
+        LOSS,
+        "kept = pays_kl = Mask<T>{}",
+        "kept = Mask<T>{}",
+        "rollout_rule and reference",
     ),
     Mutation(
         "exclusive-bound",

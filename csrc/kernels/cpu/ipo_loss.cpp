@@ -17,7 +17,7 @@ constexpr int64_t kTilesPerThread = 4;  // fewer do not pay for waking a thread
 
 template <typename E>
 using PieceSums = TileSums<E> (*)(const IpoLossArgs&, const math::LossParams<E>&, int64_t begin,
-                                  int64_t end);
+                                  int64_t end, bool& drops_sequence);
 
 template <math::Rules kRules, typename E>
 PieceSums<E> best_piece_sums();
@@ -40,6 +40,7 @@ int64_t segment_of(const Segments& segments, int64_t token) {
   return low;
 }
 
+// With params.rollout_dropped, a second time: for the pieces of dropped sequences.
 template <typename E>
 void run_tile(const IpoLossArgs& args, const math::LossParams<E>& params, int64_t tile) {
   const Segments& segments = args.segments;
@@ -55,12 +56,34 @@ void run_tile(const IpoLossArgs& args, const math::LossParams<E>& params, int64_
   for (int64_t segment = segment_of(segments, tile_begin); begin < tile_end; ++segment) {
     const int64_t end = std::min(segments.begin(segment + 1), tile_end);
     if (end <= begin) continue;
-    const TileSums<E> sums = piece_sums(args, params, begin, end);
-    workspace.slots[Segments::slot(tile, segment)] = sums;
-    loss += sums.sums[math::sum::pg_loss] + sums.sums[math::sum::kl_loss];
+    const int64_t slot = Segments::slot(tile, segment);
+    if (!params.rollout_dropped || workspace.rollout_flags[slot]) {
+      bool drops_sequence = params.rollout_dropped;
+      workspace.slots[slot] = piece_sums(args, params, begin, end, drops_sequence);
+      if (params.has_rollout_rule) workspace.rollout_flags[slot] = drops_sequence;
+    }
+    loss += loss_of_piece(workspace.slots[slot]);
     begin = end;
   }
   workspace.tile_losses[tile] = loss;
+}
+
+template <typename E>
+bool rollout_is_dropped(const Workspace<E>& workspace, const Segments& segments, int64_t s) {
+  const bool* flags = workspace.rollout_flags;
+  return std::any_of(flags + segments.first_slot(s), flags + segments.end_slot(s),
+                     [](bool flag) { return flag; });
+}
+
+// From the pieces that drop their sequence to all pieces of it.
+template <typename E>
+void spread_rollout_flags(const IpoLossArgs& args) {
+  const Workspace<E> workspace(args);
+  for (int64_t s = 0; s < args.segments.count; ++s) {
+    const bool dropped = rollout_is_dropped(workspace, args.segments, s);
+    std::fill(workspace.rollout_flags + args.segments.first_slot(s),
+              workspace.rollout_flags + args.segments.end_slot(s), dropped);
+  }
 }
 
 template <typename E>
@@ -70,16 +93,26 @@ void finish_segment(const IpoLossArgs& args, int64_t s) {
   for (int64_t slot = args.segments.first_slot(s); slot < args.segments.end_slot(s); ++slot) {
     total = math::merge(total, math::to_segment_sums(workspace.slots[slot]));
   }
+  if (args.params.has_rollout_rule && rollout_is_dropped(workspace, args.segments, s))
+    math::mark_dropped_rollout(total);
   store_segment<E>(args, total, s);
 }
 
 template <typename E>
 void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
-  const math::LossParams<E> params = params_for<E>(args);
+  math::LossParams<E> params = gradient_params_for<E>(args);
   const int64_t tiles = args.segments.num_tiles();
-  parallel_for(tiles, kTilesPerThread, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) run_tile<E>(args, params, tile);
-  });
+  const auto run_tiles = [&] {
+    parallel_for(tiles, kTilesPerThread, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) run_tile<E>(args, params, tile);
+    });
+  };
+  run_tiles();
+  if (params.has_rollout_rule) {
+    spread_rollout_flags<E>(args);
+    params.rollout_dropped = true;
+    run_tiles();
+  }
 
   const Workspace<E> workspace(args);
   double loss = 0;
@@ -93,8 +126,8 @@ void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
 size_t workspace_bytes(const IpoLossArgs& args) {
   Segments segments = args.segments;
   segments.tile_size = kTileSize;
-  return args.compute_dtype == DType::kFloat64 ? Workspace<double>::bytes(segments)
-                                               : Workspace<float>::bytes(segments);
+  return args.compute_dtype == DType::kFloat64 ? Workspace<double>::bytes(args, segments)
+                                               : Workspace<float>::bytes(args, segments);
 }
 
 void ipo_loss(IpoLossArgs args, const ParallelFor& parallel_for) {

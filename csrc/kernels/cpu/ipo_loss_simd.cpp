@@ -139,7 +139,8 @@ template <Rules kRules, typename E>
 inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int64_t count,
                                                      const LossParams<E>& shared_params,
                                                      const TokenExtras& has,
-                                                     TileSums<Vector<E>>& tile) {
+                                                     TileSums<Vector<E>>& tile,
+                                                     Mask<Vector<E>>& drop_sequence) {
   using T = Vector<E>;
   // A copy: the gradient's stores could change the caller's, and every token would reload them.
   const LossParams<E> params = shared_params;
@@ -163,6 +164,8 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int6
         token_loss<kRules, T>(token, {load<T>(ratios + i), load<T>(mismatches + i)}, params);
     store(chunk.gradient + i, loss.gradient);
     add_token(sums, token, loss, has);
+    if constexpr (kRules == Rules::kAny)
+      drop_sequence |= drops_rollout<T>(token.active, loss.log_ratio, params.rollout_low);
   }
   copy_sums(sums, tile);
 }
@@ -187,19 +190,22 @@ inline __attribute__((always_inline)) TileSums<E> merge_lanes(const TileSums<Vec
 template <Rules kRules, typename E>
 inline __attribute__((always_inline)) TileSums<E> piece_sums(const IpoLossArgs& args,
                                                              const LossParams<E>& params,
-                                                             int64_t begin, int64_t end) {
+                                                             int64_t begin, int64_t end,
+                                                             bool& drops_sequence) {
   Staging<E> staging;
   TileSums<Vector<E>> tile = empty_tile_sums<Vector<E>>();
+  Mask<Vector<E>> drop_sequence = {};
   const TokenExtras has = extras_of(args);
   for (int64_t first = begin; first < end;) {
     const int64_t count = chunk_tokens<E>(end - first);
     const Chunk<E> chunk = stage_chunk<E>(args, first, count, staging);
-    add_chunk<kRules, E>(chunk, count, params, has, tile);
+    add_chunk<kRules, E>(chunk, count, params, has, tile, drop_sequence);
     if (args.gradient != nullptr && chunk.gradient == staging.gradient) {
       memcpy(static_cast<E*>(args.gradient) + first, staging.gradient, count * sizeof(E));
     }
     first += count;
   }
+  for (int lane = 0; lane < kLanes<E>; ++lane) drops_sequence |= drop_sequence[lane] != 0;
   return merge_lanes<E>(tile);
 }
 
@@ -207,8 +213,8 @@ inline __attribute__((always_inline)) TileSums<E> piece_sums(const IpoLossArgs& 
 
 #define IPO_EXT_DEFINE_PIECE_SUMS(name, kRules, E)                                      \
   TileSums<E> name(const IpoLossArgs& args, const LossParams<E>& params, int64_t begin, \
-                   int64_t end) {                                                       \
-    return piece_sums<kRules, E>(args, params, begin, end);                             \
+                   int64_t end, bool& drops_sequence) {                                 \
+    return piece_sums<kRules, E>(args, params, begin, end, drops_sequence);             \
   }
 IPO_EXT_PIECE_SUMS(IPO_EXT_DEFINE_PIECE_SUMS)
 #undef IPO_EXT_DEFINE_PIECE_SUMS

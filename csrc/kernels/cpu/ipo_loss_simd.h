@@ -13,10 +13,11 @@ namespace ipo_ext::cpu {
   X(piece_sums_any_rule_f32, math::Rules::kAny, float) \
   X(piece_sums_any_rule_f64, math::Rules::kAny, double)
 
-// Writes the gradients of tokens [begin, end) and returns their sums.
+// Writes the gradients of tokens [begin, end) and returns their sums. Sets drops_sequence if one of
+// them does.
 #define IPO_EXT_DECLARE_PIECE_SUMS(name, kRules, E)                                  \
   math::TileSums<E> name(const IpoLossArgs& args, const math::LossParams<E>& params, \
-                         int64_t begin, int64_t end);
+                         int64_t begin, int64_t end, bool& drops_sequence);
 #define IPO_EXT_DECLARE_ARCH(arch)               \
   namespace arch {                               \
   IPO_EXT_PIECE_SUMS(IPO_EXT_DECLARE_PIECE_SUMS) \

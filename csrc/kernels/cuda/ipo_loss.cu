@@ -105,7 +105,8 @@ struct TokenGroup {
 // Adds tokens [index, index + kCount) to the thread's sums and writes their gradients.
 template <Rules kRules, typename E, int kCount>
 __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const LossParams<E>& params,
-                                               int64_t index, TileSums<E>& sums) {
+                                               int64_t index, TileSums<E>& sums,
+                                               bool& drops_sequence) {
   TokenGroup<E, kCount> group;
   group.load(args, index);
   E gradients[kCount];
@@ -114,9 +115,23 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
     const Token<E> token = group.token(i, args);
     const TokenLoss<E> loss = token_loss<kRules>(token, params);
     add_token(sums, token, loss, extras_of(args));
+    if constexpr (kRules == Rules::kAny)
+      drops_sequence |= drops_rollout(token.active, loss.log_ratio, params.rollout_low);
     gradients[i] = loss.gradient;
   }
   if (args.gradient != nullptr) store_aligned(static_cast<E*>(args.gradient) + index, gradients);
+}
+
+// Whether any piece of the segment holds a token that drops it, in all threads of the block, all of
+// which must call.
+template <typename E>
+__device__ __forceinline__ bool rollout_is_dropped(const Workspace<E>& workspace,
+                                                   const Segments& segments, int64_t segment) {
+  bool dropped = false;
+  const int64_t end = segments.end_slot(segment);
+  for (int64_t slot = segments.first_slot(segment) + threadIdx.x; slot < end; slot += kThreads)
+    dropped |= workspace.rollout_flags[slot];
+  return __syncthreads_or(dropped);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -124,13 +139,15 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
 // ---------------------------------------------------------------------------------------------------------------------
 
 // One block a tile: each piece of a segment in it is summed to the piece's slot. kCount tokens a
-// load where a whole group lies in the piece, else one by one.
+// load where a whole group lies in the piece, else one by one. A rollout rule launches it a second
+// time, for the pieces of sequences that the first has found to be dropped.
 template <Rules kRules, typename E, int kCount>
 __global__ void __launch_bounds__(kThreads) ipo_loss_tiles(const IpoLossArgs args) {
   using Storage = BlockReduceStorage<TileSums<E>, kThreads>;
   Storage& storage = shared_storage<Storage>();
   const Segments& segments = args.segments;
-  const LossParams<E> params = params_for<E>(args);
+  const LossParams<E> params =
+      kRules == Rules::kAny ? gradient_params_for<E>(args) : params_for<E>(args);
   const Workspace<E> workspace(args);
 
   const int64_t tile = blockIdx.x;
@@ -146,22 +163,37 @@ __global__ void __launch_bounds__(kThreads) ipo_loss_tiles(const IpoLossArgs arg
     const int64_t segment_end = segments.begin(segment + 1);
     const int64_t end = segment_end < tile_end ? segment_end : tile_end;
     if (end <= begin) continue;
+    const int64_t slot = Segments::slot(tile, segment);
+    if constexpr (kRules == Rules::kAny) {
+      if (params.rollout_dropped && !rollout_is_dropped(workspace, segments, segment)) {
+        loss += loss_of_piece(workspace.slots[slot]);
+        begin = end;
+        continue;
+      }
+    }
 
     TileSums<E> sums = empty_tile_sums<E>();
+    bool drops_sequence = false;
     const int64_t first_group = begin - begin % kCount;
     for (int64_t index = first_group + threadIdx.x * kCount; index < end;
          index += kThreads * kCount) {
       if (index >= begin && index + kCount <= end) {
-        process_tokens<kRules, E, kCount>(args, params, index, sums);
+        process_tokens<kRules, E, kCount>(args, params, index, sums, drops_sequence);
       } else if constexpr (kCount > 1) {
         for (int64_t i = index < begin ? begin : index; i < index + kCount && i < end; ++i) {
-          process_tokens<kRules, E, 1>(args, params, i, sums);
+          process_tokens<kRules, E, 1>(args, params, i, sums, drops_sequence);
         }
       }
     }
     sums = block_reduce<kThreads>(sums, MergeTiles(), storage);
-    if (threadIdx.x == 0) workspace.slots[Segments::slot(tile, segment)] = sums;
-    loss += sums.sums[sum::pg_loss] + sums.sums[sum::kl_loss];
+    if (threadIdx.x == 0) workspace.slots[slot] = sums;
+    if constexpr (kRules == Rules::kAny) {
+      if (params.has_rollout_rule && !params.rollout_dropped) {
+        drops_sequence = __syncthreads_or(drops_sequence);
+        if (threadIdx.x == 0) workspace.rollout_flags[slot] = drops_sequence;
+      }
+    }
+    loss += loss_of_piece(sums);
     begin = end;
   }
   if (threadIdx.x == 0) workspace.tile_losses[tile] = loss;
@@ -207,6 +239,8 @@ __device__ void finish_segment(const IpoLossArgs& args, int64_t segment,
     sums = merge(sums, to_segment_sums(workspace.slots[slot]));
   }
   sums = block_reduce<kThreads>(sums, MergeSegments(), storage);
+  if (args.params.has_rollout_rule && rollout_is_dropped(workspace, args.segments, segment))
+    mark_dropped_rollout(sums);
   if (threadIdx.x == 0) store_segment<E>(args, sums, segment);
 }
 
@@ -275,7 +309,12 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
     const auto kernel = args.params.rules() == Rules::kDefault
                             ? tiles_kernel<Rules::kDefault, E>(args)
                             : tiles_kernel<Rules::kAny, E>(args);
-    const cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage), stream, args);
+    cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage), stream, args);
+    if (error == cudaSuccess && args.params.has_rollout_rule) {
+      IpoLossArgs again = args;
+      again.params.rollout_dropped = true;
+      error = launch(kernel, tiles, kThreads, sizeof(TileStorage), stream, again);
+    }
     if (error != cudaSuccess) return error;
   }
   return launch(ipo_loss_finish<E>, 1 + args.segments.count, kThreads, sizeof(FinishStorage),
@@ -286,8 +325,8 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
 
 size_t workspace_bytes(const IpoLossArgs& args) {
   const Segments segments = with_tiles(args.segments);
-  return args.compute_dtype == DType::kFloat64 ? Workspace<double>::bytes(segments)
-                                               : Workspace<float>::bytes(segments);
+  return args.compute_dtype == DType::kFloat64 ? Workspace<double>::bytes(args, segments)
+                                               : Workspace<float>::bytes(args, segments);
 }
 
 const char* ipo_loss(IpoLossArgs args, CUstream_st* stream) {

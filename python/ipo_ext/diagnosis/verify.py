@@ -33,6 +33,7 @@ class Input(NamedTuple):
     columns: int
     nasty: bool = False
     softcap: float | None = None  # for the operators that see logits
+    config: ipo_ext.IPOConfig = ipo_ext.IPOConfig(teacher_tau=0.2, kl_tau=0.1)
 
 
 MakeInputs = Callable[[Input, torch.dtype, torch.Generator], Arguments]
@@ -42,6 +43,18 @@ INPUTS = (
     Input("nasty", rows=101, columns=37, nasty=True),
     Input("softcap", rows=35, columns=130, softcap=20.0),
     Input("wide", rows=3, columns=5003),
+    Input(
+        "another rule",
+        rows=67,
+        columns=131,
+        config=ipo_ext.IPOConfig.kpop(0.3, teacher_tau=0.2, kl_tau=0.1),
+    ),
+    Input(
+        "rollout rule",
+        rows=67,
+        columns=131,
+        config=ipo_ext.IPOConfig.icepop(rollout_min_ratio=2e-3, teacher_tau=0.2),
+    ),
     Input("one row", rows=1, columns=7),
     Input("empty", rows=0, columns=7),
 )
@@ -106,6 +119,9 @@ def constants_of_loss(kind: Input, logprobs: torch.Tensor, generator: torch.Gene
             : len(inference[1::7])
         ]
         advantages[~loss_mask] = math.nan
+    if kind.config.has_rollout_rule:
+        inference[-1:] = logprobs[-1:] + 9  # drops the last sequence
+        loss_mask[-1:] = True
     third = kind.rows // 3
     return {
         "inference_logprobs": inference,
@@ -115,7 +131,7 @@ def constants_of_loss(kind: Input, logprobs: torch.Tensor, generator: torch.Gene
         "loss_weights": torch.rand(kind.rows, generator=generator),
         "cu_seqlens": torch.tensor([0, third, third, kind.rows], dtype=torch.int32),
         "normalizer": torch.tensor(kind.rows + 1.0),
-        "config": ipo_ext.IPOConfig(teacher_tau=0.2, kl_tau=0.1),
+        "config": kind.config,
     }
 
 
@@ -230,6 +246,8 @@ def totals(
     """The metrics of all sequences together."""
     if isinstance(output.metrics, ipo_ext.IPOMetrics):
         whole: Any = output.metrics.total()
+    elif arguments["config"].has_rollout_rule:
+        whole = {}  # without segments all tokens would be one rollout
     else:
         whole = function(**{**arguments, "cu_seqlens": None}).metrics
     return {f"total {name}": value for name, value in whole.items()}
