@@ -34,6 +34,7 @@ def test_defaults_are_upstreams() -> None:
         "teacher_tau": 0.0,
         "mask_rule": "ratio",
         "kl_scope": "kept",
+        "rollout_min_ratio": 0.0,
     }
 
 

@@ -171,6 +171,26 @@ def test_compute_loss_is_upstreams_loop_in_one_launch(monkeypatch: pytest.Monkey
         torch.testing.assert_close(value, expected_metrics[name])
 
 
+def test_compute_loss_drops_the_rollouts_that_the_loop_drops() -> None:
+    batch = micro_batch()
+    batch["inference_logprobs"] = batch["trainer_logprobs"].detach() - 0.1
+    batch["loss_mask"] = torch.ones_like(batch["loss_mask"])
+    batch["inference_logprobs"][-1] += 9  # the last sequence is broken
+    settings = {**SETTINGS, "rollout_min_ratio": 1e-3}
+    loss_fn = prime_rl.setup_loss_fn(CustomLossConfig(kwargs=settings))
+    expected, expected_metrics = upstream_loop(loss_fn, batch, loss_scale=7)
+    loss, metrics = prime_rl.compute_loss(
+        **{name: split(tensor) for name, tensor in batch.items()},
+        teacher_logprobs=None,
+        loss_fn=loss_fn,
+        loss_scale=7,
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, batch), gradient(expected, batch))
+    assert metrics["rollout_dropped"].tolist() == [0, 0, 1]
+    torch.testing.assert_close(metrics["is_masked"], expected_metrics["is_masked"])
+
+
 def test_compute_component_loss_drops_tokens_of_weight_zero() -> None:
     batch = micro_batch()
     weights = torch.rand(sum(LENGTHS)) * (torch.rand(sum(LENGTHS)) < 0.6)

@@ -182,8 +182,8 @@ MUTATIONS = (
     Mutation(
         "rollout-of-one-thread",
         KERNEL,
-        "drops_sequence = __syncthreads_or(drops_sequence);",
-        "__syncthreads_or(drops_sequence);",
+        "storage.drops_sequence = true;",
+        "storage.drops_sequence |= threadIdx.x == 0;",
         "rollout_rule and broken_sequences",
     ),
     Mutation(

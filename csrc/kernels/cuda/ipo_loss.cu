@@ -102,11 +102,17 @@ struct TokenGroup {
   }
 };
 
+template <typename E>
+struct TileStorage {
+  BlockReduceStorage<TileSums<E>, kThreads> sums;
+  bool drops_sequence;  // whether a token of the piece does
+};
+
 // Adds tokens [index, index + kCount) to the thread's sums and writes their gradients.
 template <Rules kRules, typename E, int kCount>
 __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const LossParams<E>& params,
                                                int64_t index, TileSums<E>& sums,
-                                               bool& drops_sequence) {
+                                               TileStorage<E>& storage) {
   TokenGroup<E, kCount> group;
   group.load(args, index);
   E gradients[kCount];
@@ -115,8 +121,10 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
     const Token<E> token = group.token(i, args);
     const TokenLoss<E> loss = token_loss<kRules>(token, params);
     add_token(sums, token, loss, extras_of(args));
-    if constexpr (kRules == Rules::kAny)
-      drops_sequence |= drops_rollout(token.active, loss.log_ratio, params.rollout_low);
+    if constexpr (kRules == Rules::kAny) {
+      if (drops_rollout(token.active, loss.log_ratio, params.rollout_low))
+        storage.drops_sequence = true;
+    }
     gradients[i] = loss.gradient;
   }
   if (args.gradient != nullptr) store_aligned(static_cast<E*>(args.gradient) + index, gradients);
@@ -143,8 +151,7 @@ __device__ __forceinline__ bool rollout_is_dropped(const Workspace<E>& workspace
 // time, for the pieces of sequences that the first has found to be dropped.
 template <Rules kRules, typename E, int kCount>
 __global__ void __launch_bounds__(kThreads) ipo_loss_tiles(const IpoLossArgs args) {
-  using Storage = BlockReduceStorage<TileSums<E>, kThreads>;
-  Storage& storage = shared_storage<Storage>();
+  TileStorage<E>& storage = shared_storage<TileStorage<E>>();
   const Segments& segments = args.segments;
   const LossParams<E> params =
       kRules == Rules::kAny ? gradient_params_for<E>(args) : params_for<E>(args);
@@ -173,25 +180,26 @@ __global__ void __launch_bounds__(kThreads) ipo_loss_tiles(const IpoLossArgs arg
     }
 
     TileSums<E> sums = empty_tile_sums<E>();
-    bool drops_sequence = false;
+    if constexpr (kRules == Rules::kAny) {
+      if (threadIdx.x == 0) storage.drops_sequence = false;
+      __syncthreads();
+    }
     const int64_t first_group = begin - begin % kCount;
     for (int64_t index = first_group + threadIdx.x * kCount; index < end;
          index += kThreads * kCount) {
       if (index >= begin && index + kCount <= end) {
-        process_tokens<kRules, E, kCount>(args, params, index, sums, drops_sequence);
+        process_tokens<kRules, E, kCount>(args, params, index, sums, storage);
       } else if constexpr (kCount > 1) {
         for (int64_t i = index < begin ? begin : index; i < index + kCount && i < end; ++i) {
-          process_tokens<kRules, E, 1>(args, params, i, sums, drops_sequence);
+          process_tokens<kRules, E, 1>(args, params, i, sums, storage);
         }
       }
     }
-    sums = block_reduce<kThreads>(sums, MergeTiles(), storage);
-    if (threadIdx.x == 0) workspace.slots[slot] = sums;
-    if constexpr (kRules == Rules::kAny) {
-      if (params.has_rollout_rule && !params.rollout_dropped) {
-        drops_sequence = __syncthreads_or(drops_sequence);
-        if (threadIdx.x == 0) workspace.rollout_flags[slot] = drops_sequence;
-      }
+    sums = block_reduce<kThreads>(sums, MergeTiles(), storage.sums);
+    if (threadIdx.x == 0) {
+      workspace.slots[slot] = sums;
+      if (kRules == Rules::kAny && params.has_rollout_rule && !params.rollout_dropped)
+        workspace.rollout_flags[slot] = storage.drops_sequence;
     }
     loss += loss_of_piece(sums);
     begin = end;
@@ -302,18 +310,17 @@ auto tiles_kernel(const IpoLossArgs& args) {
 
 template <typename E>
 cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
-  using TileStorage = BlockReduceStorage<TileSums<E>, kThreads>;
   using FinishStorage = BlockReduceStorage<SegmentSums, kThreads>;
   const int64_t tiles = args.segments.num_tiles();
   if (tiles > 0) {
     const auto kernel = args.params.rules() == Rules::kDefault
                             ? tiles_kernel<Rules::kDefault, E>(args)
                             : tiles_kernel<Rules::kAny, E>(args);
-    cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage), stream, args);
+    cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, args);
     if (error == cudaSuccess && args.params.has_rollout_rule) {
       IpoLossArgs again = args;
       again.params.rollout_dropped = true;
-      error = launch(kernel, tiles, kThreads, sizeof(TileStorage), stream, again);
+      error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, again);
     }
     if (error != cudaSuccess) return error;
   }
