@@ -112,7 +112,7 @@ def test_from_mapping_takes_a_section() -> None:
 def test_from_mapping_refuses_an_unknown_field() -> None:
     with pytest.raises(ValueError, match="ipo_threshold") as caught:
         IPOConfig.from_mapping({"kl_tau": 0.1, "ipo_threshold": 0.3})
-    expected = ", ".join([*FIELDS, "mask_rule", "kl_scope"])
+    expected = ", ".join([*FIELDS, "mask_rule", "kl_scope", "rollout_min_ratio"])
     assert str(caught.value) == (
         f"ipo_threshold: expected one of the fields {expected}, got ipo_threshold=0.3"
     )

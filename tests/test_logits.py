@@ -62,13 +62,17 @@ def random_case(
     inference_dtype: torch.dtype = torch.float32,
     token_temperature: bool = False,
     spread: float = 2.0,
+    likely: bool = False,
     **options: Any,
 ) -> Case:
-    """Log-ratios at -3, -0.5, 0.5 or 3, give or take a little: no token is near the band's ends."""
+    """Log-ratios at -3, -0.5, 0.5 or 3, give or take a little: no token is near the band's ends.
+    ``likely``: labels have a probability of about a third, however many columns there are."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, columns, generator=generator) * spread).to(dtype)
     mask = torch.rand(rows, generator=generator) >= masked
     labels = torch.randint(columns, (rows,), generator=generator)
+    if likely:
+        logits[torch.arange(rows), labels] += math.log(columns)
     if token_temperature:
         options["temperature"] = torch.rand(rows, generator=generator) + 0.5
     how = {name: options.get(name) for name in ("temperature", "softcap")}

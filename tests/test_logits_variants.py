@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ from test_logits import (
     strided,
     unaligned,
 )
+from test_mask_rules import RULES
 
 NARROWER = (torch.float16, torch.bfloat16)
 
@@ -107,6 +109,22 @@ def test_every_device(
     assert_accurate(case, backend, grad_loss=0.5)
     for layout in (strided, unaligned):
         assert_accurate(case.with_(logits=layout(case.logits)), backend)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_on_every_device(backend: Backend, device: str, rule: str) -> None:
+    likely = {"masked": 0.2, "spread": 1.0, "likely": True, "config": RULES[rule]}
+    for softcap, dtypes in itertools.product(
+        (None, 30.0),
+        (
+            (torch.bfloat16, torch.float32),
+            (torch.float32, torch.float64),
+            (torch.float64, torch.float64),
+        ),
+    ):
+        dtype, of_loss = dtypes
+        case = random_case(8, 17001, dtype, inference_dtype=of_loss, softcap=softcap, **likely)
+        assert_accurate(case, backend)
 
 
 def test_rows_of_every_length(backend: Backend, device: str) -> None:

@@ -151,19 +151,14 @@ IPO_HOST_DEVICE void store_results(const LogitsArgs& args, int64_t row,
   }
 }
 
-// What an active row's gradient is made of.
+// The derivatives that flow into an active row from its loss; 0 without one.
 template <typename E>
-IPO_HOST_DEVICE math::RowDerivative<E> derivative_of_row(const LogitsArgs& args, int64_t row,
-                                                         const math::RowResult<E>& result,
-                                                         const math::RowSums& sums) {
-  math::RowSlopes<E> slopes = {0, 0};
-  if (has_loss(args)) {
-    slopes.logprob = static_cast<E>(args.loss.compute_dtype == DType::kFloat64
-                                        ? loss_slope<double>(args, row, result.logprob)
-                                        : loss_slope<float>(args, row, result.logprob));
-  }
-  return math::row_derivative<E>(slopes, sums.exponentials, result.entropy,
-                                 scale_of<E>(args, row).inverse_temperature);
+IPO_HOST_DEVICE math::RowSlopes<E> slopes_of_row(const LogitsArgs& args, int64_t row, E logprob) {
+  if (!has_loss(args)) return {0, 0};
+  return {static_cast<E>(args.loss.compute_dtype == DType::kFloat64
+                             ? loss_slope<double>(args, row, logprob)
+                             : loss_slope<float>(args, row, logprob)),
+          0};
 }
 
 // Finishes an active row from its sums: stores the results, returns what its gradient is made of.
@@ -173,7 +168,8 @@ IPO_HOST_DEVICE math::RowDerivative<E> finish_row(const LogitsArgs& args, int64_
                                                   E label_capped) {
   const math::RowResult<E> result = result_of_row<E>(args, row, sums, largest, label_capped);
   store_results(args, row, result, sums, largest);
-  return derivative_of_row(args, row, result, sums);
+  return math::row_derivative<E>(slopes_of_row(args, row, result.logprob), sums.exponentials,
+                                 result.entropy, scale_of<E>(args, row).inverse_temperature);
 }
 
 // The same in the backward pass, from what the forward pass has saved.

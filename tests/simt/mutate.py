@@ -49,6 +49,7 @@ LOSS = "math/token_loss.h"
 RULES = "math/mask_rules.h"
 METRICS = "math/metrics.h"
 LOGITS = "kernels/cuda/logits.cu"
+ROWS = "kernels/logits.h"
 SHARE = "kernels/cuda/row_share.cuh"
 CLUSTER = "kernels/cuda/cluster.cuh"
 
@@ -323,6 +324,20 @@ MUTATIONS = (
         "shifted(parts[part].sums, below / temperature)",
         "shifted(parts[part].sums, 0 * below / temperature)",
         "test_every_device",
+    ),
+    Mutation(
+        "parts-without-their-scale",
+        LOGITS,
+        "      storage.scale = scale_of<E>(args, index);\n      finish_row",
+        "      finish_row",
+        "test_every_device",
+    ),
+    Mutation(
+        "rows-that-know-no-other-rule",
+        ROWS,
+        ": math::token_loss<math::Rules::kAny>(token, params)",
+        ": math::token_loss<math::Rules::kDefault>(token, params)",
+        "every_rule_on_every_device",
     ),
     Mutation(
         "cluster-that-has-not-started",

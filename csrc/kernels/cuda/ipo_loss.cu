@@ -146,11 +146,17 @@ __device__ __forceinline__ bool rollout_is_dropped(const Workspace<E>& workspace
 // Kernels
 // ---------------------------------------------------------------------------------------------------------------------
 
+// Blocks that a multiprocessor must have registers for; 0 leaves that to the compiler, which thinks
+// of two. All rules in fp64 would spill.
+template <Rules kRules, typename E>
+constexpr int kBlocksTogether = kRules == Rules::kAny && sizeof(E) == 8 ? 1 : 0;
+
 // One block a tile: each piece of a segment in it is summed to the piece's slot. kCount tokens a
 // load where a whole group lies in the piece, else one by one. A rollout rule launches it a second
 // time, for the pieces of sequences that the first has found to be dropped.
 template <Rules kRules, typename E, int kCount>
-__global__ void __launch_bounds__(kThreads) ipo_loss_tiles(const IpoLossArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
+    ipo_loss_tiles(const IpoLossArgs args) {
   TileStorage<E>& storage = shared_storage<TileStorage<E>>();
   const Segments& segments = args.segments;
   const LossParams<E> params =

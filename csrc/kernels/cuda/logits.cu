@@ -94,15 +94,24 @@ struct RowPart {
   RowSums sums;
 };
 
-template <typename E, int kThreads>
+// Of 16 bytes each: a step of a thread, as it is held.
+template <typename Stored>
+constexpr int kHeldWords = kGroupColumns<Stored> * sizeof(Compute<Stored>) / sizeof(uint4);
+
+template <typename Stored, int kThreads>
 struct RowStorage {
+  using E = Compute<Stored>;
   ClusterReduceStorage<E, kThreads> largest;
   ClusterReduceStorage<RowSums, kThreads> sums;
-  uint4 aside[8 * kWarpSize];
+  uint4 steps_aside[kHeldGroups<Stored> * kHeldWords<Stored> * kWarpSize];
+  RowShare<Stored, kThreads> share_aside[kWarpSize];
   E extras[2 * kMostGroupColumns];
   LogitScale<E> scale;
   E label_logit;
   int label;
+  RowPart<E> row;  // it and its result wait here while the loss is computed
+  RowResult<E> result;
+  RowSlopes<E> slopes;
   RowPlan<E> plan;
   void* gradient;  // of the row, or null
 
@@ -127,12 +136,12 @@ template <typename Stored, int kThreads, bool kCapped>
 class HeldRow {
  public:
   using Share = RowShare<Stored, kThreads>;
+  using Storage = RowStorage<Stored, kThreads>;
   using E = typename Share::E;
   static constexpr int kColumns = Share::kColumns;
   static constexpr int kRegisterSteps = kCapped ? 0 : kHeldGroups<Stored>;
 
-  __device__ __forceinline__ HeldRow(const RowsArgs& rows, const Share& share,
-                                     RowStorage<E, kThreads>& storage)
+  __device__ __forceinline__ HeldRow(const RowsArgs& rows, Share& share, Storage& storage)
       : share_(share), storage_(storage), steps_(rows.steps) {
     held_ = min(kRegisterSteps + rows.shared_steps, rows.steps);
   }
@@ -239,15 +248,19 @@ class HeldRow {
     }
   }
 
-  // For the first warp: between the two calls its registers are free for other work, without which
-  // the compiler would spill those of all warps.
-  __device__ __forceinline__ void put_aside(uint4* shared) const {
+  // For the first warp: between the two calls its registers, those of the share included, are free
+  // for other work, without which the compiler would spill those of all warps.
+  __device__ __forceinline__ void put_aside() const {
 #pragma unroll
-    for (int i = 0; i < kRegisterSteps; ++i) put<kWarpSize>(shared + threadIdx.x, i, registers_[i]);
+    for (int i = 0; i < kRegisterSteps; ++i)
+      put<kWarpSize>(storage_.steps_aside + threadIdx.x, i, registers_[i]);
+    storage_.share_aside[threadIdx.x] = share_;
   }
-  __device__ __forceinline__ void take_back(const uint4* shared) {
+  __device__ __forceinline__ void take_back() {
 #pragma unroll
-    for (int i = 0; i < kRegisterSteps; ++i) get<kWarpSize>(shared + threadIdx.x, i, registers_[i]);
+    for (int i = 0; i < kRegisterSteps; ++i)
+      get<kWarpSize>(storage_.steps_aside + threadIdx.x, i, registers_[i]);
+    share_ = storage_.share_aside[threadIdx.x];
   }
 
  private:
@@ -293,7 +306,7 @@ class HeldRow {
 
   // A step in shared memory: 16 bytes of each thread side by side. Only the thread itself reads
   // them, so no barrier is needed.
-  static constexpr int kWords = sizeof(E) * kColumns / 16;
+  static constexpr int kWords = kHeldWords<Stored>;
 
   template <int kWidth>
   static __device__ __forceinline__ void put(uint4* shared, int step, const E (&values)[kColumns]) {
@@ -316,8 +329,8 @@ class HeldRow {
     get<kThreads>(storage_.held() + threadIdx.x, step - kRegisterSteps, values);
   }
 
-  const Share& share_;
-  RowStorage<E, kThreads>& storage_;
+  Share& share_;
+  Storage& storage_;
   int steps_;
   int held_;  // of them in registers and shared memory
   E registers_[kRegisterSteps > 0 ? kRegisterSteps : 1][kColumns];
@@ -344,24 +357,36 @@ __device__ __forceinline__ void fill_row(const LogitsArgs& args, int64_t row, bo
   if (gradient != nullptr) share.fill(gradient, steps, value);
 }
 
-// What a row's maximum and sums make of its token and of its gradient.
-template <bool kCapped, typename E>
-__device__ __forceinline__ RowPlan<E> finish_row(const LogitsArgs& args, int64_t index,
-                                                 const LogitScale<E>& scale, const RowPart<E>& row,
-                                                 bool stores_results) {
-  const E label_capped = cap<kCapped>(row.label_logit, scale).value;
+// By one thread: what a row's maximum and sums make of its token and, in `storage`, of its
+// gradient. The row waits in memory while its loss is computed, whose arithmetic needs the
+// registers.
+template <bool kCapped, typename Stored, int kThreads>
+__device__ __forceinline__ void finish_row(const LogitsArgs& args, int64_t index,
+                                           const RowPart<Compute<Stored>>& row, bool stores_results,
+                                           RowStorage<Stored, kThreads>& storage) {
+  using E = Compute<Stored>;
+  storage.row = row;
+  const E label_capped = cap<kCapped>(row.label_logit, storage.scale).value;
   const RowResult<E> result = result_of_row(args, index, row.sums, row.largest, label_capped);
   if (stores_results) store_results(args, index, result, row.sums, row.largest);
-  const RowDerivative<E> derivative = derivative_of_row(args, index, result, row.sums);
-  return plan_of<kCapped>(derivative, scale, row.largest, row.label_logit);
+  storage.result = result;
+  forget_memory();
+  storage.slopes = slopes_of_row(args, index, result.logprob);
+  forget_memory();
+  const LogitScale<E> scale = storage.scale;
+  const RowDerivative<E> derivative =
+      row_derivative<E>(storage.slopes, storage.row.sums.exponentials, storage.result.entropy,
+                        scale.inverse_temperature);
+  storage.plan = plan_of<kCapped>(derivative, scale, storage.row.largest, storage.row.label_logit);
 }
 
 // The first two passes over what the blocks of a cluster hold. Leaves the label, its logit and the
 // scale in `storage`; the maximum is valid in every thread, the sums in the first warp.
-template <bool kCapped, typename E, int kThreads, typename Held>
-__device__ __forceinline__ RowPart<E> reduce_row(const LogitsArgs& args, int64_t index,
-                                                 const Cluster& cluster, Held& held,
-                                                 RowStorage<E, kThreads>& storage) {
+template <typename Stored, int kThreads, bool kCapped>
+__device__ __forceinline__ RowPart<Compute<Stored>> reduce_row(
+    const LogitsArgs& args, int64_t index, const Cluster& cluster,
+    HeldRow<Stored, kThreads, kCapped>& held, RowStorage<Stored, kThreads>& storage) {
+  using E = Compute<Stored>;
   cluster.say_started();
   const int64_t label = label_of(args, index);
   const E label_logit = held.logit(label);
@@ -384,21 +409,22 @@ __device__ __forceinline__ RowPart<E> reduce_row(const LogitsArgs& args, int64_t
 }
 
 // The row, from its logits to its gradient.
-template <typename Gradient, bool kCapped, int kThreads, typename E, typename Stored>
+template <typename Gradient, bool kCapped, int kThreads, typename Stored>
 __device__ __forceinline__ void process_row(const RowsArgs& rows, int64_t index,
-                                            const RowShare<Stored, kThreads>& share,
+                                            RowShare<Stored, kThreads>& share,
                                             const Cluster& cluster,
-                                            RowStorage<E, kThreads>& storage) {
+                                            RowStorage<Stored, kThreads>& storage) {
+  using E = Compute<Stored>;
   const LogitsArgs& args = rows.logits;
   HeldRow<Stored, kThreads, kCapped> held(rows, share, storage);
-  const RowPart<E> row = reduce_row<kCapped>(args, index, cluster, held, storage);
+  const RowPart<E> row = reduce_row(args, index, cluster, held, storage);
   if (threadIdx.x < kWarpSize) {
-    held.put_aside(storage.aside);
+    held.put_aside();
     if (threadIdx.x == 0) {
-      storage.plan = finish_row<kCapped>(args, index, storage.scale, row, cluster.rank == 0);
+      finish_row<kCapped>(args, index, row, cluster.rank == 0, storage);
       storage.gradient = gradient_of_row<Gradient>(args, index);
     }
-    held.take_back(storage.aside);
+    held.take_back();
   }
   if (args.gradient.data == nullptr) return;
   __syncthreads();
@@ -436,10 +462,10 @@ __device__ __forceinline__ void stream_gradient(const RowShare<Stored, kThreads>
 }
 
 // The maximum and the sums of a row from those of its parts, in thread 0. All threads must call.
-template <typename E, int kThreads>
+template <typename E, typename Stored, int kThreads>
 __device__ __forceinline__ RowPart<E> merge_parts(const LogitsArgs& args, int64_t index,
                                                   const RowPart<E>* parts, int count,
-                                                  RowStorage<E, kThreads>& storage) {
+                                                  RowStorage<Stored, kThreads>& storage) {
   const Cluster alone = {0, 1};
   E largest = -std::numeric_limits<E>::infinity();
   for (int part = threadIdx.x; part < count; part += kThreads)
@@ -487,13 +513,13 @@ template <typename Stored, typename Gradient, int kThreads, bool kCapped>
 __global__ void __launch_bounds__(kThreads, blocks_together(kThreads))
     logits_rows(const RowsArgs rows) {
   using E = Compute<Stored>;
-  RowStorage<E, kThreads>& storage = shared_storage<RowStorage<E, kThreads>>();
+  RowStorage<Stored, kThreads>& storage = shared_storage<RowStorage<Stored, kThreads>>();
   const LogitsArgs& args = rows.logits;
   const Cluster cluster = this_cluster();
   const int64_t index = blockIdx.x / cluster.blocks;
-  const RowShare<Stored, kThreads> share(args.logits.row<Stored>(index),
-                                         static_cast<int>(args.logits.columns), cluster.rank,
-                                         cluster.blocks);
+  RowShare<Stored, kThreads> share(args.logits.row<Stored>(index),
+                                   static_cast<int>(args.logits.columns), cluster.rank,
+                                   cluster.blocks);
   if (!row_flows<E>(args, index)) {
     fill_row<E>(args, index, cluster.rank == 0, share, rows.steps,
                 gradient_of_row<Gradient>(args, index));
@@ -507,16 +533,16 @@ template <typename Stored, bool kCapped>
 __global__ void __launch_bounds__(kPartThreads, blocks_together(kPartThreads))
     logits_parts(const RowsArgs rows) {
   using E = Compute<Stored>;
-  RowStorage<E, kPartThreads>& storage = shared_storage<RowStorage<E, kPartThreads>>();
+  RowStorage<Stored, kPartThreads>& storage = shared_storage<RowStorage<Stored, kPartThreads>>();
   const LogitsArgs& args = rows.logits;
   const int64_t index = blockIdx.x / rows.parts;
   if (!row_flows<E>(args, index)) return;
-  const RowShare<Stored, kPartThreads> share(args.logits.row<Stored>(index),
-                                             static_cast<int>(args.logits.columns),
-                                             blockIdx.x % rows.parts, rows.parts);
+  RowShare<Stored, kPartThreads> share(args.logits.row<Stored>(index),
+                                       static_cast<int>(args.logits.columns),
+                                       blockIdx.x % rows.parts, rows.parts);
   const Cluster alone = {0, 1};
   HeldRow<Stored, kPartThreads, kCapped> held(rows, share, storage);
-  const RowPart<E> part = reduce_row<kCapped>(args, index, alone, held, storage);
+  const RowPart<E> part = reduce_row(args, index, alone, held, storage);
   if (threadIdx.x == 0) static_cast<RowPart<E>*>(args.workspace)[blockIdx.x] = part;
 }
 
@@ -526,7 +552,8 @@ template <typename Stored, typename Gradient, bool kCapped>
 __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
     logits_stream(const RowsArgs rows) {
   using E = Compute<Stored>;
-  RowStorage<E, kStreamThreads>& storage = shared_storage<RowStorage<E, kStreamThreads>>();
+  RowStorage<Stored, kStreamThreads>& storage =
+      shared_storage<RowStorage<Stored, kStreamThreads>>();
   const LogitsArgs& args = rows.logits;
   const int64_t index = blockIdx.x / rows.stream_parts;
   const int part = blockIdx.x % rows.stream_parts;
@@ -552,8 +579,10 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
   } else {
     const RowPart<E>* parts = static_cast<const RowPart<E>*>(args.workspace) + index * rows.parts;
     const RowPart<E> row = merge_parts(args, index, parts, rows.parts, storage);
-    if (threadIdx.x == 0)
-      storage.plan = finish_row<kCapped>(args, index, scale_of<E>(args, index), row, part == 0);
+    if (threadIdx.x == 0) {
+      storage.scale = scale_of<E>(args, index);
+      finish_row<kCapped>(args, index, row, part == 0, storage);
+    }
   }
   if (gradient == nullptr) return;
   __syncthreads();

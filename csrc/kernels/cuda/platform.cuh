@@ -18,6 +18,9 @@ __device__ __forceinline__ T& shared_storage() {
 #endif
 }
 
+// Makes the compiler load what lies in memory again, instead of keeping it in registers until then.
+__device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
+
 // Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args), in clusters of that many
 // blocks.
 template <typename Args>

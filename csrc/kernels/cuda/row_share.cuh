@@ -17,7 +17,6 @@ template <typename Stored>
 constexpr int kGroupColumns = 16 / sizeof(Stored);
 
 // Groups that a thread holds in registers: up to half of the 64 that blocks_together() leaves it.
-// More of them spill more (docs/performance.md).
 template <typename Stored>
 constexpr int kHeldGroups = std::is_same_v<Stored, float>     ? 6
                             : std::is_same_v<Stored, Float16> ? 3
