@@ -330,7 +330,7 @@ MUTATIONS = (
         LOGITS,
         "      storage.scale = scale_of<E>(args, index);\n      finish_row",
         "      finish_row",
-        "test_every_device",
+        "test_every_device and parts-torch.bfloat16",
     ),
     Mutation(
         "rows-that-know-no-other-rule",
