@@ -98,6 +98,15 @@ def test_only_the_broken_sequences_are_dropped(backend: Backend, segments: str) 
     assert (ours.metrics["is_masked"].cpu()[whole] == 1).all()
 
 
+def test_a_long_sequence_is_dropped_whole(backend: Backend) -> None:
+    tokens = 2**18 + 1025  # more tiles than a block of the kernel has threads
+    case = broken(random_case(tokens).with_(config=ICEPOP), tokens - 1)
+    case = case.with_(loss_mask=case.loss_mask.index_fill(0, torch.tensor([tokens - 1]), True))
+    result = evaluate(case.to(backend.device))
+    assert not result.gradient.any()
+    assert float(result.metrics["rollout_dropped"]) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_bound_is_exact(backend: Backend, dtype: torch.dtype) -> None:
     bound = torch.tensor(math.log(1e-3), dtype=torch.float64).to(dtype)

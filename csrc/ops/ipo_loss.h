@@ -26,8 +26,13 @@ inline math::LossParams<double> loss_params(int64_t mask_rule, bool kl_active,
                                             double teacher_tau) {
   IPO_EXT_CHECK(mask_rule >= 0 && mask_rule < static_cast<int64_t>(math::MaskRule::kCount),
                 "mask_rule: expected the index of a rule, got ", mask_rule);
-  math::LossParams<double> params = {low, high, adv_tau, kl_tau, teacher_tau};
+  math::LossParams<double> params = {};
   params.rule = static_cast<math::MaskRule>(mask_rule);
+  params.low = low;
+  params.high = high;
+  params.adv_tau = adv_tau;
+  params.kl_tau = kl_tau;
+  params.teacher_tau = teacher_tau;
   params.kl_active = kl_active;
   params.has_rollout_rule = rollout_low.has_value();
   params.rollout_low = rollout_low.value_or(0);

@@ -188,18 +188,11 @@ MUTATIONS = (
         "rollout_rule and broken_sequences",
     ),
     Mutation(
-        "rollout-flags-rewritten",
-        KERNEL,
-        "params.has_rollout_rule && !params.rollout_dropped)",
-        "params.has_rollout_rule)",
-        "rollout_rule and broken_sequences",
-    ),
-    Mutation(
         "rollout-flags-of-a-few",
         KERNEL,
         "slot += kThreads)\n    dropped",
         "slot += end)\n    dropped",
-        "rollout_rule and broken_sequences",
+        "rollout_rule and long_sequence",
     ),
     Mutation(
         "rollout-loss-twice",
