@@ -1,5 +1,6 @@
 // Tier 1 on the CPU: fixed tiles in parallel, then their sums in order, so that the result does not
-// depend on the number of threads.
+// depend on the number of threads. Fixed groups of tiles are what threads take; a segment that lies
+// in one group is finished with it, the others at the end.
 #include "kernels/ipo_loss.h"
 
 #include <algorithm>
@@ -13,7 +14,8 @@ using math::SegmentSums;
 using math::TileSums;
 
 constexpr int64_t kTileSize = 2048;
-constexpr int64_t kTilesPerThread = 4;  // fewer do not pay for waking a thread
+constexpr int64_t kTilesPerGroup = 4;  // fewer do not pay for waking a thread
+constexpr int64_t kGroupSize = kTilesPerGroup * kTileSize;
 
 template <typename E>
 using PieceSums = TileSums<E> (*)(const IpoLossArgs&, const math::LossParams<E>&, int64_t begin,
@@ -30,14 +32,27 @@ PieceSums<E> best_piece_sums();
 IPO_EXT_PIECE_SUMS(IPO_EXT_CHOOSE_PIECE_SUMS)
 #undef IPO_EXT_CHOOSE_PIECE_SUMS
 
-// The last segment that begins at or before `token`.
-int64_t segment_of(const Segments& segments, int64_t token) {
+// How many segments begin before `token`.
+int64_t segments_before(const Segments& segments, int64_t token) {
   int64_t low = 0, high = segments.count;
-  while (high - low > 1) {
+  while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    (segments.begin(middle) <= token ? low : high) = middle;
+    segments.begin(middle) < token ? low = middle + 1 : high = middle;
   }
   return low;
+}
+
+// The last segment that begins at or before `token`.
+int64_t segment_of(const Segments& segments, int64_t token) {
+  return segments_before(segments, token + 1) - 1;
+}
+
+// The group of tiles that holds all tokens of segment s, or -1; of an empty one, where it begins.
+int64_t group_of_segment(const Segments& segments, int64_t s) {
+  const int64_t group = segments.begin(s) / kGroupSize;
+  const bool fits =
+      segments.begin(s) < segments.tokens && segments.begin(s + 1) <= (group + 1) * kGroupSize;
+  return fits ? group : -1;
 }
 
 // With params.rollout_dropped, a second time: for the pieces of dropped sequences.
@@ -99,26 +114,43 @@ void finish_segment(const IpoLossArgs& args, int64_t s) {
 }
 
 template <typename E>
+void run_group(const IpoLossArgs& args, const math::LossParams<E>& params, int64_t group) {
+  const Segments& segments = args.segments;
+  const int64_t first_tile = group * kTilesPerGroup;
+  const int64_t end_tile = std::min(first_tile + kTilesPerGroup, segments.num_tiles());
+  for (int64_t tile = first_tile; tile < end_tile; ++tile) run_tile<E>(args, params, tile);
+
+  if (params.has_rollout_rule && !params.rollout_dropped) return;  // sums are not final
+  int64_t s = segments_before(segments, group * kGroupSize);
+  for (; s < segments.count && group_of_segment(segments, s) == group; ++s) {
+    finish_segment<E>(args, s);
+  }
+}
+
+template <typename E>
 void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
   math::LossParams<E> params = gradient_params_for<E>(args);
   const int64_t tiles = args.segments.num_tiles();
-  const auto run_tiles = [&] {
-    parallel_for(tiles, kTilesPerThread, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) run_tile<E>(args, params, tile);
+  const auto run_groups = [&] {
+    const int64_t groups = (tiles + kTilesPerGroup - 1) / kTilesPerGroup;
+    parallel_for(groups, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) run_group<E>(args, params, group);
     });
   };
-  run_tiles();
+  run_groups();
   if (params.has_rollout_rule) {
     spread_rollout_flags<E>(args);
     params.rollout_dropped = true;
-    run_tiles();
+    run_groups();
   }
 
   const Workspace<E> workspace(args);
   double loss = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) loss += workspace.tile_losses[tile];
   *static_cast<E*>(args.loss) = static_cast<E>(normalized_loss(loss, args));
-  for (int64_t s = 0; s < args.segments.count; ++s) finish_segment<E>(args, s);
+  for (int64_t s = 0; s < args.segments.count; ++s) {
+    if (group_of_segment(args.segments, s) < 0) finish_segment<E>(args, s);
+  }
 }
 
 }  // namespace
