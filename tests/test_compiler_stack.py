@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -364,8 +365,9 @@ def one_process(backend: Backend) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_a_step_with_fsdp_and_checkpointing(
-    backend: Backend, subject: Subject, one_process: Any
+    backend: Backend, subject: Subject, kind: str, one_process: Any
 ) -> None:
     """Blocks and loss compiled without a graph break, parameters sharded, as trainers do it."""
     tokens = torch.arange(TOKENS, device=backend.device) % VOCABULARY
@@ -378,11 +380,30 @@ def test_a_step_with_fsdp_and_checkpointing(
         sharded.blocks[index] = torch.compile(block, fullgraph=True, backend="aot_eager")
         fully_shard(sharded.blocks[index], mesh=one_process)
     fully_shard(sharded, mesh=one_process)
-    compiled = torch.compile(subject.objective, fullgraph=True, backend="aot_eager")
+    loss = checkpointed(subject, kind)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
 
-    subject.objective(first_of(subject, policy(tokens)), *constants).backward()
+    loss(first_of(subject, policy(tokens)), *constants).backward()
     compiled(first_of(subject, sharded(tokens)), *constants).backward()
-    for plain, shard in zip(policy.parameters(), sharded.parameters(), strict=True):
-        assert isinstance(shard.grad, DTensor)
-        torch.testing.assert_close(shard.grad.full_tensor(), plain.grad)
+    assert_same_gradients(sharded, policy)
     assert not counters["graph_break"]
+
+
+def test_a_sharded_head_gives_the_loss(backend: Backend, one_process: Any) -> None:
+    """Tier 3 with the head's own weight: FSDP gathers it for the head's forward pass."""
+    subject = SUBJECTS["ipo_loss_from_hidden"]
+    hidden, (_, *constants) = subject.inputs(TOKENS, backend.device)
+    torch.manual_seed(0)
+    linear = nn.Linear(VOCABULARY, VOCABULARY, bias=False, device=backend.device)
+    head = ipo_ext.IPOLMHead(linear)
+    sharded = ipo_ext.IPOLMHead(copy.deepcopy(linear))
+    fully_shard(sharded, mesh=one_process)
+    for module in (head, sharded):
+        module(hidden, *constants).loss.backward()
+    assert_same_gradients(sharded, head)
+
+
+def assert_same_gradients(sharded: nn.Module, plain: nn.Module) -> None:
+    for shard, whole in zip(sharded.parameters(), plain.parameters(), strict=True):
+        assert isinstance(shard.grad, DTensor)
+        torch.testing.assert_close(shard.grad.full_tensor(), whole.grad)

@@ -877,6 +877,8 @@ def test_modules(backend: Backend) -> None:
     torch.testing.assert_close(linear.weight.grad, expected.of_weight)
     capped = 4 * (F.linear(case.hidden, linear.weight) / 4).tanh()
     torch.testing.assert_close(head(case.hidden), capped)
+    with pytest.raises(TypeError, match="labels: expected a tensor beside the loss's other"):
+        head(case.hidden, temperature=0.8)
     with pytest.raises(ValueError, match=r"linear: expected an nn\.Linear without bias"):
         ipo_ext.IPOLMHead(nn.Linear(3, 4))
     doubles = type(

@@ -67,10 +67,14 @@ def outputs(function: str, device: str, requires_grad: bool) -> list[torch.Tenso
     labels = torch.empty(5, dtype=torch.int64, device=device)
     logits = torch.empty(5, 7, device=device, requires_grad=requires_grad)
     trainer = torch.empty(5, device=device, requires_grad=requires_grad)
+    hidden = torch.empty(5, 3, device=device, requires_grad=requires_grad)
+    weight = torch.empty(7, 3, device=device, requires_grad=requires_grad)
     arguments: dict[str, tuple[Any, ...]] = {
         "ipo_loss": (trainer, values, values, mask),
         "ipo_loss_from_logits": (logits, labels, values, values, mask),
+        "ipo_loss_from_hidden": (hidden, weight, labels, values, values, mask),
         "token_logprobs": (logits, labels),
+        "linear_token_logprobs": (hidden, weight, labels),
     }
     made = getattr(ipo_ext, function)(*arguments[function])
     tensors = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, torch.Tensor)]
@@ -81,7 +85,7 @@ def outputs(function: str, device: str, requires_grad: bool) -> list[torch.Tenso
     return tensors
 
 
-PUBLIC = ("ipo_loss", "ipo_loss_from_logits", "token_logprobs")
+PUBLIC = [name for name in ipo_ext.__all__ if "loss" in name or "logprobs" in name]
 
 
 @pytest.mark.parametrize("function", PUBLIC)

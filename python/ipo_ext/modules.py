@@ -138,6 +138,11 @@ class IPOLMHead(LinearIPOLoss):
     ) -> IPOOutput | torch.Tensor:
         """``LinearIPOLoss`` over the head's own weight; ``[..., V]`` logits without labels."""
         if labels is None:
+            if args or optional:
+                raise TypeError(
+                    "labels: expected a tensor beside the loss's other arguments, got None; "
+                    "without labels the head gives logits, of the hidden states alone"
+                )
             logits = F.linear(hidden, self.weight)
             return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
         return super().forward(hidden, self.weight, labels, *args, **optional)
