@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import ipo_ext
 from backends import Backend
 from ipo_ext import _C, _operators
 from ipo_ext.__main__ import main
+from ipo_ext.config import MaskRule
 from ipo_ext.diagnosis import info, verify
 
 # ---------------------------------------------------------------------------------------------
@@ -78,20 +78,23 @@ def test_an_uncovered_gpu_is_told_what_to_do() -> None:
 # verify
 
 
-def checks(backend: Backend) -> list[verify.Check]:
-    return [
-        verify.Check(str(backend.device), *row)
-        for row in itertools.product(verify.OPERATORS, verify.DTYPES, verify.INPUTS)
-    ]
-
-
 def test_every_public_operator_is_verified() -> None:
     functions = {name for name in ipo_ext.__all__ if "loss" in name or "logprobs" in name}
     assert set(verify.OPERATORS) == functions
 
 
 def test_all_is_well(backend: Backend) -> None:
-    assert [f"{check}: {wrong}" for check in checks(backend) if (wrong := check.run())] == []
+    # The widest rows, a minute of float64, are test_logits_variants.py's.
+    checks = [c for c in verify.checks_on(str(backend.device)) if not c.kind.only_gpus]
+    assert [f"{check}: {wrong}" for check in checks if (wrong := check.run())] == []
+
+
+def test_every_rule_and_every_shape_of_rows_is_verified() -> None:
+    assert {kind.config.mask_rule for kind in verify.INPUTS} == set(get_args(MaskRule))
+    assert any(kind.config.has_rollout_rule for kind in verify.INPUTS)
+    ends = (16_384, 32_768, 65_536, 163_840, 2**18)  # kClusterShapes
+    for begin, end in zip((0, *ends), ends, strict=False):
+        assert any(begin < kind.columns <= end and kind.only_gpus for kind in verify.INPUTS)
 
 
 Break = Callable[[list[torch.Tensor]], None]

@@ -34,6 +34,7 @@ class Input(NamedTuple):
     nasty: bool = False
     softcap: float | None = None  # for the operators that see logits
     config: ipo_ext.IPOConfig = ipo_ext.IPOConfig(teacher_tau=0.2, kl_tau=0.1)
+    only_gpus: bool = False
 
 
 MakeInputs = Callable[[Input, torch.dtype, torch.Generator], Arguments]
@@ -43,20 +44,19 @@ INPUTS = (
     Input("nasty", rows=101, columns=37, nasty=True),
     Input("softcap", rows=35, columns=130, softcap=20.0),
     Input("wide", rows=3, columns=5003),
-    Input(
-        "another rule",
-        rows=67,
-        columns=131,
-        config=ipo_ext.IPOConfig.kpop(0.3, teacher_tau=0.2, kl_tau=0.1),
-    ),
-    Input(
-        "rollout rule",
-        rows=67,
-        columns=131,
-        config=ipo_ext.IPOConfig.icepop(rollout_min_ratio=2e-3, teacher_tau=0.2),
-    ),
     Input("one row", rows=1, columns=7),
     Input("empty", rows=0, columns=7),
+    # Other kernels than the default rule's.
+    Input("dppo", rows=67, columns=131, config=ipo_ext.IPOConfig.dppo()),
+    Input("prob_diff", rows=67, columns=131, config=ipo_ext.IPOConfig.prob_diff()),
+    Input("kpop", rows=67, columns=131, config=ipo_ext.IPOConfig.kpop(0.1)),
+    Input("icepop", rows=67, columns=131, config=ipo_ext.IPOConfig.icepop(rollout_min_ratio=2e-3)),
+    # One for each shape in which a GPU shares rows (csrc/kernels/cuda/row_sharing.cuh).
+    Input("16,003 columns", rows=160, columns=16_003, only_gpus=True),
+    Input("32,003 columns", rows=80, columns=32_003, only_gpus=True),
+    Input("64,007 columns", rows=40, columns=64_007, only_gpus=True),
+    Input("151,936 columns", rows=20, columns=151_936, only_gpus=True),
+    Input("200,003 columns", rows=20, columns=200_003, only_gpus=True),
 )
 
 
@@ -290,6 +290,11 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 # The command
 
 
+def checks_on(device: str) -> list[Check]:
+    kinds = [kind for kind in INPUTS if device != "cpu" or not kind.only_gpus]
+    return [Check(device, *row) for row in itertools.product(OPERATORS, DTYPES, kinds)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs every check; prints what fails, then one line. 0 if all holds everywhere, else 1."""
     parser = argparse.ArgumentParser(
@@ -301,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(devices) > 1 and not _C.CUDA_ARCHITECTURES:
         print("FAILED: this machine has a GPU, and this build of ipo_ext has no CUDA operators")
         return 1
-    checks = [Check(*row) for row in itertools.product(devices, OPERATORS, DTYPES, INPUTS)]
+    checks = [check for device in devices for check in checks_on(device)]
     failures = []
     for check in _progress(checks):
         wrong = check.run()
