@@ -55,7 +55,9 @@ class IPOConfig:
     kl_scope: KLScope = "kept"
     rollout_min_ratio: float = 0.0
 
-    _log_bounds: ClassVar[dict[torch.dtype, tuple[float, float]]]  # of an instance; no field
+    # Of an instance; no fields. Made once: torch.compile would compute with the floats otherwise.
+    _log_bounds: ClassVar[dict[torch.dtype, tuple[float, float]]]
+    _rollout_lows: ClassVar[dict[torch.dtype, float]]  # empty for no rollout rule
 
     def __post_init__(self) -> None:
         for name, words in _WORDS.items():
@@ -72,6 +74,12 @@ class IPOConfig:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        rollout_lows = {
+            dtype: _round_to(math.log(self.rollout_min_ratio), dtype)
+            for dtype in _LOG_RANGE
+            if self.rollout_min_ratio > 0
+        }
+        object.__setattr__(self, "_rollout_lows", rollout_lows)
         low, high = self.dppo_mask_low, self.dppo_mask_high
         if not 0 <= low < math.inf:
             raise ValueError(f"dppo_mask_low: expected a finite number >= 0, got {low!r}")
@@ -160,7 +168,7 @@ class IPOConfig:
     @property
     def has_rollout_rule(self) -> bool:
         """Whether a token can drop its whole sequence."""
-        return self.rollout_min_ratio > 0
+        return bool(self._rollout_lows)
 
     def settings(
         self, dtype: torch.dtype
@@ -173,7 +181,7 @@ class IPOConfig:
         low, high, adv_tau, kl_tau, teacher_tau = map(
             float, (*bounds, self.adv_tau, self.kl_tau, self.teacher_tau)
         )
-        rollout_low = self._rollout_low(dtype)
+        rollout_low = self._rollout_lows.get(dtype)
         kl_active = self.kl_scope == "active"
         return rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau
 
@@ -184,12 +192,6 @@ class IPOConfig:
         infinite and ``exp`` of none overflows (docs/math.md, "The band").
         """
         return self._log_bounds[dtype]
-
-    def _rollout_low(self, dtype: torch.dtype) -> float | None:
-        """The rollout rule's bound on ``log r``, rounded like those of the band; None for none."""
-        if not self.has_rollout_rule:
-            return None
-        return _round_to(math.log(self.rollout_min_ratio), dtype)
 
 
 _WORDS: dict[str, tuple[str, ...]] = {
