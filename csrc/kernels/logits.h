@@ -32,7 +32,8 @@ struct LogitsMatrix {
 };
 
 // One struct for the three uses:
-//   loss      loss.loss_mask set: derivatives are those of the loss, written in the same pass
+//   loss      loss.loss_mask set, and `active` to it: derivatives are those of the loss, written in
+//             the same pass
 //   forward   nothing set: log-probabilities, entropies, and the softmax for the backward pass
 //   backward  grad_logprobs set; logprobs is not used, entropy and softmax are read
 struct LogitsArgs {

@@ -1,12 +1,14 @@
 // Tier 1's operators: allocation, dtypes and launch, the same text for every backend.
 #pragma once
 
+#include <limits>
 #include <tuple>
 
 #include "ops/backend.h"
 
 namespace ipo_ext {
 
+// To a rollout rule, without cu_seqlens all tokens are one sequence.
 inline constexpr const char* kIpoLossSchema =
     "ipo_loss(Tensor trainer_logprobs, Tensor inference_logprobs, Tensor advantages, Tensor "
     "loss_mask, "
@@ -35,7 +37,7 @@ inline math::LossParams<double> loss_params(int64_t mask_rule, bool kl_active,
   params.teacher_tau = teacher_tau;
   params.kl_active = kl_active;
   params.has_rollout_rule = rollout_low.has_value();
-  params.rollout_low = rollout_low.value_or(0);
+  params.rollout_low = rollout_low.value_or(-std::numeric_limits<double>::infinity());
   return params;
 }
 
@@ -55,7 +57,8 @@ inline void check_normalizer(const ScalarInput& normalizer) {
 }
 
 // One call of tier 1's kernels: checks the inputs, owns the copies that they needed and the
-// results. Tier 2 makes its log-probabilities and entropies first, and takes no per-token gradient.
+// results. Tier 2 makes its log-probabilities and entropies first, and takes a per-token gradient
+// under a rollout rule alone.
 class __attribute__((visibility("hidden"))) IpoLossCall {
  public:
   IpoLossCall(const Tensor& trainer_logprobs, const Tensor& inference_logprobs,

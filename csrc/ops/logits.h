@@ -1,6 +1,7 @@
 // Tier 2's operators: from a tensor of logits to the kernels' matrix, and tier 1's call on the
-// log-probabilities that come out. Tier 3 runs the same three steps (faults, rows, loss) one by
-// one, the middle one for each chunk.
+// log-probabilities that come out. Tier 3 runs the same steps (faults, rows, loss; under a
+// rollout rule faults, log-probabilities, loss, gradient) one by one, those over rows for each
+// chunk.
 #pragma once
 
 #include <tuple>
@@ -312,7 +313,8 @@ template <typename Backend>
 void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss) {
   const LogitsMatrix gradient = std::exchange(rows.args.gradient, {});
   rows.args.loss = {};
-  const Tensor softmax = rows.per_token(2, rows.args.softmax);
+  std::optional<Tensor> softmax;
+  if (gradient.data != nullptr) softmax = rows.per_token(2, rows.args.softmax);
   rows.run<Backend>();
   loss.run<Backend>();
   if (gradient.data == nullptr) return;
@@ -433,6 +435,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_of_rows(
       cu_seqlens, normalizer, entropy,
       loss_params(mask_rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau),
       with_gradient);
+  IPO_EXT_CHECK(normalized || rollout_low.has_value(),
+                "normalized: expected True without a rollout rule, got False");
   loss.args.normalized = normalized;
   loss.args.fault = fault_flag(fault, logprobs);
   loss.run<Backend>();

@@ -192,7 +192,8 @@ def _loss_of_whole_rollouts(
 ) -> tuple[torch.Tensor, ...]:
     """A rollout rule needs all log-probabilities of a sequence before any gradient.
 
-    So the logits are made twice, the second time for tokens that pay.
+    So the logits are made twice, the second time for tokens that pay; without ``num_active`` each
+    time reads a count back.
     """
     labels = inputs.labels.masked_fill(~inputs.loss_mask, _IGNORED_LABEL)
     head = HeadInputs.of(inputs)._replace(labels=labels)
@@ -231,7 +232,7 @@ def _loss_of_rows(
             *inputs.settings,
             fault,
             with_slopes,
-            _operators.gradient_is_normalized(inputs.weight.dtype),
+            not with_slopes or _operators.gradient_is_normalized(inputs.weight.dtype),
         )
     )
 

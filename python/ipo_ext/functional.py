@@ -37,7 +37,8 @@ def ipo_loss(
     where x and r are finite and ``log(dppo_mask_low) <= x <= log(dppo_mask_high)``; a kept token
     pays ``w * (-A' * r + kl_tau * x**2)``, every other token exactly 0, whatever it holds. Source:
     PrimeIntellect-ai/prime-rl pull request 2423; docs/math.md derives it. Other rules of
-    ``config`` keep other tokens; a rollout rule takes one more launch.
+    ``config`` keep other tokens; a rollout rule takes one more launch, and a few small ones where
+    it takes the rows of ``[..., T]`` for sequences.
 
     Everything is computed in float64 if either log-probability is float64, else in float32.
 
@@ -252,8 +253,8 @@ def ipo_loss_from_hidden(
     the gradient over the logits, and what that adds to the gradients of hidden states and weight:
     three matrix products and none for tokens that do not train. The gradients are made in forward,
     so the loss can run backward once; only those that are needed are made. A rollout rule
-    (``config.rollout_min_ratio``) must see all log-probabilities first: a fourth product, and only
-    tokens that pay take part in the other three.
+    (``config.rollout_min_ratio``) must see all log-probabilities first: a fourth product, and
+    without ``num_active`` a second count, so that only tokens that pay take part in the others.
 
     Logits are float32 (float64 for float64 inputs) whatever the dtype of ``hidden``; the weight's
     gradient is summed in float32 and rounded once, in backward. Under ``torch.autocast`` hidden
