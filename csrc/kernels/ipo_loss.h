@@ -26,8 +26,8 @@ struct IpoLossArgs {
   const bool* loss_mask;          // [tokens]
   ScalarInput normalizer;
   math::LossParams<double> params;  // inv_normalizer is the kernels' to fill
-  bool normalized = true;           // whether the gradient already holds 1 / normalizer; it must
-                                    // without a rule but the default's
+  bool normalized = true;           // whether the gradient already holds 1 / normalizer; under the
+                                    // default rule it always does
   Segments segments;                // tile_size is the launchers' to fill
   const int32_t* fault = nullptr;   // [1], CUDA: not 0 poisons the loss; null: nothing is wrong
 
