@@ -53,26 +53,27 @@ def make_batch(
     No log-ratio lies near the band's ends, where logits rounded to bf16 could decide otherwise:
     every provider has to keep the same tokens.
     """
-    random = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, width, generator=random).to(device, dtype)
-    weight = (torch.randn(vocabulary, width, generator=random) / width**0.5).to(device, dtype)
-    labels = torch.randint(vocabulary, (tokens,), generator=random).to(device)
-    log_ratio = torch.randn(tokens, generator=random) * 0.7
+    random = torch.Generator(device).manual_seed(seed)
+    like: dict[str, Any] = {"generator": random, "device": device}
+    hidden = torch.randn(tokens, width, **like).to(dtype)
+    weight = torch.randn(vocabulary, width, **like).div_(width**0.5).to(dtype)
+    labels = torch.randint(vocabulary, (tokens,), **like)
+    log_ratio = torch.randn(tokens, **like) * 0.7
     for bound in CONFIG.log_bounds(torch.float32):
         near = (log_ratio - bound).abs() < 0.25
         log_ratio = torch.where(near, torch.full_like(log_ratio, bound * 0.8), log_ratio)
     num_active = round(tokens * active)
-    loss_mask = torch.zeros(tokens, dtype=torch.bool)
-    loss_mask[torch.randperm(tokens, generator=random)[:num_active]] = True
-    advantages = torch.randn(tokens, generator=random).to(device)
+    loss_mask = torch.zeros(tokens, dtype=torch.bool, device=device)
+    loss_mask[torch.randperm(tokens, **like)[:num_active]] = True
+    advantages = torch.randn(tokens, **like)
     trainer, _ = ipo_ext.linear_token_logprobs(hidden, weight, labels)
     return Batch(
         hidden=hidden.requires_grad_(),
         weight=weight.requires_grad_(),
         labels=labels,
-        inference_logprobs=trainer - log_ratio.to(device),
+        inference_logprobs=trainer - log_ratio,
         advantages=advantages,
-        loss_mask=loss_mask.to(device),
+        loss_mask=loss_mask,
         num_active=num_active,
     )
 
