@@ -130,24 +130,29 @@ __device__ __forceinline__ float device_exp2(float x) {
 }
 #endif
 
-// exp(x) for x from kVanishing to what rounding leaves above 0; NaN for NaN. 2^n is one factor, and
-// the sum that rounds to n holds its biased exponent already. Off by 2 + 5/4 |x| ULP: about what
-// rounding x itself has cost.
+// 2^x for x from -127 (fp64: -1023), where it is exactly 0, to what rounding leaves above 0; NaN
+// for NaN. 2^n is one factor, and the sum that rounds to n holds its biased exponent already. On
+// the device two ULP, one instruction, and any x <= 0.
 template <typename T>
-IPO_HOST_DEVICE T exponential_of_nonpositive(T x) {
+IPO_HOST_DEVICE T power_of_2(T x) {
   using E = Element<T>;
 #if defined(__CUDA_ARCH__)
-  // Two instructions instead of ten.
-  if constexpr (std::is_same_v<T, float>) return device_exp2(x * ExponentialConstants<E>::kLog2E);
+  if constexpr (std::is_same_v<T, float>) return device_exp2(x);
 #endif
   using C = ExponentialConstants<E>;
   using Unsigned = typename Lanes<T>::Unsigned;
 
   constexpr E kMagic = C::kRoundMagic + C::kBias;
-  const T y = x * C::kLog2E;
-  const T rounded = y + kMagic;
-  const T f = y - (rounded - kMagic);
+  const T rounded = x + kMagic;
+  const T f = x - (rounded - kMagic);
   return C::power_of_2(f) * bit_cast<T>(bit_cast<Unsigned>(rounded) << C::kMantissaBits);
+}
+
+// exp(x) for x from kVanishing to what rounding leaves above 0; NaN for NaN. Off by 2 + 5/4 |x|
+// ULP: about what rounding x itself has cost.
+template <typename T>
+IPO_HOST_DEVICE T exponential_of_nonpositive(T x) {
+  return power_of_2(x * ExponentialConstants<Element<T>>::kLog2E);
 }
 
 }  // namespace ipo_ext::math

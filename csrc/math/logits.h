@@ -72,6 +72,20 @@ IPO_HOST_DEVICE RowTerm<T> row_term(T capped, Element<T> largest, Element<T> inv
   return {distance, exponential_of_nonpositive(distance)};
 }
 
+// The same in powers of 2, where those are what the device computes: a multiplication less. The
+// scale is log2(e) / T, the distance d / log(2).
+template <typename E>
+IPO_HOST_DEVICE E binary_scale(E inverse_temperature) {
+  return inverse_temperature * ExponentialConstants<E>::kLog2E;
+}
+template <typename E>
+IPO_HOST_DEVICE RowTerm<E> binary_row_term(E logit, E largest, E scale) {
+  constexpr E kLowest = -static_cast<E>(ExponentialConstants<E>::kBias);
+  const E unbounded = (logit - largest) * scale;
+  const E distance = unbounded < kLowest ? kLowest : unbounded;
+  return {distance, power_of_2(distance)};
+}
+
 template <typename T>
 IPO_HOST_DEVICE T weighted(const RowTerm<T>& term) {
   return term.exponential * term.distance;

@@ -153,6 +153,8 @@ const char* name_of(Operation operation) {
       return "__syncthreads_and";
     case Operation::cluster_barrier:
       return "the cluster barrier";
+    case Operation::arrivals:
+      return "bytes sent by other blocks";
   }
   return "?";
 }

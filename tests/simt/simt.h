@@ -82,6 +82,14 @@ T* map_shared(T* pointer, unsigned rank, SIMT_SITE_PARAMETERS) {
   return static_cast<T*>(map_shared_bytes(pointer, rank, {file, line}));
 }
 
+// An mbarrier of one arrival, and st.async, which counts its bytes there: a phase is complete once
+// it was told how many to expect and so many have come.
+void arrivals_init(std::uint64_t* state, SIMT_SITE_PARAMETERS);
+void arrivals_expect(std::uint64_t* state, unsigned bytes, SIMT_SITE_PARAMETERS);
+void arrivals_send(std::uint64_t* state, void* to, const void* value, std::size_t bytes,
+                   SIMT_SITE_PARAMETERS);
+void arrivals_wait(std::uint64_t* state, unsigned parity, SIMT_SITE_PARAMETERS);
+
 // cp.async: 4, 8 or 16 aligned bytes from global to the block's own shared memory. They land when
 // this thread waits; until then the destination keeps what it held.
 void async_copy(void* shared, const void* global, std::size_t bytes, SIMT_SITE_PARAMETERS);
@@ -106,6 +114,7 @@ enum class Operation : unsigned char {
   block_barrier_or,
   block_barrier_and,
   cluster_barrier,
+  arrivals,
 };
 
 // A rendezvous of the lanes named by `mask`; `operand` is the source lane, delta or lane mask.

@@ -1,6 +1,7 @@
 // Blocks that share a row: a thread-block cluster on sm_90 and newer, before that one block alone.
-// A reduction posts every warp's value to every block before one barrier, and nobody reads a
-// neighbour's memory: so a block may exit after the last barrier, and no final one is needed.
+// A reduction sends every warp's value to every block, whose own barrier counts the bytes that
+// arrive: nobody waits for anything but them, or reads a neighbour's memory, so a block may exit
+// after its last reduction.
 #pragma once
 
 #include "kernels/cuda/reduce.cuh"
@@ -31,29 +32,6 @@ struct Cluster {
     __cluster_barrier_wait();
 #endif
   }
-
-  // For all threads of all blocks.
-  __device__ __forceinline__ void synchronize() const {
-    if (blocks == 1) return __syncthreads();
-#if !defined(__CUDACC__)
-    simt::cluster_sync();
-#elif __CUDA_ARCH__ >= 900
-    __cluster_barrier_arrive();
-    __cluster_barrier_wait();
-#endif
-  }
-
-  // Where `mine` lies in the shared memory of the block of that rank.
-  template <typename T>
-  __device__ __forceinline__ T* of_block(T* mine, unsigned block) const {
-#if !defined(__CUDACC__)
-    return simt::map_shared(mine, block);
-#elif __CUDA_ARCH__ >= 900
-    return static_cast<T*>(__cluster_map_shared_rank(mine, block));
-#else
-    return mine;
-#endif
-  }
 };
 
 __device__ __forceinline__ Cluster this_cluster() {
@@ -66,16 +44,113 @@ __device__ __forceinline__ Cluster this_cluster() {
 #endif
 }
 
-// A value of every warp of the cluster. Each reduction needs one of its own.
-template <typename S, int kThreads>
-struct ClusterReduceStorage {
-  S warps[kMaxClusterBlocks * kThreads / kWarpSize];
+// Counts bytes that other blocks send to this one: a phase is complete once as many have arrived as
+// thread 0 has said to expect. Lies in shared memory.
+class Arrivals {
+ public:
+  // By thread 0, before any block may send.
+  __device__ __forceinline__ void prepare() {
+#if !defined(__CUDACC__)
+    simt::arrivals_init(&state_);
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&state_)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+
+  // By thread 0, once a phase; what it has written before is there for all who wait.
+  __device__ __forceinline__ void expect(unsigned bytes) {
+#if !defined(__CUDACC__)
+    simt::arrivals_expect(&state_, bytes);
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&state_)),
+                 "r"(bytes)
+                 : "memory");
+#endif
+  }
+
+  // To where `to` lies in that block, 4, 8 or 16 bytes of them.
+  template <typename S>
+  __device__ __forceinline__ void send(S* to, const S& value, unsigned block) {
+    static_assert(sizeof(S) == 4 || sizeof(S) == 8 || sizeof(S) == 16, "what one store sends");
+#if !defined(__CUDACC__)
+    simt::arrivals_send(simt::map_shared(&state_, block), simt::map_shared(to, block), &value,
+                        sizeof(S));
+#elif __CUDA_ARCH__ >= 900
+    const unsigned there = address_in(to, block), counter = address_in(&state_, block);
+    if constexpr (sizeof(S) == 4) {
+      uint32_t word;
+      memcpy(&word, &value, sizeof(S));
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
+          "r"(word), "r"(counter)
+          : "memory");
+    } else if constexpr (sizeof(S) == 8) {
+      uint64_t word;
+      memcpy(&word, &value, sizeof(S));
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(there),
+          "l"(word), "r"(counter)
+          : "memory");
+    } else {
+      uint64_t words[2];
+      memcpy(words, &value, sizeof(S));
+      asm volatile(
+          "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b64 [%0], {%1, %2}, [%3];" ::
+              "r"(there),
+          "l"(words[0]), "l"(words[1]), "r"(counter)
+          : "memory");
+    }
+#endif
+  }
+
+  // Until the phase is complete that is so manieth modulo 2.
+  __device__ __forceinline__ void wait(unsigned phase) {
+#if !defined(__CUDACC__)
+    simt::arrivals_wait(&state_, phase % 2);
+#elif __CUDA_ARCH__ >= 900
+    unsigned complete = 0;
+    while (!complete) {
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
+          "selp.u32 %0, 1, 0, p; }"
+          : "=r"(complete)
+          : "r"(address(&state_)), "r"(phase % 2)
+          : "memory");
+    }
+#endif
+  }
+
+ private:
+#if defined(__CUDACC__)
+  static __device__ __forceinline__ unsigned address(const void* shared) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  }
+#if __CUDA_ARCH__ >= 900
+  static __device__ __forceinline__ unsigned address_in(const void* mine, unsigned block) {
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(mine)), "r"(block));
+    return there;
+  }
+#endif
+#endif
+
+  uint64_t state_;
 };
 
-// Posts the warp's merged value to all blocks; complete after the barrier at its end. All threads
-// must call.
+// A value of every warp of the cluster. Each reduction needs one of its own, and may use it again
+// after another reduction of the same threads.
+template <typename S, int kThreads>
+struct ClusterReduceStorage {
+  alignas(16) S warps[kMaxClusterBlocks * kThreads / kWarpSize];
+  Arrivals arrivals;
+};
+
+// Posts the warp's merged value to all blocks; all have arrived at its end. `phase` counts the
+// reductions before it in this storage. All threads must call.
 template <int kThreads, typename S, typename Merge>
 __device__ __forceinline__ void post_to_cluster(S value, Merge merge, const Cluster& cluster,
+                                                unsigned phase,
                                                 ClusterReduceStorage<S, kThreads>& storage) {
   constexpr unsigned kWarps = kThreads / kWarpSize;
   value = warp_all_reduce(value, merge);
@@ -83,10 +158,11 @@ __device__ __forceinline__ void post_to_cluster(S value, Merge merge, const Clus
   S* mine = &storage.warps[cluster.rank * kWarps + threadIdx.x / kWarpSize];
   if (cluster.blocks == 1) {
     if (lane == 0) *mine = value;
-  } else if (lane < cluster.blocks) {
-    *cluster.of_block(mine, lane) = value;
+    return __syncthreads();
   }
-  cluster.synchronize();
+  if (threadIdx.x == 0) storage.arrivals.expect(cluster.blocks * kWarps * sizeof(S));
+  if (lane < cluster.blocks) storage.arrivals.send(mine, value, lane);
+  storage.arrivals.wait(phase);
 }
 
 // What was posted, merged in a fixed tree; valid in all lanes of the warps that call.

@@ -26,6 +26,7 @@ struct RowsArgs {
   int parts = 0;         // few rows: blocks that reduce one without being a cluster
   int stream_parts = 0;  // blocks that write the gradient of a row of which nothing is held
   int stream_steps = 0;  // of a thread of those
+  int rows_in_turn = 1;  // of a cluster whose blocks hold rows in registers alone
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -98,12 +99,12 @@ struct RowPart {
 template <typename Stored>
 constexpr int kHeldWords = kGroupColumns<Stored> * sizeof(Compute<Stored>) / sizeof(uint4);
 
-template <typename Stored, int kThreads>
+template <typename Stored, int kThreads, int kAside = kHeldGroups<Stored> * kHeldWords<Stored>>
 struct RowStorage {
   using E = Compute<Stored>;
   ClusterReduceStorage<E, kThreads> largest;
   ClusterReduceStorage<RowSums, kThreads> sums;
-  uint4 steps_aside[kHeldGroups<Stored> * kHeldWords<Stored> * kWarpSize];
+  uint4 steps_aside[kAside * kWarpSize];
   RowShare<Stored, kThreads> share_aside[kWarpSize];
   E extras[2 * kMostGroupColumns];
   LogitScale<E> scale;
@@ -115,10 +116,18 @@ struct RowStorage {
   RowPlan<E> plan;
   void* gradient;  // of the row, or null
 
+  // By all threads, before this block may be sent anything.
+  __device__ __forceinline__ void prepare() {
+    if (threadIdx.x != 0) return;
+    largest.arrivals.prepare();
+    sums.arrivals.prepare();
+  }
+
   // Behind it lies what the block holds of its row.
+  template <int kBytes = kStorageBytes>
   __device__ __forceinline__ uint4* held() {
-    static_assert(sizeof(RowStorage) <= kStorageBytes, "kStorageBytes must hold it");
-    return reinterpret_cast<uint4*>(this) + kStorageBytes / sizeof(uint4);
+    static_assert(sizeof(RowStorage) <= kBytes && kBytes % sizeof(uint4) == 0, "must hold it");
+    return reinterpret_cast<uint4*>(this) + kBytes / sizeof(uint4);
   }
 };
 
@@ -127,6 +136,32 @@ template <typename E>
 __device__ __forceinline__ E finite_or_zero(E largest) {
   return largest == -std::numeric_limits<E>::infinity() ? E(0) : largest;
 }
+
+// A thread's sums. Each group is added up before it joins them: fewer roundings of large numbers.
+template <typename E, bool kCapped>
+struct ThreadSums {
+  LogitScale<E> scale;
+  E largest;  // of the row, capped; finite
+  E exponentials = 0;
+  E weighted_sum = 0;
+
+  // Logits to their exponentials, or as they are under a softcap.
+  template <int kCount>
+  __device__ __forceinline__ void add(E (&values)[kCount]) {
+    E group_exponentials = 0, group_weighted = 0;
+#pragma unroll
+    for (E& value : values) {
+      const E capped = cap<kCapped>(value, scale).value;
+      const RowTerm<E> term = row_term(capped, largest, scale.inverse_temperature);
+      group_exponentials += term.exponential;
+      group_weighted += weighted(term);
+      if (!kCapped) value = term.exponential;
+    }
+    exponentials += group_exponentials;
+    weighted_sum += group_weighted;
+  }
+  __device__ __forceinline__ RowSums total() const { return {exponentials, weighted_sum}; }
+};
 
 // A block's share of a row between the passes: first steps in registers, further ones in shared
 // memory, and where that ends each pass reads the rest again. Without a softcap, what is held turns
@@ -181,40 +216,25 @@ class HeldRow {
     return largest;
   }
 
-  // The thread's sums. Each group is added up before it joins them: fewer roundings of large
-  // numbers.
   __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E largest) {
-    E exponentials = 0, weighted_sum = 0;
-    const auto add = [&](auto& values) {
-      E group_exponentials = 0, group_weighted = 0;
-#pragma unroll
-      for (E& value : values) {
-        const E capped = cap<kCapped>(value, scale).value;
-        const RowTerm<E> term = row_term(capped, largest, scale.inverse_temperature);
-        group_exponentials += term.exponential;
-        group_weighted += weighted(term);
-        if (!kCapped) value = term.exponential;
-      }
-      exponentials += group_exponentials;
-      weighted_sum += group_weighted;
-    };
+    ThreadSums<E, kCapped> sums = {scale, largest};
 #pragma unroll
     for (int i = 0; i < kRegisterSteps; ++i)
-      if (share_.has_group(i)) add(registers_[i]);
+      if (share_.has_group(i)) sums.add(registers_[i]);
     for (int step = kRegisterSteps; step < held_ && share_.has_group(step); ++step) {
       E values[kColumns];
       get(step, values);
-      add(values);
+      sums.add(values);
       if (!kCapped) put(step, values);
     }
     for (int step = first_unheld(); step < steps_ && share_.has_group(step); ++step)
-      load_batch<1>(step, steps_, [&](int, E(&values)[kColumns]) { add(values); });
+      load_batch<1>(step, steps_, [&](int, E(&values)[kColumns]) { sums.add(values); });
     if (has_extra()) {
       E values[] = {extra()};
-      add(values);
+      sums.add(values);
       extra() = values[0];
     }
-    return {exponentials, weighted_sum};
+    return sums.total();
   }
 
   // May go over the logits. A gradient that is narrower than they are meets columns of other
@@ -336,6 +356,149 @@ class HeldRow {
   E registers_[kRegisterSteps > 0 ? kRegisterSteps : 1][kColumns];
 };
 
+// The same in powers of 2, which is what the device computes: log2(e) is in the scale.
+template <typename E>
+struct BinarySums {
+  E largest;
+  E scale;
+  E exponentials = 0;
+  E weighted_sum = 0;  // in units of log(2)
+
+  template <int kCount>
+  __device__ __forceinline__ void add(E (&values)[kCount]) {
+    E group_exponentials = 0, group_weighted = 0;
+#pragma unroll
+    for (E& value : values) {
+      const RowTerm<E> term = binary_row_term(value, largest, scale);
+      group_exponentials += term.exponential;
+      group_weighted += weighted(term);
+      value = term.exponential;
+    }
+    exponentials += group_exponentials;
+    weighted_sum += group_weighted;
+  }
+  __device__ __forceinline__ RowSums total() const {
+    return {exponentials, weighted_sum / double{ExponentialConstants<double>::kLog2E}};
+  }
+};
+
+// A block's share of a row in registers alone, whose threads have meanwhile started to copy the
+// share of the cluster's next row to shared memory: while a row waits for barriers and is written,
+// the next one arrives. Stored words are kept; where they are as wide as exponentials they turn
+// into them, else those are computed again for the gradient.
+template <typename Stored, int kThreads, int kSteps>
+class StagedRow {
+ public:
+  using Share = RowShare<Stored, kThreads>;
+  using Storage = RowStorage<Stored, kThreads, kSteps>;
+  using E = typename Share::E;
+  static constexpr int kColumns = Share::kColumns;
+  static constexpr bool kKeepsExponentials = sizeof(Stored) == sizeof(E);
+
+  __device__ __forceinline__ StagedRow(Share& share, Storage& storage)
+      : share_(share), storage_(storage) {}
+
+  // Only the thread itself reads what it copies, so no barrier is needed.
+  static __device__ __forceinline__ void fetch(const Share& share, Storage& storage) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+      if (share.has_group(i)) copy_ahead(staged(storage, i), share.row + share.column(i));
+  }
+
+  __device__ __forceinline__ E logit(int64_t column) const {
+    return convert<E>(share_.row[column]);
+  }
+
+  // From shared memory, which is then free for the next row.
+  __device__ __forceinline__ void take() {
+    wait_for_copies();
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+      words_[i] = share_.has_group(i) ? *staged(storage_, i) : Share::minus_infinities();
+    extra_ = share_.extra();
+    if (has_extra()) extra() = share_.load_extra();
+  }
+
+  // The thread's largest logit; NaNs are passed over, they show in the sums.
+  __device__ __forceinline__ E load() const {
+    uint4 word = words_[0];
+#pragma unroll
+    for (int i = 1; i < kSteps; ++i) word = larger_of_each<Stored>(word, words_[i]);
+    E values[kColumns];
+    Share::widen(word, values);
+    E largest = has_extra() ? extra() : -std::numeric_limits<E>::infinity();
+#pragma unroll
+    for (E value : values) largest = Larger()(value, largest);
+    return largest;
+  }
+
+  __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E largest) {
+    BinarySums<E> sums = {largest, binary_scale(scale.inverse_temperature)};
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (!share_.has_group(i)) continue;
+      forget_uses(words_[i]);
+      E values[kColumns];
+      Share::widen(words_[i], values);
+      sums.add(values);
+      if constexpr (kKeepsExponentials) memcpy(&words_[i], values, sizeof(uint4));
+    }
+    if (has_extra()) {
+      E values[] = {extra()};
+      sums.add(values);
+      extra() = values[0];
+    }
+    return sums.total();
+  }
+
+  // May go over the logits: all of the row is in registers.
+  template <typename Gradient>
+  __device__ __forceinline__ void write_gradient(const RowPlan<E>& plan, Gradient* gradient) {
+    const bool aligned = share_.is_aligned(gradient);
+    const E largest = finite_or_zero(plan.largest);
+    const E scale = binary_scale(plan.scale.inverse_temperature);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (!share_.has_group(i)) continue;
+      forget_uses(words_[i]);
+      E values[kColumns];
+      Share::widen(words_[i], values);
+#pragma unroll
+      for (E& value : values) {
+        if constexpr (!kKeepsExponentials)
+          value = binary_row_term(value, largest, scale).exponential;
+        value *= plan.factor;
+      }
+      share_.store(gradient, aligned, i, values);
+    }
+    if (has_extra()) gradient[extra_] = narrow<Gradient>(extra() * plan.factor);
+  }
+
+  // As HeldRow's.
+  __device__ __forceinline__ void put_aside() const {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) storage_.steps_aside[i * kWarpSize + threadIdx.x] = words_[i];
+    storage_.share_aside[threadIdx.x] = share_;
+  }
+  __device__ __forceinline__ void take_back() {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) words_[i] = storage_.steps_aside[i * kWarpSize + threadIdx.x];
+    share_ = storage_.share_aside[threadIdx.x];
+  }
+
+ private:
+  static __device__ __forceinline__ uint4* staged(Storage& storage, int step) {
+    return storage.template held<staged_storage_bytes(kSteps)>() + step * kThreads + threadIdx.x;
+  }
+  __device__ __forceinline__ bool has_extra() const { return extra_ >= 0; }
+  __device__ __forceinline__ E& extra() const { return storage_.extras[threadIdx.x]; }
+
+  Share& share_;
+  Storage& storage_;
+  int extra_ = -1;
+  uint4 words_[kSteps];
+};
+
 template <typename Gradient>
 __device__ __forceinline__ Gradient* gradient_of_row(const LogitsArgs& args, int64_t index) {
   return args.gradient.data != nullptr ? args.gradient.row<Gradient>(index) : nullptr;
@@ -360,11 +523,10 @@ __device__ __forceinline__ void fill_row(const LogitsArgs& args, int64_t row, bo
 // By one thread: what a row's maximum and sums make of its token and, in `storage`, of its
 // gradient. The row waits in memory while its loss is computed, whose arithmetic needs the
 // registers.
-template <bool kCapped, typename Stored, int kThreads>
+template <bool kCapped, typename E, typename Storage>
 __device__ __forceinline__ void finish_row(const LogitsArgs& args, int64_t index,
-                                           const RowPart<Compute<Stored>>& row, bool stores_results,
-                                           RowStorage<Stored, kThreads>& storage) {
-  using E = Compute<Stored>;
+                                           const RowPart<E>& row, bool stores_results,
+                                           Storage& storage) {
   storage.row = row;
   const E label_capped = cap<kCapped>(row.label_logit, storage.scale).value;
   const RowResult<E> result = result_of_row(args, index, row.sums, row.largest, label_capped);
@@ -382,42 +544,45 @@ __device__ __forceinline__ void finish_row(const LogitsArgs& args, int64_t index
 
 // The first two passes over what the blocks of a cluster hold. Leaves the label, its logit and the
 // scale in `storage`; the maximum is valid in every thread, the sums in the first warp.
-template <typename Stored, int kThreads, bool kCapped>
-__device__ __forceinline__ RowPart<Compute<Stored>> reduce_row(
-    const LogitsArgs& args, int64_t index, const Cluster& cluster,
-    HeldRow<Stored, kThreads, kCapped>& held, RowStorage<Stored, kThreads>& storage) {
-  using E = Compute<Stored>;
-  cluster.say_started();
-  const int64_t label = label_of(args, index);
-  const E label_logit = held.logit(label);
+// `turn` counts the cluster's rows before it; `before_posting` is called before anything is sent
+// to another block.
+template <bool kCapped, int kThreads, typename Held, typename Storage, typename BeforePosting>
+__device__ __forceinline__ auto reduce_row(const LogitsArgs& args, int64_t index, int64_t label,
+                                           const Cluster& cluster, unsigned turn, Held& held,
+                                           Storage& storage, const BeforePosting& before_posting)
+    -> RowPart<typename Held::E> {
+  using E = typename Held::E;
+  E label_logit = 0;
+  if (threadIdx.x == 0) label_logit = held.logit(label);
   E largest = held.load();
   if (threadIdx.x == 0) {
     storage.label = static_cast<int>(label);
-    storage.label_logit = label_logit;
     storage.scale = scale_of<E>(args, index);
   }
-  cluster.wait_for_all();
-  post_to_cluster<kThreads>(largest, Larger(), cluster, storage.largest);
+  before_posting();
+  post_to_cluster<kThreads>(largest, Larger(), cluster, turn, storage.largest);
   largest = merge_posted<kThreads>(largest, Larger(), cluster, storage.largest);
   const LogitScale<E> scale = storage.scale;
   largest = cap<kCapped>(largest, scale).value;
   RowSums sums = held.exponentiate(scale, finite_or_zero(largest));
-  post_to_cluster<kThreads>(sums, MergeRowSums(), cluster, storage.sums);
+  if (threadIdx.x == 0) storage.label_logit = label_logit;  // loaded while all that went on
+  post_to_cluster<kThreads>(sums, MergeRowSums(), cluster, turn, storage.sums);
   if (threadIdx.x < kWarpSize)
     sums = merge_posted<kThreads>(RowSums{0, 0}, MergeRowSums(), cluster, storage.sums);
   return {largest, storage.label_logit, sums};
 }
 
 // The row, from its logits to its gradient.
-template <typename Gradient, bool kCapped, int kThreads, typename Stored>
-__device__ __forceinline__ void process_row(const RowsArgs& rows, int64_t index,
+template <typename Gradient, bool kCapped, typename Stored, int kThreads, typename Held,
+          typename Storage, typename BeforePosting>
+__device__ __forceinline__ void process_row(const RowsArgs& rows, int64_t index, int64_t label,
                                             RowShare<Stored, kThreads>& share,
-                                            const Cluster& cluster,
-                                            RowStorage<Stored, kThreads>& storage) {
+                                            const Cluster& cluster, unsigned turn, Held& held,
+                                            Storage& storage, const BeforePosting& before_posting) {
   using E = Compute<Stored>;
   const LogitsArgs& args = rows.logits;
-  HeldRow<Stored, kThreads, kCapped> held(rows, share, storage);
-  const RowPart<E> row = reduce_row(args, index, cluster, held, storage);
+  const RowPart<E> row = reduce_row<kCapped, kThreads>(args, index, label, cluster, turn, held,
+                                                       storage, before_posting);
   if (threadIdx.x < kWarpSize) {
     held.put_aside();
     if (threadIdx.x == 0) {
@@ -470,7 +635,7 @@ __device__ __forceinline__ RowPart<E> merge_parts(const LogitsArgs& args, int64_
   E largest = -std::numeric_limits<E>::infinity();
   for (int part = threadIdx.x; part < count; part += kThreads)
     largest = Larger()(parts[part].largest, largest);
-  post_to_cluster<kThreads>(largest, Larger(), alone, storage.largest);
+  post_to_cluster<kThreads>(largest, Larger(), alone, 0, storage.largest);
   largest = merge_posted<kThreads>(largest, Larger(), alone, storage.largest);
   const double temperature = temperature_of(args, index);
   RowSums sums = {0, 0};
@@ -478,7 +643,7 @@ __device__ __forceinline__ RowPart<E> merge_parts(const LogitsArgs& args, int64_
     const double below = static_cast<double>(parts[part].largest) - largest;
     sums = merge(sums, shifted(parts[part].sums, below / temperature));
   }
-  post_to_cluster<kThreads>(sums, MergeRowSums(), alone, storage.sums);
+  post_to_cluster<kThreads>(sums, MergeRowSums(), alone, 0, storage.sums);
   sums = merge_posted<kThreads>(RowSums{0, 0}, MergeRowSums(), alone, storage.sums);
   return {largest, parts[0].label_logit, sums};
 }
@@ -524,7 +689,54 @@ __global__ void __launch_bounds__(kThreads, blocks_together(kThreads))
     fill_row<E>(args, index, cluster.rank == 0, share, rows.steps,
                 gradient_of_row<Gradient>(args, index));
   } else {
-    process_row<Gradient, kCapped>(rows, index, share, cluster, storage);
+    storage.prepare();
+    cluster.say_started();
+    HeldRow<Stored, kThreads, kCapped> held(rows, share, storage);
+    process_row<Gradient, kCapped>(rows, index, label_of(args, index), share, cluster, 0, held,
+                                   storage, [&] { cluster.wait_for_all(); });
+  }
+}
+
+// The same for rows that registers hold, some of them in turn: each is copied ahead while the one
+// before is worked on.
+template <typename Stored, typename Gradient, int kThreads, int kSteps, int kTogether>
+__global__ void __launch_bounds__(kThreads, kTogether) logits_rows_in_turn(const RowsArgs rows) {
+  using E = Compute<Stored>;
+  using Held = StagedRow<Stored, kThreads, kSteps>;
+  typename Held::Storage& storage = shared_storage<typename Held::Storage>();
+  const LogitsArgs& args = rows.logits;
+  const Cluster cluster = this_cluster();
+  const auto share_of = [&](int64_t index) {
+    return RowShare<Stored, kThreads>(args.logits.row<Stored>(index),
+                                      static_cast<int>(args.logits.columns), cluster.rank,
+                                      cluster.blocks);
+  };
+  const int64_t first = blockIdx.x / cluster.blocks * int64_t{rows.rows_in_turn};
+  const int64_t end = min(first + rows.rows_in_turn, args.logits.rows);
+  unsigned turn = 0;
+  storage.prepare();
+  cluster.say_started();
+  bool flows = row_flows<E>(args, first);
+  int64_t label = label_of(args, first);
+  if (flows) Held::fetch(share_of(first), storage);
+  cluster.wait_for_all();
+  for (int64_t index = first; index < end; ++index) {
+    const int64_t next = index + 1;
+    const bool next_flows = next < end && row_flows<E>(args, next);
+    const int64_t next_label = next < end ? label_of(args, next) : 0;
+    RowShare<Stored, kThreads> share = share_of(index);
+    Held held(share, storage);
+    if (flows) held.take();
+    if (next_flows) Held::fetch(share_of(next), storage);
+    if (flows) {
+      process_row<Gradient, false>(rows, index, label, share, cluster, turn++, held, storage,
+                                   [] {});
+    } else {
+      fill_row<E>(args, index, cluster.rank == 0, share, rows.steps,
+                  gradient_of_row<Gradient>(args, index));
+    }
+    flows = next_flows;
+    label = next_label;
   }
 }
 
@@ -542,7 +754,8 @@ __global__ void __launch_bounds__(kPartThreads, blocks_together(kPartThreads))
                                        blockIdx.x % rows.parts, rows.parts);
   const Cluster alone = {0, 1};
   HeldRow<Stored, kPartThreads, kCapped> held(rows, share, storage);
-  const RowPart<E> part = reduce_row(args, index, alone, held, storage);
+  const RowPart<E> part = reduce_row<kCapped, kPartThreads>(args, index, label_of(args, index),
+                                                            alone, 0, held, storage, [] {});
   if (threadIdx.x == 0) static_cast<RowPart<E>*>(args.workspace)[blockIdx.x] = part;
 }
 
@@ -644,6 +857,24 @@ cudaError_t launch_rows(const RowsArgs& rows, const RowSharing& sharing, const D
                 stream, rows, sharing.blocks);
 }
 
+// `kShape` of kStagedShapes, or one further on.
+template <typename Stored, typename Gradient, int kShape = 0>
+cudaError_t launch_rows_in_turn(const RowsArgs& rows, const RowSharing& sharing,
+                                const Device& device, cudaStream_t stream) {
+  constexpr StagedShape kChosen = kStagedShapes[kShape];
+  if constexpr (kShape + 1 < kStagedShapeCount) {
+    if (sharing.staged_shape > kShape)
+      return launch_rows_in_turn<Stored, Gradient, kShape + 1>(rows, sharing, device, stream);
+  }
+  const auto kernel =
+      logits_rows_in_turn<Stored, Gradient, kChosen.threads, kChosen.steps, kChosen.together>;
+  const cudaError_t error = allow_all_shared_memory(kernel, device);
+  if (error != cudaSuccess) return error;
+  const int64_t clusters = divide_up(rows.logits.logits.rows, sharing.rows_in_turn);
+  return launch(kernel, clusters * sharing.blocks, kChosen.threads, sharing.shared_bytes, stream,
+                rows, sharing.blocks);
+}
+
 template <typename Stored, typename Gradient>
 cudaError_t launch_stream(const RowsArgs& rows, cudaStream_t stream) {
   const auto kernel = rows.logits.softcap == 0 ? logits_stream<Stored, Gradient, false>
@@ -669,10 +900,19 @@ cudaError_t launch_parts(RowsArgs rows, const RowSharing& sharing, const Device&
 template <typename Stored, typename Gradient>
 cudaError_t launch_variant(const LogitsArgs& args, const Device& device, cudaStream_t stream) {
   const RowSharing sharing = sharing_of<Stored>(args, device);
-  const RowsArgs rows = {args,          sharing.steps,        sharing.shared_steps,
-                         sharing.parts, sharing.stream_parts, sharing.stream_steps};
+  const RowsArgs rows = {args,
+                         sharing.steps,
+                         sharing.shared_steps,
+                         sharing.parts,
+                         sharing.stream_parts,
+                         sharing.stream_steps,
+                         sharing.rows_in_turn};
   if (is_backward(args)) return launch_stream<Stored, Gradient>(rows, stream);
   if (sharing.parts > 0) return launch_parts<Stored>(rows, sharing, device, stream);
+  if constexpr (sizeof(Compute<Stored>) == 4) {
+    if (sharing.staged_shape >= 0)
+      return launch_rows_in_turn<Stored, Gradient>(rows, sharing, device, stream);
+  }
   if (args.softcap != 0)
     return launch_rows<Stored, Gradient, kCappedThreads, true>(rows, sharing, device, stream);
   return sharing.threads == 256

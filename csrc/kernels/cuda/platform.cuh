@@ -21,6 +21,34 @@ __device__ __forceinline__ T& shared_storage() {
 // Makes the compiler load what lies in memory again, instead of keeping it in registers until then.
 __device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
 
+// Makes the compiler compute again what it has made of a value, instead of keeping both.
+__device__ __forceinline__ void forget_uses(uint4& word) {
+  asm volatile("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
+}
+
+// Starts to copy 16 aligned bytes to the block's shared memory, past L1; only the thread that asked
+// may read them, after wait_for_copies(). From sm_80 on; before that, at once.
+__device__ __forceinline__ void copy_ahead(uint4* shared, const void* global) {
+#if !defined(__CUDACC__)
+  simt::async_copy(shared, global, sizeof(uint4));
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+#else
+  *shared = __ldcg(static_cast<const uint4*>(global));
+#endif
+}
+__device__ __forceinline__ void wait_for_copies() {
+#if !defined(__CUDACC__)
+  simt::async_commit();
+  simt::async_wait(0);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args), in clusters of that many
 // blocks.
 template <typename Args>

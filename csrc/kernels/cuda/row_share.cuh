@@ -66,6 +66,16 @@ struct RowShare {
     return in_group || column == extra();
   }
 
+  static __device__ __forceinline__ uint4 minus_infinities() {
+    Stored stored[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i)
+      stored[i] = narrow<Stored>(-std::numeric_limits<E>::infinity());
+    uint4 word;
+    memcpy(&word, stored, sizeof(word));
+    return word;
+  }
+
   // A group in two halves, so that many loads can be under way before the first one is looked at.
   // -inf where the thread has none.
   __device__ __forceinline__ uint4 load(int step) const {
@@ -119,17 +129,6 @@ struct RowShare {
     const bool aligned = is_aligned(gradient);
     for (int step = 0; step < steps; ++step) store(gradient, aligned, step, values);
     store_extra(gradient, value);
-  }
-
- private:
-  static __device__ __forceinline__ uint4 minus_infinities() {
-    Stored stored[kColumns];
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i)
-      stored[i] = narrow<Stored>(-std::numeric_limits<E>::infinity());
-    uint4 word;
-    memcpy(&word, stored, sizeof(word));
-    return word;
   }
 };
 

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/cuda/platform.cuh"
 #include "kernels/token_input.h"
@@ -72,6 +73,39 @@ template <int kCount>
 __device__ __forceinline__ void widen_all(const Float16 (&from)[kCount], float (&to)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) to[i] = __half2float(__ushort_as_half(from[i].bits));
+}
+
+template <int kCount>
+__device__ __forceinline__ void widen_all(const BFloat16 (&from)[kCount], float (&to)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    uint32_t pair;
+    memcpy(&pair, from + i, sizeof(pair));
+    to[i] = __uint_as_float(pair << 16);
+    to[i + 1] = __uint_as_float(pair & 0xffff0000u);
+  }
+}
+
+// Column by column of two words of 16 bytes, two at a time in half precision; a NaN loses.
+template <typename Stored>
+__device__ __forceinline__ uint4 larger_of_each(const uint4& a, const uint4& b) {
+  using Pair = std::conditional_t<std::is_same_v<Stored, Float16>, __half2,
+                                  std::conditional_t<sizeof(Stored) == 2, __nv_bfloat162, Stored>>;
+  constexpr int kPairs = sizeof(uint4) / sizeof(Pair);
+  Pair left[kPairs], right[kPairs];
+  memcpy(left, &a, sizeof(a));
+  memcpy(right, &b, sizeof(b));
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) {
+    if constexpr (sizeof(Stored) == 2) {
+      left[i] = __hmax2(left[i], right[i]);
+    } else {
+      left[i] = max(left[i], right[i]);
+    }
+  }
+  uint4 word;
+  memcpy(&word, left, sizeof(word));
+  return word;
 }
 
 template <typename E, typename Stored, int kCount>

@@ -31,3 +31,9 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 inline float2 __bfloat1622float2(__nv_bfloat162 value) {
   return {__bfloat162float(value.x), __bfloat162float(value.y)};
 }
+
+// The larger of each; a NaN loses.
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  const float2 left = __bfloat1622float2(a), right = __bfloat1622float2(b);
+  return __floats2bfloat162_rn(max(left.x, right.x), max(left.y, right.y));
+}

@@ -53,3 +53,9 @@ inline __half2 __floats2half2_rn(float x, float y) {
 inline float2 __half22float2(__half2 value) {
   return {__half2float(value.x), __half2float(value.y)};
 }
+
+// The larger of each; a NaN loses.
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  const float2 left = __half22float2(a), right = __half22float2(b);
+  return __floats2half2_rn(max(left.x, right.x), max(left.y, right.y));
+}
