@@ -52,6 +52,7 @@ LOGITS = "kernels/cuda/logits.cu"
 ROWS = "kernels/logits.h"
 SHARE = "kernels/cuda/row_share.cuh"
 CLUSTER = "kernels/cuda/cluster.cuh"
+SCALE = "kernels/cuda/scale.cu"
 
 MUTATIONS = (
     Mutation(
@@ -352,6 +353,27 @@ MUTATIONS = (
         "*cluster.of_block(mine, lane) = value;",
         "*mine = value;",
         "every_cluster",
+    ),
+    Mutation(
+        "scale-that-forgets-the-end",
+        SCALE,
+        "blockIdx.x == 0 && rest < args.count",
+        "blockIdx.x == 0 && rest + 1 < args.count",
+        "test_scale",
+    ),
+    Mutation(
+        "scale-of-one-round",
+        SCALE,
+        "first += gridDim.x * kBlockGroups",
+        "first += groups",
+        "test_scale",
+    ),
+    Mutation(
+        "scale-that-copies-nothing",
+        SCALE,
+        "factor == 1 && args.out == args.gradient",
+        "factor == 1",
+        "test_scale",
     ),
 )
 
