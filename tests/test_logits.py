@@ -491,9 +491,9 @@ def test_scale_refuses_what_it_cannot_write(backend: Backend) -> None:
     scale = torch.tensor(2.0, device=backend.device)
     gradient = torch.ones(4, device=backend.device)
     for out in (gradient[:3], gradient.double(), gradient.int(), gradient.repeat(2)[::2]):
-        with pytest.raises(RuntimeError, match="^out: expected "):
+        with pytest.raises(RuntimeError, match=r"^out: expected "):
             _operators.library().scale_into(gradient, scale, out)
-    with pytest.raises(RuntimeError, match="^gradient: expected a floating dtype"):
+    with pytest.raises(RuntimeError, match=r"^gradient: expected a floating dtype"):
         _operators.library().scale_(gradient.int(), scale)
 
 
