@@ -16,6 +16,7 @@ from cases import (
     SEGMENTS,
     SMALL_SIZES,
     assert_same_bits,
+    cu_seqlens,
     evaluate,
     kept,
     misaligned,
@@ -94,6 +95,14 @@ def test_matches_the_reference_at_small_sizes(backend, dtypes):
 @pytest.mark.parametrize("tokens", [*EDGE_SIZES, 70_001, 270_001])
 def test_matches_the_reference_around_tiles(backend, tokens):
     assert_matches_reference(random_case(tokens, teacher=True), backend.device)
+
+
+@pytest.mark.parametrize("short_ones", [3, 1030])
+def test_long_and_short_segments_matches_the_reference_around_tiles(backend, short_ones):
+    """A warp of the CUDA kernels finishes a short segment, a block one of more than 64 tiles."""
+    lengths = [5] * short_ones + [64 * 1024 + 1, 0, 63 * 1024, 1, 66 * 1024, 7]
+    case = random_case(sum(lengths), teacher=True).with_(cu_seqlens=cu_seqlens(lengths))
+    assert_matches_reference(case, backend.device)
 
 
 # ---------------------------------------------------------------------------------------------

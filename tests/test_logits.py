@@ -455,6 +455,48 @@ def test_scale_rounds_every_number_as_torch(
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, -1 / 3, 0.0, math.nan])
+def test_scale_into_a_narrower_dtype_rounds_once(
+    backend: Backend, dtype: torch.dtype, factor: float
+) -> None:
+    """Around whole groups of 4, starting on 16 bytes or not."""
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    between = (halves.float() * (1 + 2.0**-12)).to(backend.device)  # and no number of the dtype
+    scale = torch.tensor(factor, device=backend.device)
+    for count in (0, 1, 3, 4, 5, 1023, 1030, 2**16):
+        for gradient in (between[:count], unaligned(between[None, :count])[0]):
+            expected = (gradient * scale).to(dtype)
+            for out in (torch.empty_like(expected), unaligned(expected[None])[0].fill_(7)):
+                _operators.library().scale_into(gradient, scale, out)
+                torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_scale_goes_round_on_a_small_device() -> None:
+    """More elements than one round of the grid takes on one multiprocessor."""
+    multiprocessors = 16  # cudaDevAttrMultiProcessorCount
+    harness = simt.load()
+    gradient = torch.randn(2**17 + 3)
+    expected = gradient * 3
+    harness.simt_set_device_attribute(multiprocessors, 1)
+    try:
+        with Backend("simt").active():
+            _operators.library().scale_(gradient, torch.tensor(3.0))
+    finally:
+        harness.simt_set_device_attribute(multiprocessors, -1)
+    assert torch.equal(gradient, expected)
+
+
+def test_scale_refuses_what_it_cannot_write(backend: Backend) -> None:
+    scale = torch.tensor(2.0, device=backend.device)
+    gradient = torch.ones(4, device=backend.device)
+    for out in (gradient[:3], gradient.double(), gradient.int(), gradient.repeat(2)[::2]):
+        with pytest.raises(RuntimeError, match=r"^out: expected "):
+            _operators.library().scale_into(gradient, scale, out)
+    with pytest.raises(RuntimeError, match=r"^gradient: expected a floating dtype"):
+        _operators.library().scale_(gradient.int(), scale)
+
+
 def test_fp16_gradients_do_not_underflow(backend: Backend) -> None:
     case = random_case(columns=300, dtype=torch.float16, masked=0).to(backend.device)
     plain = evaluate(case)
@@ -757,6 +799,8 @@ def test_opcheck(backend: Backend) -> None:
     torch.library.opcheck(operators.token_logprobs.default, (leaf, case.labels, temperature, 3.0))
     gradient, factor = torch.randn(5, device=backend.device), normalizer
     torch.library.opcheck(operators.scale_.default, (gradient, factor))
+    narrower = torch.empty(5, dtype=torch.float16, device=backend.device)
+    torch.library.opcheck(operators.scale_into.default, (gradient, factor, narrower))
 
 
 def test_func_grad(backend: Backend) -> None:

@@ -100,9 +100,12 @@ IPO_HOST_DEVICE math::TokenExtras extras_of(const IpoLossArgs& args) {
   return {args.teacher_logprobs.data != nullptr, args.entropy.data != nullptr};
 }
 
+IPO_HOST_DEVICE double inverse_normalizer_of(const IpoLossArgs& args) {
+  return math::inverse_normalizer(load_scalar(args.normalizer));
+}
+
 // Loss of all segments from the fp64 sum of its terms; 0 for a normalizer of 0 whatever the sum.
-IPO_HOST_DEVICE double normalized_loss(double sum, const IpoLossArgs& args) {
-  const double inverse = math::inverse_normalizer(load_scalar(args.normalizer));
+IPO_HOST_DEVICE double normalized_loss(double sum, double inverse) {
   return inverse == 0 ? 0 : sum * inverse;
 }
 
@@ -110,9 +113,9 @@ IPO_HOST_DEVICE double normalized_loss(double sum, const IpoLossArgs& args) {
 template <typename E>
 IPO_HOST_DEVICE void store_means(const math::SegmentSums& segment, int64_t s, int64_t segments,
                                  void* means) {
-  const math::Means values = math::means_of(segment);
+  const math::Fractions fractions = math::mean_fractions(segment);
   for (int row = 0; row < math::mean::kNumRows; ++row) {
-    static_cast<E*>(means)[row * segments + s] = static_cast<E>(values.rows[row]);
+    static_cast<E*>(means)[row * segments + s] = static_cast<E>(fractions.mean(row));
   }
 }
 

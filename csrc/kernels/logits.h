@@ -187,10 +187,12 @@ IPO_HOST_DEVICE E saved_largest(const LogitsArgs& args, int64_t row) {
   return static_cast<const E*>(args.softmax)[row];
 }
 
-// gradient *= factor, in place; nothing is touched where factor is 1.
+// out = gradient * factor, rounded once; nothing is touched where factor is 1 and out the gradient.
 struct ScaleArgs {
-  void* gradient;  // [count]
+  const void* gradient;  // [count]
   DType dtype;
+  void* out;        // [count], which may be the gradient
+  DType out_dtype;  // the gradient's, or fp16 or bf16 for an fp32 gradient
   int64_t count;
   ScalarInput factor;
 };

@@ -193,11 +193,21 @@ IPO_HOST_DEVICE double ratio_or_zero(double numerator, double denominator) {
   return denominator == 0 ? 0 : numerator / denominator;
 }
 
-struct Means {
-  double rows[mean::kNumRows];
+// The means as quotients, which the threads of a GPU share: a division in fp64 is slow.
+struct Fractions {
+  double numerators[mean::kNumRows];
+  double denominators[mean::kNumRows];
+
+  IPO_HOST_DEVICE void set(mean::Row row, double numerator, double denominator) {
+    numerators[row] = numerator;
+    denominators[row] = denominator;
+  }
+  IPO_HOST_DEVICE double mean(int row) const {
+    return ratio_or_zero(numerators[row], denominators[row]);
+  }
 };
 
-IPO_HOST_DEVICE Means means_of(const SegmentSums& segment) {
+IPO_HOST_DEVICE Fractions mean_fractions(const SegmentSums& segment) {
   const double* counts = segment.sums;
   const double* sums = segment.sums + count::kNumRows;
   const double active = counts[count::active];
@@ -206,29 +216,25 @@ IPO_HOST_DEVICE Means means_of(const SegmentSums& segment) {
   const double lowest = segment.extremes[extreme::log_ratio_min];
   const double highest = segment.extremes[extreme::log_ratio_max];
 
-  Means means;
-  means.rows[mean::mismatch_kl] =
-      ratio_or_zero(sums[sum::mismatch_kl_kept] + sums[sum::mismatch_kl_masked], active);
-  means.rows[mean::masked_mismatch_kl] = ratio_or_zero(sums[sum::mismatch_kl_masked], masked);
-  means.rows[mean::unmasked_mismatch_kl] = ratio_or_zero(sums[sum::mismatch_kl_kept], kept);
-  means.rows[mean::is_masked] = ratio_or_zero(masked, active);
-  means.rows[mean::is_masked_low] = ratio_or_zero(counts[count::masked_low], active);
-  means.rows[mean::is_masked_high] = ratio_or_zero(counts[count::masked_high], active);
-  means.rows[mean::teacher_kl] = ratio_or_zero(sums[sum::teacher_kl], active);
-  means.rows[mean::pg_loss] = ratio_or_zero(sums[sum::pg_loss], active);
-  means.rows[mean::kl_loss] = ratio_or_zero(sums[sum::kl_loss], active);
-  means.rows[mean::nonfinite] = ratio_or_zero(counts[count::nonfinite], active);
-  means.rows[mean::rollout_dropped] =
-      ratio_or_zero(segment.sums[kFirstSegmentRow + of_segment::rollout_dropped], active);
-  means.rows[mean::masked_advantage_positive] =
-      ratio_or_zero(counts[count::masked_advantage_positive], masked);
-  means.rows[mean::masked_advantage_negative] =
-      ratio_or_zero(counts[count::masked_advantage_negative], masked);
-  means.rows[mean::ess] =
-      ratio_or_zero(sums[sum::ratio] * sums[sum::ratio], kept * sums[sum::ratio_squared]);
-  means.rows[mean::log_ratio_min] = lowest <= highest ? lowest : 0;
-  means.rows[mean::log_ratio_max] = lowest <= highest ? highest : 0;
-  means.rows[mean::entropy] = ratio_or_zero(sums[sum::entropy], active);
+  Fractions means;
+  means.set(mean::mismatch_kl, sums[sum::mismatch_kl_kept] + sums[sum::mismatch_kl_masked], active);
+  means.set(mean::masked_mismatch_kl, sums[sum::mismatch_kl_masked], masked);
+  means.set(mean::unmasked_mismatch_kl, sums[sum::mismatch_kl_kept], kept);
+  means.set(mean::is_masked, masked, active);
+  means.set(mean::is_masked_low, counts[count::masked_low], active);
+  means.set(mean::is_masked_high, counts[count::masked_high], active);
+  means.set(mean::teacher_kl, sums[sum::teacher_kl], active);
+  means.set(mean::pg_loss, sums[sum::pg_loss], active);
+  means.set(mean::kl_loss, sums[sum::kl_loss], active);
+  means.set(mean::nonfinite, counts[count::nonfinite], active);
+  means.set(mean::rollout_dropped, segment.sums[kFirstSegmentRow + of_segment::rollout_dropped],
+            active);
+  means.set(mean::masked_advantage_positive, counts[count::masked_advantage_positive], masked);
+  means.set(mean::masked_advantage_negative, counts[count::masked_advantage_negative], masked);
+  means.set(mean::ess, sums[sum::ratio] * sums[sum::ratio], kept * sums[sum::ratio_squared]);
+  means.set(mean::log_ratio_min, lowest, lowest <= highest);
+  means.set(mean::log_ratio_max, highest, lowest <= highest);
+  means.set(mean::entropy, sums[sum::entropy], active);
   return means;
 }
 

@@ -66,7 +66,7 @@ struct CudaBackend {
   }
 
   static void scale(const ScaleArgs& args, const Tensor& on) {
-    check_launch("scale_", on, [&](CUstream_st* stream) { return cuda::scale(args, stream); });
+    check_launch("scale", on, [&](CUstream_st* stream) { return cuda::scale(args, stream); });
   }
 
  private:

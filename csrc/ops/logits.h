@@ -75,6 +75,10 @@ inline constexpr const char* kTokenLogprobsRowsBackwardSchema =
 
 inline constexpr const char* kScaleSchema = "scale_(Tensor(a!) gradient, Tensor factor) -> ()";
 
+// The same to `out`, which may be fp16 or bf16 for an fp32 gradient: rounded once.
+inline constexpr const char* kScaleIntoSchema =
+    "scale_into(Tensor gradient, Tensor factor, Tensor(a!) out) -> ()";
+
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return {sizes.begin(), sizes.end()};
@@ -507,11 +511,24 @@ void token_logprobs_rows_backward(const Tensor& logits, const Tensor& labels,
 }
 
 template <typename Backend>
-void scale_(const Tensor& gradient, const Tensor& factor) {
+void scale_into(const Tensor& gradient, const Tensor& factor, const Tensor& out) {
   IPO_EXT_CHECK(gradient.is_contiguous(), "gradient: expected a contiguous tensor");
-  Backend::scale({gradient.mutable_data_ptr(), dtype_of(gradient, "gradient"), gradient.numel(),
-                  scalar_input(factor, gradient, "factor")},
+  IPO_EXT_CHECK(out.is_contiguous() && out.numel() == gradient.numel(), "out: expected ",
+                gradient.numel(), " contiguous elements");
+  IPO_EXT_CHECK(same_device(out, gradient), "out: expected the device of gradient");
+  const DType dtype = dtype_of(gradient, "gradient");
+  const DType out_dtype = dtype_of(out, "out");
+  IPO_EXT_CHECK(is_floating(dtype), "gradient: expected a floating dtype");
+  IPO_EXT_CHECK(out_dtype == dtype || (dtype == DType::kFloat32 && is_half(out_dtype)),
+                "out: expected the dtype of gradient, or for float32 also float16 or bfloat16");
+  Backend::scale({gradient.const_data_ptr(), dtype, out.mutable_data_ptr(), out_dtype,
+                  gradient.numel(), scalar_input(factor, gradient, "factor")},
                  gradient);
+}
+
+template <typename Backend>
+void scale_(const Tensor& gradient, const Tensor& factor) {
+  scale_into<Backend>(gradient, factor, gradient);
 }
 
 }  // namespace ipo_ext

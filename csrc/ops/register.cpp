@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY(IPO_EXT_NAMESPACE, m) {
   m.def(ipo_ext::kTokenLogprobsRowsSchema);
   m.def(ipo_ext::kTokenLogprobsRowsBackwardSchema);
   m.def(ipo_ext::kScaleSchema);
+  m.def(ipo_ext::kScaleIntoSchema);
 }
 
 #define IPO_EXT_IMPL(op, Backend) m.impl(#op, TORCH_BOX(&ipo_ext::op<Backend>));
@@ -46,6 +47,7 @@ STABLE_TORCH_LIBRARY(IPO_EXT_NAMESPACE, m) {
     IPO_EXT_IMPL(token_logprobs_rows, Backend)           \
     IPO_EXT_IMPL(token_logprobs_rows_backward, Backend)  \
     IPO_EXT_IMPL(scale_, Backend)                        \
+    IPO_EXT_IMPL(scale_into, Backend)                    \
   }
 
 #ifdef IPO_EXT_WITH_CPU

@@ -42,6 +42,8 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
 
 inline bool is_floating(DType dtype) { return dtype != DType::kInt32 && dtype != DType::kInt64; }
 
+inline bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
+
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

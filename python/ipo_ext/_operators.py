@@ -418,10 +418,14 @@ class ScaleOnce(torch.autograd.Function):
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return (gradient.to(factor.dtype) * factor).to(dtype)
-        if gradient.dtype != dtype:
-            return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))
-        library().scale_(gradient, factor)
-        return gradient
+        if gradient.dtype == dtype:
+            library().scale_(gradient, factor)
+            return gradient
+        out = gradient.new_empty(gradient.shape, dtype=dtype)
+        if gradient.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16):
+            library().scale_into(gradient, factor, out)
+            return out
+        return torch.mul(gradient, factor, out=out)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -675,6 +679,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "token_logprobs_rows": _token_logprobs_rows_fake,
     "token_logprobs_rows_backward": _nothing_fake,
     "scale_": _nothing_fake,
+    "scale_into": _nothing_fake,
 }
 _AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "ipo_loss": (_ipo_loss_backward, _ipo_loss_setup_context),

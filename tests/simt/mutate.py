@@ -52,25 +52,27 @@ LOGITS = "kernels/cuda/logits.cu"
 ROWS = "kernels/logits.h"
 SHARE = "kernels/cuda/row_share.cuh"
 CLUSTER = "kernels/cuda/cluster.cuh"
+TILE_SUMS = "kernels/cuda/tile_sums.cuh"
+SCALE = "kernels/cuda/scale.cu"
 
 MUTATIONS = (
     Mutation(
         "tail-one-short",
         KERNEL,
-        "i < index + kCount && i < end",
-        "i < index + kCount && i + 1 < end",
+        "i < piece.end; ++i",
+        "i + 1 < piece.end; ++i",
     ),
     Mutation(
         "tail-one-long",
         KERNEL,
-        "index + kCount <= end)",
-        "index + kCount <= end + 1)",
+        "index + kCount <= size) {",
+        "index + kCount <= size + 1) {",
     ),
     Mutation(
         "lost-vector-remainder",
         KERNEL,
-        "else if constexpr (kCount > 1)",
-        "else if constexpr (kCount > 4)",
+        "kCount == 1 || index + kCount <= size",
+        "true",
     ),
     Mutation(
         "wrong-slot",
@@ -87,8 +89,8 @@ MUTATIONS = (
     Mutation(
         "wrong-stride-of-tokens",
         KERNEL,
-        "index += kThreads * kCount",
-        "index += kThreads",
+        "round += kRound",
+        "round += 2 * kRound",
     ),
     Mutation(
         "wrong-stride-of-tiles",
@@ -111,14 +113,14 @@ MUTATIONS = (
     Mutation(
         "wrong-mask-byte",
         KERNEL,
-        "(bytes >> (8 * i))",
-        "(bytes >> (4 * i))",
+        "(mask >> (8 * i))",
+        "(mask >> (4 * i))",
     ),
     Mutation(
         "wrong-gradient-index",
         KERNEL,
-        "static_cast<E*>(args.gradient) + index, gradients",
-        "static_cast<E*>(args.gradient) + index / kCount, gradients",
+        "static_cast<E*>(args.gradient) + tile_begin + index;",
+        "static_cast<E*>(args.gradient) + tile_begin + index / kCount;",
     ),
     Mutation(
         "unchecked-alignment",
@@ -167,6 +169,68 @@ MUTATIONS = (
         "other = 1; other < kWarps - 1",
     ),
     Mutation(
+        "tokens-of-another-segment",
+        KERNEL,
+        "token.active &= piece.has(index + i);",
+        "",
+    ),
+    Mutation(
+        "gradient-of-another-segment",
+        KERNEL,
+        "if (piece.has(index + i)) gradient[i]",
+        "if (piece.has(index)) gradient[i]",
+    ),
+    Mutation(
+        "warp-before-the-piece",
+        KERNEL,
+        "return storage.holds[first + i];",
+        "return true;",
+    ),
+    Mutation(
+        "piece-of-the-first-warp",
+        KERNEL,
+        "if (!piece.meets(first_of_warp, kWarpSize * kCount)) continue;",
+        "if (!piece.meets(first_of_warp, kCount)) continue;",
+    ),
+    Mutation(
+        "tile-before-the-barrier",
+        KERNEL,
+        "storage.holds[warp] = warp_holds;\n  __syncthreads();",
+        "storage.holds[warp] = warp_holds;",
+        "whatever_the_schedule",
+    ),
+    Mutation(
+        "round-that-was-not-loaded",
+        KERNEL,
+        "if (round != loaded)",
+        "if (round < loaded)",
+    ),
+    Mutation(
+        "slots-beyond-the-segment",
+        KERNEL,
+        "slot + i < slots.end",
+        "slot + i <= slots.end",
+    ),
+    Mutation(
+        "long-segment-of-nobody",
+        KERNEL,
+        "if (slots.are_many())",
+        "if (!slots.are_many())",
+        "long_and_short",
+    ),
+    Mutation(
+        "half-of-the-lanes",
+        TILE_SUMS,
+        "const T away = upper ?",
+        "const T away = !upper ?",
+    ),
+    Mutation(
+        "rows-in-the-wrong-order",
+        TILE_SUMS,
+        "segment.sums[row - kFirstCountRow] = value;",
+        "segment.sums[kFirstExtremeRow - 1 - row] = value;",
+    ),
+    Mutation(
         "unclamped-segment",
         SEGMENTS,
         "value < 0 ? 0 : (value > tokens ? tokens : value)",
@@ -197,8 +261,8 @@ MUTATIONS = (
     Mutation(
         "rollout-loss-twice",
         KERNEL,
-        "loss += loss_of_piece(workspace.slots[slot]);\n        begin",
-        "begin",
+        "storage.loss += loss_of_piece(workspace.slots[slot]);\n        begin",
+        "begin = begin;\n        begin",
         "rollout_rule and reference",
     ),
     Mutation(
@@ -352,6 +416,27 @@ MUTATIONS = (
         "*cluster.of_block(mine, lane) = value;",
         "*mine = value;",
         "every_cluster",
+    ),
+    Mutation(
+        "scale-that-forgets-the-end",
+        SCALE,
+        "blockIdx.x == 0 && rest < args.count",
+        "blockIdx.x == 0 && rest + 1 < args.count",
+        "test_scale",
+    ),
+    Mutation(
+        "scale-of-one-round",
+        SCALE,
+        "first += gridDim.x * kBlockGroups",
+        "first += groups",
+        "test_scale",
+    ),
+    Mutation(
+        "scale-that-copies-nothing",
+        SCALE,
+        "factor == 1 && args.out == args.gradient",
+        "factor == 1",
+        "test_scale",
     ),
 )
 

@@ -14,7 +14,7 @@ import torch
 from simt import build
 
 NAMESPACE = "ipo_ext_simt"
-KERNELS = ("csrc/kernels/cuda/ipo_loss.cu", "csrc/kernels/cuda/logits.cu")
+KERNELS = tuple(f"csrc/kernels/cuda/{name}.cu" for name in ("ipo_loss", "logits", "scale"))
 TORCH = Path(torch.__file__).parent
 
 

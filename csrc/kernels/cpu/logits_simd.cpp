@@ -262,11 +262,21 @@ void run_fp32_rows(const LogitsArgs& args, RowRange range, int64_t after, void* 
   }
 }
 
-template <typename Stored, typename E>
+template <typename From, typename To, typename E>
 IPO_EXT_INLINE void scale_stored(const ScaleArgs& args, E factor, int64_t begin, int64_t end) {
-  Stored* gradient = static_cast<Stored*>(args.gradient);
-  for (int64_t i = begin; i < end; ++i) {
-    gradient[i] = narrow<Stored>(convert<E>(gradient[i]) * factor);
+  const From* from = static_cast<const From*>(args.gradient);
+  To* to = static_cast<To*>(args.out);
+  for (int64_t i = begin; i < end; ++i) to[i] = narrow<To>(convert<E>(from[i]) * factor);
+}
+
+IPO_EXT_INLINE void scale_fp32(const ScaleArgs& args, float factor, int64_t begin, int64_t end) {
+  switch (args.out_dtype) {
+    case DType::kFloat16:
+      return scale_stored<float, Float16>(args, factor, begin, end);
+    case DType::kBFloat16:
+      return scale_stored<float, BFloat16>(args, factor, begin, end);
+    default:
+      return scale_stored<float, float>(args, factor, begin, end);
   }
 }
 
@@ -288,13 +298,13 @@ void logits_rows(const LogitsArgs& args, RowRange range, int64_t after, void* sc
 void scale_elements(const ScaleArgs& args, double factor, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case DType::kFloat16:
-      return scale_stored<Float16>(args, static_cast<float>(factor), begin, end);
+      return scale_stored<Float16, Float16>(args, static_cast<float>(factor), begin, end);
     case DType::kBFloat16:
-      return scale_stored<BFloat16>(args, static_cast<float>(factor), begin, end);
+      return scale_stored<BFloat16, BFloat16>(args, static_cast<float>(factor), begin, end);
     case DType::kFloat64:
-      return scale_stored<double>(args, factor, begin, end);
+      return scale_stored<double, double>(args, factor, begin, end);
     default:
-      return scale_stored<float>(args, static_cast<float>(factor), begin, end);
+      return scale_fp32(args, static_cast<float>(factor), begin, end);
   }
 }
 

@@ -12,7 +12,7 @@ struct RowRange {
 
 // logits_rows: the rows of range, with scratch for one row in the compute dtype; `after` is the row
 // that this thread will take then, or no row.
-// scale_elements: elements [begin, end) of the gradient, times factor.
+// scale_elements: elements [begin, end) of the gradient, times factor, to out.
 #define IPO_EXT_DECLARE_ARCH(arch)                                                        \
   namespace arch {                                                                        \
   void logits_rows(const LogitsArgs& args, RowRange range, int64_t after, void* scratch); \

@@ -3,6 +3,7 @@
 // the caller's; bitwise equal run to run on any GPU, because tiles depend on the number of tokens
 // alone.
 #include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/tile_sums.cuh"
 #include "kernels/cuda/vector_load.cuh"
 #include "kernels/ipo_loss.h"
 
@@ -21,14 +22,6 @@ constexpr int kTokensPerLoad = 16 / sizeof(E);
 // Device helpers
 // ---------------------------------------------------------------------------------------------------------------------
 
-struct MergeTiles {
-  template <typename E>
-  __device__ __forceinline__ TileSums<E> operator()(const TileSums<E>& a,
-                                                    const TileSums<E>& b) const {
-    return merge(a, b);
-  }
-};
-
 struct MergeSegments {
   __device__ __forceinline__ SegmentSums operator()(const SegmentSums& a,
                                                     const SegmentSums& b) const {
@@ -40,25 +33,33 @@ struct Add {
   __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
 };
 
+// What a thread loads in a round of the search below: where one of so many candidates begins.
+__device__ __forceinline__ int32_t probe_segments(const Segments& segments, int64_t first,
+                                                  int64_t candidates) {
+  const int64_t probe = threadIdx.x * ((candidates + kThreads - 1) / kThreads);
+  return candidates > 1 && probe < candidates ? segments.cu_seqlens[first + probe] : 0;
+}
+
 // The last segment that begins at or before `token`, the same in all threads of the block, all of
 // which must call. Each round every thread probes one candidate, so 256 segments take one round of
-// loads and 65,536 take two.
-__device__ __forceinline__ int64_t block_segment_of(const Segments& segments, int64_t token) {
+// loads, which the caller has made before, and 65,536 take two.
+__device__ __forceinline__ int64_t block_segment_of(const Segments& segments, int64_t token,
+                                                    int32_t probed) {
   int64_t first = 0;
   int64_t candidates = segments.count;
   while (candidates > 1) {
     const int64_t stride = (candidates + kThreads - 1) / kThreads;
-    const int64_t probe = threadIdx.x * stride;
-    const bool begun = probe < candidates && segments.begin(first + probe) <= token;
+    const bool begun = threadIdx.x * stride < candidates && probed <= token;
     const int begun_probes = __syncthreads_count(begun);
     const int64_t skipped = begun_probes > 0 ? (begun_probes - 1) * stride : 0;
     first += skipped;
     candidates = candidates - skipped < stride ? candidates - skipped : stride;
+    probed = probe_segments(segments, first, candidates);
   }
   return first;
 }
 
-// kCount neighbouring tokens, those outside [begin, end) inactive and never read.
+// kCount neighbouring tokens.
 template <typename E, int kCount>
 struct TokenGroup {
   E trainer[kCount];
@@ -67,29 +68,42 @@ struct TokenGroup {
   E teacher[kCount];
   E weight[kCount];
   E entropy[kCount];
-  bool active[kCount];
+  uint32_t mask;  // a byte each
 
-  // Tokens [index, index + kCount), all of which exist.
+  // Tokens [index, index + kCount), all of which exist. No load waits for another, so half
+  // precision is widened later, by widen().
   __device__ __forceinline__ void load(const IpoLossArgs& args, int64_t index) {
-    load_tokens(args.trainer_logprobs, index, trainer);
-    load_tokens(args.inference_logprobs, index, inference);
-    load_tokens(args.advantages, index, advantage);
-    if (args.teacher_logprobs.data != nullptr) load_tokens(args.teacher_logprobs, index, teacher);
-    if (args.loss_weights.data != nullptr) load_tokens(args.loss_weights, index, weight);
-    if (args.entropy.data != nullptr) load_tokens(args.entropy, index, entropy);
+    for_each(args, [=](const TokenInput& input, E(&values)[kCount]) {
+      load_tokens_as_stored(input, index, values);
+    });
     load_mask(args.loss_mask, index);
   }
+  __device__ __forceinline__ void widen(const IpoLossArgs& args) {
+    for_each(args, [](const TokenInput& input, E(&values)[kCount]) {
+      widen_tokens(input.dtype, values);
+    });
+  }
 
-  __device__ __forceinline__ void load_mask(const bool* mask, int64_t index) {
+  // visit(input, values) for the inputs that there are.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(const IpoLossArgs& args, const Visit& visit) {
+    visit(args.trainer_logprobs, trainer);
+    visit(args.inference_logprobs, inference);
+    visit(args.advantages, advantage);
+    if (args.teacher_logprobs.data != nullptr) visit(args.teacher_logprobs, teacher);
+    if (args.loss_weights.data != nullptr) visit(args.loss_weights, weight);
+    if (args.entropy.data != nullptr) visit(args.entropy, entropy);
+  }
+
+  __device__ __forceinline__ void load_mask(const bool* from, int64_t index) {
     if constexpr (kCount == 1) {
-      active[0] = mask[index];
+      mask = from[index];
     } else {
       using Word = typename WordOf<kCount>::Type;
-      const Word bytes = __ldg(reinterpret_cast<const Word*>(mask + index));
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) active[i] = (bytes >> (8 * i)) & 0xffu;
+      mask = __ldg(reinterpret_cast<const Word*>(from + index));
     }
   }
+  __device__ __forceinline__ bool active(int i) const { return (mask >> (8 * i)) & 0xffu; }
 
   __device__ __forceinline__ Token<E> token(int i, const IpoLossArgs& args) const {
     return {trainer[i],
@@ -97,28 +111,41 @@ struct TokenGroup {
             advantage[i],
             args.teacher_logprobs.data != nullptr ? teacher[i] : E(0),
             args.loss_weights.data != nullptr ? weight[i] : E(1),
-            active[i],
+            active(i),
             args.entropy.data != nullptr ? entropy[i] : E(0)};
   }
 };
 
 template <typename E>
 struct TileStorage {
-  BlockReduceStorage<TileSums<E>, kThreads> sums;
-  bool drops_sequence;  // whether a token of the piece does
+  TileSums<E> warps[kThreads / kWarpSize];
+  bool holds[kThreads / kWarpSize];  // whether a warp has tokens of the piece
+  bool drops_sequence;               // whether a token of the piece does
+  double loss;  // of the tile; the first thread's, which frees registers of all
 };
 
-// Adds tokens [index, index + kCount) to the thread's sums and writes their gradients.
+// Tokens [begin, end) of a tile, which are of one segment.
+struct Piece {
+  int begin, end;
+
+  __device__ __forceinline__ bool has(int index) const { return index >= begin && index < end; }
+  __device__ __forceinline__ bool meets(int first, int count) const {
+    return first < end && first + count > begin;
+  }
+};
+
+// Adds those of the tile's tokens [index, index + kCount) that are in the piece to the thread's
+// sums, and writes their gradients.
 template <Rules kRules, typename E, int kCount>
 __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const LossParams<E>& params,
-                                               int64_t index, TileSums<E>& sums,
-                                               TileStorage<E>& storage) {
-  TokenGroup<E, kCount> group;
-  group.load(args, index);
+                                               const TokenGroup<E, kCount>& group,
+                                               int64_t tile_begin, int index, const Piece& piece,
+                                               TileSums<E>& sums, TileStorage<E>& storage) {
   E gradients[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const Token<E> token = group.token(i, args);
+    Token<E> token = group.token(i, args);
+    token.active &= piece.has(index + i);
     const TokenLoss<E> loss = token_loss<kRules>(token, params);
     add_token(sums, token, loss, extras_of(args));
     if constexpr (kRules == Rules::kAny) {
@@ -127,7 +154,56 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
     }
     gradients[i] = loss.gradient;
   }
-  if (args.gradient != nullptr) store_aligned(static_cast<E*>(args.gradient) + index, gradients);
+  if (args.gradient == nullptr) return;
+  E* gradient = static_cast<E*>(args.gradient) + tile_begin + index;
+  if (index >= piece.begin && index + kCount <= piece.end) {
+    store_aligned(gradient, gradients);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (piece.has(index + i)) gradient[i] = gradients[i];
+  }
+}
+
+// The tokens that end the batch and are no whole group, one by one.
+template <Rules kRules, typename E>
+__device__ __forceinline__ void process_last_tokens(const IpoLossArgs& args,
+                                                    const LossParams<E>& params, int64_t tile_begin,
+                                                    int index, const Piece& piece,
+                                                    TileSums<E>& sums, TileStorage<E>& storage) {
+  for (int i = index < piece.begin ? piece.begin : index; i < piece.end; ++i) {
+    TokenGroup<E, 1> token;
+    token.load(args, tile_begin + i);
+    token.widen(args);
+    process_tokens<kRules>(args, params, token, tile_begin, i, piece, sums, storage);
+  }
+}
+
+// Merges the warps' sums of a piece into its slot, and adds its loss to the tile's. All threads
+// must call; `storage` may be used again at once.
+template <typename E>
+__device__ __forceinline__ void finish_piece(const TileSums<E>& sums, bool warp_holds,
+                                             TileStorage<E>& storage, TileSums<E>& slot) {
+  constexpr int kAtOnce = 4;  // more would take registers from the tokens
+  constexpr int kWarps = kThreads / kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  if (warp_holds) warp_reduce_to(sums, storage.warps[warp]);
+  if (lane == 0) storage.holds[warp] = warp_holds;
+  __syncthreads();
+  if (warp == 0) {
+    double merged = empty_row(lane);
+#pragma unroll
+    for (int first = 0; first < kWarps; first += kAtOnce) {
+      merged = merge_tiles<kAtOnce>(merged, storage.warps + first, lane,
+                                    [&](int i) { return storage.holds[first + i]; });
+    }
+    store_row(merged, lane, slot);
+    const double loss =
+        __shfl_sync(kFullWarp, merged, sum::pg_loss) + __shfl_sync(kFullWarp, merged, sum::kl_loss);
+    if (lane == 0) storage.loss += loss;
+  }
+  __syncthreads();  // before the next use of storage
 }
 
 // Whether any piece of the segment holds a token that drops it, in all threads of the block, all of
@@ -146,71 +222,90 @@ __device__ __forceinline__ bool rollout_is_dropped(const Workspace<E>& workspace
 // Kernels
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Blocks that a multiprocessor must have registers for; 0 leaves that to the compiler, which thinks
-// of two. All rules in fp64 would spill.
+// Blocks that a multiprocessor must have registers for. Left to itself the compiler thinks of more
+// and spills, as all rules in fp64 would with two.
 template <Rules kRules, typename E>
-constexpr int kBlocksTogether = kRules == Rules::kAny && sizeof(E) == 8 ? 1 : 0;
+constexpr int kBlocksTogether = kRules == Rules::kAny && sizeof(E) == 8 ? 1 : 2;
 
-// One block a tile: each piece of a segment in it is summed to the piece's slot. kCount tokens a
-// load where a whole group lies in the piece, else one by one. A rollout rule launches it a second
-// time, for the pieces of sequences that the first has found to be dropped.
+// One block a tile: each piece of a segment in it is summed to the piece's slot. A thread has
+// kCount neighbouring tokens of every kThreads * kCount, so up to 2^21 tokens it has them once, and
+// loads them before it knows their segment. A rollout rule launches it a second time, for the
+// pieces of sequences that the first has found to be dropped.
 template <Rules kRules, typename E, int kCount>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
     ipo_loss_tiles(const IpoLossArgs args) {
+  constexpr int kRound = kThreads * kCount;
   TileStorage<E>& storage = shared_storage<TileStorage<E>>();
   const Segments& segments = args.segments;
-  const LossParams<E> params =
-      kRules == Rules::kAny ? gradient_params_for<E>(args) : params_for<E>(args);
-  const Workspace<E> workspace(args);
+  const bool again = kRules == Rules::kAny && args.params.rollout_dropped;
+  let_next_launch_start();
 
   const int64_t tile = blockIdx.x;
   const int64_t tile_begin = tile * segments.tile_size;
-  const int64_t tile_end = tile_begin + segments.tile_size < segments.tokens
-                               ? tile_begin + segments.tile_size
-                               : segments.tokens;
+  const int64_t left = segments.tokens - tile_begin;
+  const int size = static_cast<int>(left < segments.tile_size ? left : segments.tile_size);
+  const int thread_index = threadIdx.x * kCount;
 
-  double loss = 0;
-  int64_t begin = tile_begin;
-  for (int64_t segment = block_segment_of(segments, tile_begin);
-       begin < tile_end && segment < segments.count; ++segment) {
-    const int64_t segment_end = segments.begin(segment + 1);
-    const int64_t end = segment_end < tile_end ? segment_end : tile_end;
+  // Loads that wait for nothing, all before the first that does.
+  const int32_t probed = probe_segments(segments, 0, segments.count);
+  TokenGroup<E, kCount> group;
+  int loaded = -1;  // the round that the group is of
+  const auto load_round = [&](int round) {
+    const int index = round + thread_index;
+    if (index + kCount <= size) group.load(args, tile_begin + index);
+    loaded = round;
+  };
+  if (!again) load_round(0);
+  const LossParams<E> params =
+      kRules == Rules::kAny ? gradient_params_for<E>(args) : params_for<E>(args);
+  const Workspace<E> workspace(args);
+  int64_t segment = block_segment_of(segments, tile_begin, probed);
+  if (!again) group.widen(args);
+
+  if (threadIdx.x == 0) storage.loss = 0;
+  int begin = 0;
+  for (; begin < size && segment < segments.count; ++segment) {
+    const int64_t segment_end = segments.begin(segment + 1) - tile_begin;
+    const int end = segment_end < size ? static_cast<int>(segment_end) : size;
     if (end <= begin) continue;
     const int64_t slot = Segments::slot(tile, segment);
     if constexpr (kRules == Rules::kAny) {
-      if (params.rollout_dropped && !rollout_is_dropped(workspace, segments, segment)) {
-        loss += loss_of_piece(workspace.slots[slot]);
+      if (again && !rollout_is_dropped(workspace, segments, segment)) {
+        if (threadIdx.x == 0) storage.loss += loss_of_piece(workspace.slots[slot]);
         begin = end;
         continue;
       }
     }
 
+    const Piece piece = {begin, end};
     TileSums<E> sums = empty_tile_sums<E>();
+    bool warp_holds = false;
     if constexpr (kRules == Rules::kAny) {
       if (threadIdx.x == 0) storage.drops_sequence = false;
       __syncthreads();
     }
-    const int64_t first_group = begin - begin % kCount;
-    for (int64_t index = first_group + threadIdx.x * kCount; index < end;
-         index += kThreads * kCount) {
-      if (index >= begin && index + kCount <= end) {
-        process_tokens<kRules, E, kCount>(args, params, index, sums, storage);
-      } else if constexpr (kCount > 1) {
-        for (int64_t i = index < begin ? begin : index; i < index + kCount && i < end; ++i) {
-          process_tokens<kRules, E, 1>(args, params, i, sums, storage);
-        }
+    for (int round = begin - begin % kRound; round < end; round += kRound) {
+      if (round != loaded) {
+        load_round(round);
+        group.widen(args);
+      }
+      const int index = round + thread_index;
+      const int first_of_warp = round + threadIdx.x / kWarpSize * kWarpSize * kCount;
+      if (!piece.meets(first_of_warp, kWarpSize * kCount)) continue;
+      warp_holds = true;
+      if (kCount == 1 || index + kCount <= size) {
+        if (piece.meets(index, kCount))
+          process_tokens<kRules>(args, params, group, tile_begin, index, piece, sums, storage);
+      } else {
+        process_last_tokens<kRules>(args, params, tile_begin, index, piece, sums, storage);
       }
     }
-    sums = block_reduce<kThreads>(sums, MergeTiles(), storage.sums);
-    if (threadIdx.x == 0) {
-      workspace.slots[slot] = sums;
-      if (kRules == Rules::kAny && params.has_rollout_rule && !params.rollout_dropped)
-        workspace.rollout_flags[slot] = storage.drops_sequence;
-    }
-    loss += loss_of_piece(sums);
+    finish_piece(sums, warp_holds, storage, workspace.slots[slot]);
+    if (kRules == Rules::kAny && threadIdx.x == 0 && params.has_rollout_rule && !again)
+      workspace.rollout_flags[slot] = storage.drops_sequence;
     begin = end;
   }
-  if (threadIdx.x == 0) workspace.tile_losses[tile] = loss;
+  if (threadIdx.x == 0) workspace.tile_losses[tile] = storage.loss;
 }
 
 // Block 0: the loss from the tiles, and the check of cu_seqlens, which poisons the loss and every
@@ -227,7 +322,9 @@ __device__ void finish_loss(const IpoLossArgs& args,
       invalid |= !segments.entry_is_valid(s);
   }
   const bool poisoned = __syncthreads_count(invalid) > 0;
+  const double inverse = inverse_normalizer_of(args);
 
+  wait_for_last_launch();
   double loss = 0;
   for (int64_t tile = threadIdx.x; tile < segments.num_tiles(); tile += kThreads)
     loss += workspace.tile_losses[tile];
@@ -235,41 +332,137 @@ __device__ void finish_loss(const IpoLossArgs& args,
 
   const E nan = std::numeric_limits<E>::quiet_NaN();
   if (threadIdx.x == 0)
-    *static_cast<E*>(args.loss) = poisoned ? nan : static_cast<E>(normalized_loss(loss, args));
+    *static_cast<E*>(args.loss) = poisoned ? nan : static_cast<E>(normalized_loss(loss, inverse));
   if (poisoned && args.gradient != nullptr) {
     for (int64_t i = threadIdx.x; i < segments.tokens; i += kThreads)
       static_cast<E*>(args.gradient)[i] = nan;
   }
 }
 
-template <typename E>
-__device__ void finish_segment(const IpoLossArgs& args, int64_t segment,
-                               BlockReduceStorage<SegmentSums, kThreads>& storage) {
-  const Workspace<E> workspace(args);
-  SegmentSums sums = empty_segment_sums();
-  const int64_t end = args.segments.end_slot(segment);
-  for (int64_t slot = args.segments.first_slot(segment) + threadIdx.x; slot < end;
-       slot += kThreads) {
-    sums = merge(sums, to_segment_sums(workspace.slots[slot]));
-  }
-  sums = block_reduce<kThreads>(sums, MergeSegments(), storage);
-  if (args.params.has_rollout_rule && rollout_is_dropped(workspace, args.segments, segment))
-    mark_dropped_rollout(sums);
-  if (threadIdx.x == 0) store_segment<E>(args, sums, segment);
+// The slots of a segment, which only its cu_seqlens say.
+struct SegmentSlots {
+  int64_t segment, begin, end;
+
+  // Each warp finishes its own segment up to this many; beyond, the block works on it together.
+  static constexpr int64_t kMostOfWarp = 64;
+  __device__ __forceinline__ bool are_many() const { return end - begin > kMostOfWarp; }
+};
+
+__device__ __forceinline__ SegmentSlots slots_of(const Segments& segments, int64_t segment) {
+  if (segment >= segments.count) return {segment, 0, 0};
+  return {segment, segments.first_slot(segment), segments.end_slot(segment)};
 }
 
-// Block 0 finishes the loss, block 1 + s segment s.
+// What a warp makes of a segment's sums.
+struct SegmentStorage {
+  SegmentSums sums;
+  Fractions fractions;
+};
+
+// By a warp: stores what is in storage.sums, and its means.
+template <typename E>
+__device__ __forceinline__ void store_by_lanes(const IpoLossArgs& args, int64_t segment,
+                                               bool dropped, SegmentStorage& storage) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t segments = args.segments.count;
+  __syncwarp();
+  if (lane == 0) {
+    if (dropped) mark_dropped_rollout(storage.sums);
+    storage.fractions = mean_fractions(storage.sums);
+  }
+  __syncwarp();
+  static_assert(kNumSumRows <= kWarpSize && mean::kNumRows <= kWarpSize, "one lane a row");
+  if (lane < kNumSumRows) args.sums[lane * segments + segment] = storage.sums.sums[lane];
+  if (lane < extreme::kNumRows)
+    args.extremes[lane * segments + segment] = storage.sums.extremes[lane];
+  if (lane < mean::kNumRows) {
+    static_cast<E*>(args.means)[lane * segments + segment] =
+        static_cast<E>(storage.fractions.mean(lane));
+  }
+}
+
+// By a warp: few slots, a lane for each row of them.
+template <typename E>
+__device__ __forceinline__ void finish_short_segment(const IpoLossArgs& args,
+                                                     const SegmentSlots& slots,
+                                                     SegmentStorage& storage) {
+  constexpr int kAtOnce = 4;
+  const Workspace<E> workspace(args);
+  const int lane = threadIdx.x % kWarpSize;
+  double merged = empty_row(lane);
+  for (int64_t slot = slots.begin; slot < slots.end; slot += kAtOnce) {
+    merged = merge_tiles<kAtOnce>(merged, workspace.slots + slot, lane,
+                                  [&](int i) { return slot + i < slots.end; });
+  }
+  bool dropped = false;
+  if (args.params.has_rollout_rule) {
+    for (int64_t slot = slots.begin + lane; slot < slots.end; slot += kWarpSize)
+      dropped |= workspace.rollout_flags[slot];
+    dropped = __any_sync(kFullWarp, dropped);
+  }
+  store_row(merged, lane, storage.sums);
+  store_by_lanes<E>(args, slots.segment, dropped, storage);
+}
+
+// By the block: many slots.
+template <typename E>
+__device__ __forceinline__ void finish_long_segment(
+    const IpoLossArgs& args, const SegmentSlots& slots,
+    BlockReduceStorage<SegmentSums, kThreads>& reduction, SegmentStorage& storage) {
+  const Workspace<E> workspace(args);
+  SegmentSums sums = empty_segment_sums();
+  for (int64_t slot = slots.begin + threadIdx.x; slot < slots.end; slot += kThreads) {
+    sums = merge(sums, to_segment_sums(workspace.slots[slot]));
+  }
+  sums = block_reduce<kThreads>(sums, MergeSegments(), reduction);
+  const bool dropped =
+      args.params.has_rollout_rule && rollout_is_dropped(workspace, args.segments, slots.segment);
+  if (threadIdx.x == 0) storage.sums = sums;
+  if (threadIdx.x < kWarpSize) store_by_lanes<E>(args, slots.segment, dropped, storage);
+}
+
+// Segments of a block: one, so that long ones do not wait for each other, until there are so many
+// that most must be short.
+IPO_HOST_DEVICE int64_t segments_together(int64_t segments) {
+  constexpr int64_t kMany = 1024;
+  return segments > kMany ? kThreads / kWarpSize : 1;
+}
+
+union FinishStorage {
+  BlockReduceStorage<double, kThreads> loss;
+  struct {
+    SegmentStorage warps[kThreads / kWarpSize];
+    BlockReduceStorage<SegmentSums, kThreads> reduction;
+  } segments;
+};
+
+template <typename E>
+__device__ void finish_segments(const IpoLossArgs& args, int64_t block, FinishStorage& storage) {
+  const int64_t together = segments_together(args.segments.count);
+  const int warp = threadIdx.x / kWarpSize;
+  const int64_t first = block * together;
+  SegmentSlots slots = slots_of(args.segments, warp < together ? first + warp : INT64_MAX);
+  wait_for_last_launch();
+  const bool many = slots.are_many();
+  if (!many && slots.segment < args.segments.count)
+    finish_short_segment<E>(args, slots, storage.segments.warps[warp]);
+  if (!__syncthreads_or(many)) return;
+  for (int64_t segment = first; segment < first + together; ++segment) {
+    slots = slots_of(args.segments, segment);
+    if (slots.are_many())
+      finish_long_segment<E>(args, slots, storage.segments.reduction, storage.segments.warps[0]);
+  }
+}
+
+// Block 0 finishes the loss, the others the segments. Starts while the tiles are still summed, with
+// what does not depend on them.
 template <typename E>
 __global__ void __launch_bounds__(kThreads) ipo_loss_finish(const IpoLossArgs args) {
-  union Storage {
-    BlockReduceStorage<double, kThreads> loss;
-    BlockReduceStorage<SegmentSums, kThreads> segment;
-  };
-  Storage& storage = shared_storage<Storage>();
+  FinishStorage& storage = shared_storage<FinishStorage>();
   if (blockIdx.x == 0) {
     finish_loss<E>(args, storage.loss);
   } else {
-    finish_segment<E>(args, blockIdx.x - 1, storage.segment);
+    finish_segments<E>(args, blockIdx.x - 1, storage);
   }
 }
 
@@ -316,7 +509,7 @@ auto tiles_kernel(const IpoLossArgs& args) {
 
 template <typename E>
 cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
-  using FinishStorage = BlockReduceStorage<SegmentSums, kThreads>;
+  static const bool may_overlap = waits_for_last_launch(ipo_loss_finish<E>);
   const int64_t tiles = args.segments.num_tiles();
   if (tiles > 0) {
     const auto kernel = args.params.rules() == Rules::kDefault
@@ -330,8 +523,11 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
     }
     if (error != cudaSuccess) return error;
   }
-  return launch(ipo_loss_finish<E>, 1 + args.segments.count, kThreads, sizeof(FinishStorage),
-                stream, args);
+  const int64_t together = segments_together(args.segments.count);
+  const int64_t blocks = 1 + (args.segments.count + together - 1) / together;
+  // Nothing but the tiles may still be under way.
+  return launch_after(ipo_loss_finish<E>, blocks, kThreads, sizeof(FinishStorage), stream, args,
+                      may_overlap && tiles > 0);
 }
 
 }  // namespace

@@ -16,7 +16,6 @@ namespace {
 using namespace ipo_ext::math;
 
 constexpr int kFaultThreads = 512;
-constexpr int kScaleThreads = 256;
 
 // How a launch shares a row.
 struct RowsArgs {
@@ -805,25 +804,6 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
   if (share.is_mine(label)) gradient[label] = narrow<Gradient>(plan.label);
 }
 
-template <typename Stored, int kCount>
-__global__ void __launch_bounds__(kScaleThreads) scale_elements(const ScaleArgs args) {
-  using E = Compute<Stored>;
-  const E factor = static_cast<E>(load_scalar(args.factor));
-  if (factor == 1) return;
-  Stored* gradient = static_cast<Stored*>(args.gradient);
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kScaleThreads + threadIdx.x) * kCount;
-  if (first + kCount <= args.count) {
-    Stored values[kCount];
-    load_mutable(gradient + first, values);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = narrow<Stored>(convert<E>(values[i]) * factor);
-    store_aligned(gradient + first, values);
-  } else {
-    for (int64_t i = first; i < args.count; ++i)
-      gradient[i] = narrow<Stored>(convert<E>(gradient[i]) * factor);
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Launchers
 // ---------------------------------------------------------------------------------------------------------------------
@@ -937,15 +917,6 @@ cudaError_t launch_logits(const LogitsArgs& args, cudaStream_t stream) {
   return launch_variant<Stored, Stored>(args, device, stream);
 }
 
-template <typename Stored>
-cudaError_t launch_scale(const ScaleArgs& args, cudaStream_t stream) {
-  constexpr int kVector = kGroupColumns<Stored>;
-  const bool aligned = reinterpret_cast<uintptr_t>(args.gradient) % 16 == 0;
-  const int64_t a_block = static_cast<int64_t>(kScaleThreads) * (aligned ? kVector : 1);
-  const auto kernel = aligned ? scale_elements<Stored, kVector> : scale_elements<Stored, 1>;
-  return launch(kernel, (args.count + a_block - 1) / a_block, kScaleThreads, 0, stream, args);
-}
-
 // launcher<Stored>(args, with) for the dtype at hand.
 #define IPO_EXT_FOR_DTYPE(dtype, launcher, with)               \
   dtype == DType::kFloat16    ? launcher<Float16>(args, with)  \
@@ -973,11 +944,6 @@ const char* logits(const LogitsArgs& args, CUstream_st* stream) {
   if (args.logits.rows == 0) return nullptr;
   if (args.logits.columns > kMostColumns) return "more than 2^30 columns";
   return error_text(IPO_EXT_FOR_DTYPE(args.logits.dtype, launch_logits, stream));
-}
-
-const char* scale(const ScaleArgs& args, CUstream_st* stream) {
-  if (args.count == 0) return nullptr;
-  return error_text(IPO_EXT_FOR_DTYPE(args.dtype, launch_scale, stream));
 }
 
 }  // namespace ipo_ext::cuda

@@ -49,6 +49,19 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// With launch_after(): lets the next launch's blocks start once all of this one's have, and holds
+// them where they need what this one writes. Before sm_90 launches never overlap.
+__device__ __forceinline__ void let_next_launch_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ __forceinline__ void wait_for_last_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
 // Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args), in clusters of that many
 // blocks.
 template <typename Args>
@@ -64,6 +77,37 @@ cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t sha
   cluster.val.clusterDim = {static_cast<unsigned>(cluster_blocks), 1, 1};
   config.attrs = &cluster;
   config.numAttrs = cluster_blocks > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+// Whether a kernel that calls wait_for_last_launch() was compiled to wait. Code for an older
+// device, which a newer one may run, does not; neither may a driver before CUDA 12.3 capture it.
+template <typename Args>
+bool waits_for_last_launch(void (*kernel)(Args)) {
+  constexpr int kCapturingDriver = 12030;
+  constexpr int kWaitingCode = 90;
+  int driver = 0;
+  cudaFuncAttributes attributes = {};
+  return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= kCapturingDriver &&
+         cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+         attributes.ptxVersion >= kWaitingCode;
+}
+
+// launch() whose blocks may start before the stream's last launch has ended; the kernel calls
+// wait_for_last_launch(). `may_overlap` is what waits_for_last_launch() says of it.
+template <typename Args>
+cudaError_t launch_after(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
+                         cudaStream_t stream, const Args& args, bool may_overlap) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = may_overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

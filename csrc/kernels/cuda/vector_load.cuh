@@ -130,28 +130,39 @@ __device__ __forceinline__ void narrow_all(const float (&from)[kCount], BFloat16
   }
 }
 
-template <typename To, typename Stored, int kCount>
-__device__ __forceinline__ void load_converted(const void* data, int64_t index, To (&out)[kCount]) {
-  Stored stored[kCount];
-  load_aligned(data, index, stored);
+// Tokens [index, index + kCount) of any floating dtype, in half precision the bits alone, in the
+// first of out's bytes, for widen_tokens(); kCount of 1 needs no alignment.
+template <typename To, int kCount>
+__device__ __forceinline__ void load_tokens_as_stored(const TokenInput& input, int64_t index,
+                                                      To (&out)[kCount]) {
+  if (input.dtype == DType::kFloat16 || input.dtype == DType::kBFloat16) {
+    uint16_t bits[kCount];
+    load_aligned(input.data, index, bits);
+    memcpy(out, bits, sizeof(bits));
+  } else if (input.dtype == DType::kFloat64) {
+    double stored[kCount];
+    load_aligned(input.data, index, stored);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) out[i] = convert<To>(stored[i]);
+    for (int i = 0; i < kCount; ++i) out[i] = static_cast<To>(stored[i]);
+  } else {
+    float stored[kCount];
+    load_aligned(input.data, index, stored);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] = stored[i];
+  }
 }
 
-// Tokens [index, index + kCount) of any floating dtype; kCount of 1 needs no alignment.
+template <typename Stored, typename To, int kCount>
+__device__ __forceinline__ void widen_bits(To (&values)[kCount]) {
+  Stored stored[kCount];
+  memcpy(stored, values, sizeof(stored));
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = convert<To>(stored[i]);
+}
 template <typename To, int kCount>
-__device__ __forceinline__ void load_tokens(const TokenInput& input, int64_t index,
-                                            To (&out)[kCount]) {
-  switch (input.dtype) {
-    case DType::kFloat16:
-      return load_converted<To, Float16>(input.data, index, out);
-    case DType::kBFloat16:
-      return load_converted<To, BFloat16>(input.data, index, out);
-    case DType::kFloat64:
-      return load_converted<To, double>(input.data, index, out);
-    default:
-      return load_converted<To, float>(input.data, index, out);
-  }
+__device__ __forceinline__ void widen_tokens(DType dtype, To (&values)[kCount]) {
+  if (dtype == DType::kFloat16) widen_bits<Float16>(values);
+  if (dtype == DType::kBFloat16) widen_bits<BFloat16>(values);
 }
 
 // kCount neighbours to `to`, aligned to their bytes: one element, or a word of at most 16 bytes.

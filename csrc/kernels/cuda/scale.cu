@@ -1,0 +1,121 @@
+// A gradient times a factor that only the device knows, in place or into a narrower dtype, rounded
+// once: one pass at the speed of a copy, and a factor of 1 in place reads nothing but itself. The
+// grid is as large as the device and no larger, since blocks that only return are not free.
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/cuda/row_share.cuh"
+#include "kernels/cuda/vector_load.cuh"
+#include "kernels/logits.h"
+
+namespace ipo_ext::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocksTogether = 4;  // of a multiprocessor: 64 KiB of loads under way
+constexpr int kGroupsAtOnce = 4;    // loads of a thread that do not wait for each other
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernel
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <typename From, typename To, int kCount>
+__device__ __forceinline__ void store_scaled(const From (&from)[kCount], Compute<From> factor,
+                                             To* to) {
+  Compute<From> wide[kCount];
+  To values[kCount];
+  if constexpr (kCount == 1) {
+    values[0] = narrow<To>(convert<Compute<From>>(from[0]) * factor);
+  } else {
+    widen_all(from, wide);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) wide[i] *= factor;
+    narrow_all(wide, values);
+  }
+  store_aligned(to, values);
+}
+
+// Groups of kCount neighbours, kGroupsAtOnce of them a thread and round; what is no whole group at
+// the end goes one by one.
+template <typename From, typename To, int kCount>
+__global__ void __launch_bounds__(kThreads, kBlocksTogether) scale_elements(const ScaleArgs args) {
+  const Compute<From> factor = static_cast<Compute<From>>(load_scalar(args.factor));
+  if (factor == 1 && args.out == args.gradient) return;
+  const From* from = static_cast<const From*>(args.gradient);
+  To* to = static_cast<To*>(args.out);
+
+  constexpr int64_t kBlockGroups = kThreads * kGroupsAtOnce;
+  const int64_t groups = args.count / kCount;
+  for (int64_t first = blockIdx.x * kBlockGroups + threadIdx.x; first < groups;
+       first += gridDim.x * kBlockGroups) {
+    From loaded[kGroupsAtOnce][kCount];
+#pragma unroll
+    for (int i = 0; i < kGroupsAtOnce; ++i) {
+      const int64_t group = first + i * kThreads;
+      if (group < groups) load_mutable(from + group * kCount, loaded[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kGroupsAtOnce; ++i) {
+      const int64_t group = first + i * kThreads;
+      if (group < groups) store_scaled(loaded[i], factor, to + group * kCount);
+    }
+  }
+  if constexpr (kCount > 1) {
+    const int64_t rest = groups * kCount + threadIdx.x;
+    if (blockIdx.x == 0 && rest < args.count) {
+      const From last[] = {from[rest]};
+      store_scaled(last, factor, to + rest);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launchers
+// ---------------------------------------------------------------------------------------------------------------------
+
+bool is_aligned_to_16(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+template <typename From, typename To>
+cudaError_t launch_scale(const ScaleArgs& args, cudaStream_t stream) {
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  constexpr int kVector = kGroupColumns<From>;
+  const bool aligned = is_aligned_to_16(args.gradient) && is_aligned_to_16(args.out);
+  const int64_t a_block = int64_t{kThreads} * kGroupsAtOnce * (aligned ? kVector : 1);
+  const int64_t blocks = std::min<int64_t>((args.count + a_block - 1) / a_block,
+                                           device.multiprocessors * kBlocksTogether);
+  const auto kernel = aligned ? scale_elements<From, To, kVector> : scale_elements<From, To, 1>;
+  return launch(kernel, blocks, kThreads, 0, stream, args);
+}
+
+// Into the same dtype, or from fp32 into half precision.
+cudaError_t launch_scale(const ScaleArgs& args, cudaStream_t stream) {
+  switch (args.dtype) {
+    case DType::kFloat16:
+      return launch_scale<Float16, Float16>(args, stream);
+    case DType::kBFloat16:
+      return launch_scale<BFloat16, BFloat16>(args, stream);
+    case DType::kFloat64:
+      return launch_scale<double, double>(args, stream);
+    default:
+      break;
+  }
+  switch (args.out_dtype) {
+    case DType::kFloat16:
+      return launch_scale<float, Float16>(args, stream);
+    case DType::kBFloat16:
+      return launch_scale<float, BFloat16>(args, stream);
+    default:
+      return launch_scale<float, float>(args, stream);
+  }
+}
+
+}  // namespace
+
+const char* scale(const ScaleArgs& args, CUstream_st* stream) {
+  if (args.count == 0) return nullptr;
+  return error_text(launch_scale(args, stream));
+}
+
+}  // namespace ipo_ext::cuda

@@ -1,0 +1,136 @@
+// Tier 1's sums by rows: a lane has one row of them, so that what few warps or slots hold is read
+// side by side and merged in all rows at once. Fixed orders, the same bits every run.
+#pragma once
+
+#include "kernels/cuda/reduce.cuh"
+#include "math/metrics.h"
+
+namespace ipo_ext::cuda {
+
+// The rows of TileSums: sums, counts, then the two extremes.
+constexpr int kFirstCountRow = math::sum::kNumRows;
+constexpr int kFirstExtremeRow = kFirstCountRow + math::count::kNumRows;
+constexpr int kTileRows = kFirstExtremeRow + math::extreme::kNumRows;
+static_assert(kTileRows <= kWarpSize, "one lane a row");
+
+// A row as it is stored: rows of several tiles are loaded before the first is waited for, which a
+// conversion would do.
+template <typename E>
+struct StoredRow {
+  double sum = 0;
+  uint32_t count = 0;
+  E extreme = 0;
+
+  // Nothing for a lane without a row.
+  __device__ __forceinline__ void load(const math::TileSums<E>& tile, int row) {
+    if (row < kFirstCountRow) sum = tile.sums[row];
+    if (row >= kFirstCountRow && row < kFirstExtremeRow) count = tile.counts[row - kFirstCountRow];
+    const E* from = row == kFirstExtremeRow ? &tile.log_ratio_min : &tile.log_ratio_max;
+    if (row >= kFirstExtremeRow && row < kTileRows) extreme = *from;
+  }
+  __device__ __forceinline__ double value(int row) const {
+    if (row < kFirstCountRow) return sum;
+    return row < kFirstExtremeRow ? static_cast<double>(count) : static_cast<double>(extreme);
+  }
+};
+
+// Nothing from a lane without a row.
+template <typename E>
+__device__ __forceinline__ void store_row(double value, int row, math::TileSums<E>& tile) {
+  if (row < kFirstCountRow) {
+    tile.sums[row] = value;
+  } else if (row < kFirstExtremeRow) {
+    tile.counts[row - kFirstCountRow] = static_cast<uint32_t>(value);
+  } else if (row < kTileRows) {
+    (row == kFirstExtremeRow ? tile.log_ratio_min : tile.log_ratio_max) = static_cast<E>(value);
+  }
+}
+
+// The same to a segment, whose rows come in another order; its own row begins as 0.
+__device__ __forceinline__ void store_row(double value, int row, math::SegmentSums& segment) {
+  if (row < kFirstCountRow) {
+    segment.sums[math::count::kNumRows + row] = value;
+  } else if (row < kFirstExtremeRow) {
+    segment.sums[row - kFirstCountRow] = value;
+  } else if (row < kTileRows) {
+    segment.extremes[row - kFirstExtremeRow] = value;
+  } else if (row == kTileRows) {
+    segment.sums[math::kFirstSegmentRow] = 0;
+  }
+}
+
+__device__ __forceinline__ double empty_row(int row) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  return row < kFirstExtremeRow ? 0 : (row == kFirstExtremeRow ? kInfinity : -kInfinity);
+}
+
+__device__ __forceinline__ double merge_rows(double a, double b, int row) {
+  if (row < kFirstExtremeRow) return a + b;
+  return row == kFirstExtremeRow ? math::smaller(a, b) : math::larger(a, b);
+}
+
+// `merged` and the same row of kCount tiles, without those that has(i) says are not there.
+template <int kCount, typename E, typename Has>
+__device__ __forceinline__ double merge_tiles(double merged, const math::TileSums<E>* tiles,
+                                              int row, const Has& has) {
+  StoredRow<E> rows[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (has(i)) rows[i].load(tiles[i], row);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    merged = merge_rows(merged, has(i) ? rows[i].value(row) : empty_row(row), row);
+  return merged;
+}
+
+// Of kValues numbers of each lane, the warp's merged number lane / (kWarpSize / kValues): each
+// step sends away the half of the numbers that another lane goes on with.
+template <typename T, int kValues, typename Merge>
+__device__ __forceinline__ T warp_reduce_each(const T (&values)[kValues], const Merge& merge) {
+  T mine[kValues];
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) mine[i] = values[i];
+  int mask = kWarpSize / 2;
+#pragma unroll
+  for (int half = kValues / 2; half > 0; half /= 2, mask /= 2) {
+    const bool upper = threadIdx.x & mask;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const T away = upper ? mine[i] : mine[i + half];
+      const T kept = upper ? mine[i + half] : mine[i];
+      mine[i] = merge(kept, shuffle_xor(away, mask));
+    }
+  }
+#pragma unroll
+  for (; mask > 0; mask /= 2) mine[0] = merge(mine[0], shuffle_xor(mine[0], mask));
+  return mine[0];
+}
+
+// The merged sums of the warp, to `tile`, which its lanes fill together. All lanes must call.
+template <typename E>
+__device__ __forceinline__ void warp_reduce_to(const math::TileSums<E>& sums,
+                                               math::TileSums<E>& tile) {
+  constexpr int kNumbers = 8;
+  constexpr int kLanes = kWarpSize / kNumbers;  // that have the same number
+  static_assert(math::sum::kNumRows == kNumbers && math::count::kNumRows < kNumbers,
+                "as many sums as a tree of lanes has leaves, and no more counts");
+  const auto add = [](auto a, auto b) { return a + b; };
+  const int lane = threadIdx.x % kWarpSize;
+
+  uint32_t counts[kNumbers] = {};
+#pragma unroll
+  for (int i = 0; i < math::count::kNumRows; ++i) counts[i] = sums.counts[i];
+  const E extremes[] = {sums.log_ratio_min, -sums.log_ratio_max};
+
+  const double sum = warp_reduce_each(sums.sums, add);
+  const uint32_t count = warp_reduce_each(counts, add);
+  const E smallest = warp_reduce_each(extremes, [](E a, E b) { return math::smaller(a, b); });
+  if (lane % kLanes == 0) {
+    tile.sums[lane / kLanes] = sum;
+    if (lane / kLanes < math::count::kNumRows) tile.counts[lane / kLanes] = count;
+  }
+  if (lane == 0) tile.log_ratio_min = smallest;
+  if (lane == kWarpSize / 2) tile.log_ratio_max = -smallest;
+}
+
+}  // namespace ipo_ext::cuda
