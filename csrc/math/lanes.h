@@ -78,7 +78,7 @@ IPO_HOST_DEVICE T select(Mask<T> mask, T yes, T no) {
 // a * b, rounded on its own. On the device, products are fused with the sums that take them: what
 // should cancel to 0 would leave the product's rounding error.
 template <typename T>
-IPO_HOST_DEVICE T rounded_product(T a, T b) {
+IPO_HOST_DEVICE T rounded_product(Element<T> a, T b) {
 #if defined(__CUDA_ARCH__)
   if constexpr (std::is_same_v<T, float>) return __fmul_rn(a, b);
   if constexpr (std::is_same_v<T, double>) return __dmul_rn(a, b);

@@ -34,7 +34,7 @@ IPO_HOST_DEVICE CappedLogit<T> cap_logit(T z, Element<T> softcap) {
   const Exponential<T> e = exponential(x);
   const T minus = select<T>(x < E(-0.5), e.exp - E(1), e.exp_minus_1_minus_x + x);  // e - 1
   const T plus = minus + E(2);                                                      // e + 1
-  const T value = rounded_product<T>(splat<T>(softcap), -minus / plus);
+  const T value = rounded_product<T>(softcap, -minus / plus);
   return {select<T>(z < E(0), -value, value), E(4) * e.exp / (plus * plus)};
 }
 
