@@ -322,16 +322,56 @@ def test_checkpointing(backend: Backend, subject: Subject, kind: str) -> None:
     assert counted.calls[forward_operator(subject).name()] == CHECKPOINTS[kind]
 
 
+def compiled_calls(step: Callable[..., torch.Tensor], operator: Any, *inputs: Any) -> Any:
+    """The gradient of a compiled step, and how often its graphs call the operator."""
+    graphs = AotEagerAndRecordGraphs()
+    gradient = gradient_of(torch.compile(step, fullgraph=True, backend=graphs), *inputs)
+    nodes = [node for graph in graphs.fw_graphs + graphs.bw_graphs for node in graph.graph.nodes]
+    return gradient, sum(node.target is operator for node in nodes)
+
+
+class Sort(torch.autograd.Function):
+    """Has two outputs and saves the second, like the Functions of ours."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.sort(x))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: torch.Tensor, _: Any) -> torch.Tensor:
+        return torch.empty_like(grad_values).scatter_(-1, ctx.saved_tensors[0], grad_values)
+
+
+def runs_of_a_checkpointed_function() -> int:
+    """How often torch runs a Function's operator in a compiled step: 2.11 once, 2.13 twice.
+
+    Where a Function has several outputs, torch 2.11 keeps what it saved.
+    """
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda x: Sort.apply(torch.sin(x))[0].sum(), x, use_reentrant=False)
+
+    _, runs = compiled_calls(step, torch.ops.aten.sort.default, torch.ones(3))
+    return int(runs)
+
+
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_compiled_checkpointing(backend: Backend, subject: Subject, kind: str) -> None:
     first, constants = subject.inputs(TOKENS, backend.device)
-    graphs = AotEagerAndRecordGraphs()
-    step = torch.compile(checkpointed(subject, kind), fullgraph=True, backend=graphs)
     expected = gradient_of(checkpointed(subject, "none"), first, *constants)
-    assert same_bits(gradient_of(step, first, *constants), expected)
-    nodes = [node for graph in graphs.fw_graphs + graphs.bw_graphs for node in graph.graph.nodes]
-    calls = sum(node.target is forward_operator(subject) for node in nodes)
-    assert calls == CHECKPOINTS[kind]
+    step, operator = checkpointed(subject, kind), forward_operator(subject)
+    gradient, calls = compiled_calls(step, operator, first, *constants)
+    assert same_bits(gradient, expected)
+    expected_calls = CHECKPOINTS[kind]
+    if kind == "plain":
+        expected_calls = runs_of_a_checkpointed_function()
+        assert expected_calls == 2 or torch.__version__ < (2, 13)
+    assert calls == expected_calls
 
 
 class Policy(nn.Module):

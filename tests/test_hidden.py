@@ -240,6 +240,27 @@ def test_any_case(
         assert_accurate(case, backend, 1.5, chunk_size=chunk_size, num_active=num_active)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("temperature", [None, 2.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_certain_token_has_no_gradient(
+    backend: Backend, dtype: torch.dtype, temperature: float | None, softcap: float | None
+) -> None:
+    """What cancels leaves no rounding error behind, on a device that fuses products with sums."""
+    case = random_case(dtype=dtype, vocabulary=1, softcap=softcap, temperature=temperature)
+    ours = evaluate(case.to(backend.device))
+    for name in ("logprobs", "entropy"):
+        assert not getattr(ours.output, name).any()
+    assert not ours.of_hidden.any()
+    assert not ours.of_weight.any()
+    hidden, weight, labels = (t.to(backend.device) for t in (case.hidden, case.weight, case.labels))
+    logprobs, entropy = ipo_ext.linear_token_logprobs(
+        hidden.requires_grad_(), weight, labels, temperature=temperature, softcap=softcap
+    )
+    (gradient,) = torch.autograd.grad((logprobs * 0.7 + entropy * 0.3).sum(), hidden)
+    assert not gradient.any()
+
+
 def test_agrees_with_tier_2(backend: Backend) -> None:
     """Log-ratios all around the band's ends: a flip must be a log-ratio within rounding of one."""
     case = random_case(400, masked=0.2).to(backend.device)

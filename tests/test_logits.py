@@ -24,6 +24,9 @@ from simt import operators as simt
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COLUMNS = (1, 2, 7, 33, 130, 1031)
+# Enough to keep any GPU busy. Of fewer rows, those longer than 1024 columns are each summed by
+# several blocks, in another order, unless the gradient is narrower than the logits.
+MANY_ROWS = 200
 WIDE_BAND = IPOConfig(dppo_mask_low=0.0, dppo_mask_high=math.inf)
 
 

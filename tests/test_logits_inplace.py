@@ -12,7 +12,7 @@ import torch
 
 from backends import Backend
 from ipo_ext import IPOConfig, _operators
-from test_logits import DTYPES, LAYOUTS, Case, bits, random_case
+from test_logits import DTYPES, LAYOUTS, MANY_ROWS, Case, bits, random_case
 
 COLUMNS = (1, 2, 7, 33, 130, 511, 512, 1031)
 NARROWER = (torch.float16, torch.bfloat16)
@@ -150,7 +150,8 @@ def test_narrower_over_fp32_logits(
     backend: Backend, dtype: torch.dtype, columns: int, layout: str, softcap: float | None
 ) -> None:
     """Rounded once, and nothing of a row is lost before it is needed."""
-    case = random_case(9, columns, temperature=0.8, softcap=softcap).to(backend.device)
+    rows = MANY_ROWS if columns > 1024 else 9
+    case = random_case(rows, columns, temperature=0.8, softcap=softcap).to(backend.device)
     case, copy = copy_of(case, layout), copy_of(case, layout)
     expected = into(copy, copy_of(case, layout).logits)
     ours = into(case, at_row_starts(case.logits, dtype))

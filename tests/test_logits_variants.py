@@ -13,6 +13,7 @@ from backends import Backend, available
 from ipo_ext import IPOConfig, _operators
 from simt import operators as simt
 from test_logits import (
+    MANY_ROWS,
     Case,
     assert_accurate,
     assert_same_bits,
@@ -201,9 +202,10 @@ def test_gradient_over_logits_on_every_device(
 def test_gradient_over_fp32_logits(
     backend: Backend, schedule: int, dtype: torch.dtype, columns: int, softcap: float | None
 ) -> None:
-    case = random_case(4, columns, temperature=0.8, softcap=softcap, spread=1.0)
+    rows = MANY_ROWS if backend.name == "cuda" else 4
+    case = random_case(rows, columns, temperature=0.8, softcap=softcap, spread=1.0)
     for stride in {columns, columns + 4 - columns % 4}:
-        room = torch.full((4, stride), math.nan, device=backend.device)
+        room = torch.full((rows, stride), math.nan, device=backend.device)
         room[:, :columns] = case.logits.to(backend.device)
         over = case.to(backend.device).with_(logits=room[:, :columns])
         apart = torch.full_like(room, math.nan)[:, :columns]

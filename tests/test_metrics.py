@@ -154,7 +154,7 @@ def test_a_mean_of_means_would_be_biased(backend: Backend) -> None:
     case = make(backend)
     parts = [metrics_of(part(case, 0, 10)), metrics_of(part(case, 10, TOKENS))]
     whole = metrics_of(case)["is_masked"]
-    assert sum(parts)["is_masked"] == pytest.approx(whole.item(), rel=1e-12)
+    assert sum(parts)["is_masked"].item() == pytest.approx(whole.item(), rel=1e-12)
     assert sum(p["is_masked"] for p in parts).item() / 2 != pytest.approx(whole.item(), rel=1e-3)
 
 

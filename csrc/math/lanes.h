@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define IPO_HOST_DEVICE __host__ __device__ __forceinline__
@@ -72,6 +73,17 @@ IPO_HOST_DEVICE T splat(Element<T> value) {
 template <typename T>
 IPO_HOST_DEVICE T select(Mask<T> mask, T yes, T no) {
   return mask ? yes : no;
+}
+
+// a * b, rounded on its own. On the device, products are fused with the sums that take them: what
+// should cancel to 0 would leave the product's rounding error.
+template <typename T>
+IPO_HOST_DEVICE T rounded_product(Element<T> a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, float>) return __fmul_rn(a, b);
+  if constexpr (std::is_same_v<T, double>) return __dmul_rn(a, b);
+#endif
+  return a * b;
 }
 
 // Of two numbers; b where either is NaN. (On x86 one instruction.)

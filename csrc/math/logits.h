@@ -34,7 +34,7 @@ IPO_HOST_DEVICE CappedLogit<T> cap_logit(T z, Element<T> softcap) {
   const Exponential<T> e = exponential(x);
   const T minus = select<T>(x < E(-0.5), e.exp - E(1), e.exp_minus_1_minus_x + x);  // e - 1
   const T plus = minus + E(2);                                                      // e + 1
-  const T value = softcap * (-minus / plus);
+  const T value = rounded_product<T>(softcap, -minus / plus);
   return {select<T>(z < E(0), -value, value), E(4) * e.exp / (plus * plus)};
 }
 
@@ -137,8 +137,9 @@ struct RowDerivative {
   // multiplied.
   IPO_HOST_DEVICE E factor() const { return -(slopes.logprob * inverse_temperature) * inverse_sum; }
 
+  // 0 where the label has all of the probability.
   IPO_HOST_DEVICE E label(const RowTerm<E>& term, E slope) const {
-    return other(term, slope) + slopes.logprob * (slope * inverse_temperature);
+    return other(term, slope) + rounded_product(slopes.logprob, slope * inverse_temperature);
   }
 };
 

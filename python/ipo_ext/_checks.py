@@ -138,7 +138,9 @@ def product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """What hidden states and weight are multiplied in, as ``torch.nn.functional.linear`` would."""
     kind = hidden.device.type
     is_double = torch.float64 in (hidden.dtype, weight.dtype)  # which autocast leaves alone
-    has_autocast = torch.amp.is_autocast_available(kind)  # meta, for one, has none: it raises
+    # meta has no autocast, and raises. torch.amp.is_autocast_available is not for torch.compile
+    # (2.11), which cannot trace it.
+    has_autocast = kind != "meta"
     if has_autocast and torch.is_autocast_enabled(kind) and not is_double:
         return torch.get_autocast_dtype(kind)
     if weight.dtype != hidden.dtype:

@@ -168,7 +168,7 @@ class IPOConfig:
     @property
     def has_rollout_rule(self) -> bool:
         """Whether a token can drop its whole sequence."""
-        return bool(self._rollout_lows)
+        return len(self._rollout_lows) > 0  # torch.compile (2.11) cannot trace the bool of a dict
 
     def settings(
         self, dtype: torch.dtype
