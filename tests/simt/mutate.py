@@ -202,8 +202,8 @@ MUTATIONS = (
     Mutation(
         "round-that-was-not-loaded",
         KERNEL,
-        "if (round != loaded)",
-        "if (round < loaded)",
+        "loaded = false;",
+        "loaded = true;",
     ),
     Mutation(
         "slots-beyond-the-segment",

@@ -249,18 +249,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
   // Loads that wait for nothing, all before the first that does.
   const int32_t probed = probe_segments(segments, 0, segments.count);
   TokenGroup<E, kCount> group;
-  int loaded = -1;  // the round that the group is of
   const auto load_round = [&](int round) {
     const int index = round + thread_index;
     if (index + kCount <= size) group.load(args, tile_begin + index);
-    loaded = round;
   };
-  if (!again) load_round(0);
+  bool loaded = !again;
+  if (loaded) load_round(0);
   const LossParams<E> params =
       kRules == Rules::kAny ? gradient_params_for<E>(args) : params_for<E>(args);
   const Workspace<E> workspace(args);
   int64_t segment = block_segment_of(segments, tile_begin, probed);
-  if (!again) group.widen(args);
+  if (loaded) group.widen(args);
 
   if (threadIdx.x == 0) storage.loss = 0;
   int begin = 0;
@@ -285,10 +284,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
       __syncthreads();
     }
     for (int round = begin - begin % kRound; round < end; round += kRound) {
-      if (round != loaded) {
+      if (!loaded) {
         load_round(round);
         group.widen(args);
       }
+      loaded = false;  // another piece finds them in the L1 cache, and registers are short
       const int index = round + thread_index;
       const int first_of_warp = round + threadIdx.x / kWarpSize * kWarpSize * kCount;
       if (!piece.meets(first_of_warp, kWarpSize * kCount)) continue;
