@@ -25,7 +25,7 @@ struct RowsArgs {
   int parts = 0;         // few rows: blocks that reduce one without being a cluster
   int stream_parts = 0;  // blocks that write the gradient of a row of which nothing is held
   int stream_steps = 0;  // of a thread of those
-  int rows_in_turn = 1;  // of a cluster whose blocks hold rows in registers alone
+  int rows_in_turn = 0;  // of a cluster whose blocks hold rows in registers alone
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -137,29 +137,51 @@ __device__ __forceinline__ E finite_or_zero(E largest) {
 }
 
 // A thread's sums. Each group is added up before it joins them: fewer roundings of large numbers.
+// Without a softcap, in fp32, in powers of 2: a multiplication less for each logit.
 template <typename E, bool kCapped>
-struct ThreadSums {
-  LogitScale<E> scale;
-  E largest;  // of the row, capped; finite
-  E exponentials = 0;
-  E weighted_sum = 0;
+class ThreadSums {
+ public:
+  static constexpr bool kBinary = !kCapped && std::is_same_v<E, float>;
 
-  // Logits to their exponentials, or as they are under a softcap.
+  // `largest` of the row: capped, finite.
+  __device__ __forceinline__ ThreadSums(const LogitScale<E>& scale, E largest)
+      : scale_(scale), largest_(largest) {
+    if (kBinary) scale_.inverse_temperature = binary_scale(scale.inverse_temperature);
+  }
+
+  __device__ __forceinline__ RowTerm<E> term(E logit) const {
+    if constexpr (kBinary) {
+      return binary_row_term(logit, largest_, scale_.inverse_temperature);
+    } else {
+      return row_term(cap<kCapped>(logit, scale_).value, largest_, scale_.inverse_temperature);
+    }
+  }
+
+  // Turns logits into their exponentials, but leaves them as they are under a softcap.
   template <int kCount>
-  __device__ __forceinline__ void add(E (&values)[kCount]) {
+  __device__ __forceinline__ void add(E (&logits)[kCount]) {
     E group_exponentials = 0, group_weighted = 0;
 #pragma unroll
-    for (E& value : values) {
-      const E capped = cap<kCapped>(value, scale).value;
-      const RowTerm<E> term = row_term(capped, largest, scale.inverse_temperature);
-      group_exponentials += term.exponential;
-      group_weighted += weighted(term);
-      if (!kCapped) value = term.exponential;
+    for (E& logit : logits) {
+      const RowTerm<E> of_logit = term(logit);
+      group_exponentials += of_logit.exponential;
+      group_weighted += weighted(of_logit);
+      if (!kCapped) logit = of_logit.exponential;
     }
-    exponentials += group_exponentials;
-    weighted_sum += group_weighted;
+    exponentials_ += group_exponentials;
+    weighted_ += group_weighted;
   }
-  __device__ __forceinline__ RowSums total() const { return {exponentials, weighted_sum}; }
+
+  __device__ __forceinline__ RowSums total() const {
+    constexpr double kUnit = kBinary ? 1 / ExponentialConstants<double>::kLog2E : 1;
+    return {exponentials_, weighted_ * kUnit};
+  }
+
+ private:
+  LogitScale<E> scale_;
+  E largest_;
+  E exponentials_ = 0;
+  E weighted_ = 0;
 };
 
 // A block's share of a row between the passes: first steps in registers, further ones in shared
@@ -216,7 +238,7 @@ class HeldRow {
   }
 
   __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E largest) {
-    ThreadSums<E, kCapped> sums = {scale, largest};
+    ThreadSums<E, kCapped> sums(scale, largest);
 #pragma unroll
     for (int i = 0; i < kRegisterSteps; ++i)
       if (share_.has_group(i)) sums.add(registers_[i]);
@@ -355,46 +377,21 @@ class HeldRow {
   E registers_[kRegisterSteps > 0 ? kRegisterSteps : 1][kColumns];
 };
 
-// The same in powers of 2, which is what the device computes: log2(e) is in the scale.
-template <typename E>
-struct BinarySums {
-  E largest;
-  E scale;
-  E exponentials = 0;
-  E weighted_sum = 0;  // in units of log(2)
-
-  template <int kCount>
-  __device__ __forceinline__ void add(E (&values)[kCount]) {
-    E group_exponentials = 0, group_weighted = 0;
-#pragma unroll
-    for (E& value : values) {
-      const RowTerm<E> term = binary_row_term(value, largest, scale);
-      group_exponentials += term.exponential;
-      group_weighted += weighted(term);
-      value = term.exponential;
-    }
-    exponentials += group_exponentials;
-    weighted_sum += group_weighted;
-  }
-  __device__ __forceinline__ RowSums total() const {
-    return {exponentials, weighted_sum / double{ExponentialConstants<double>::kLog2E}};
-  }
-};
-
 // A block's share of a row in registers alone, whose threads have meanwhile started to copy the
 // share of the cluster's next row to shared memory: while a row waits for barriers and is written,
 // the next one arrives. Stored words are kept; where they are as wide as exponentials they turn
 // into them, else those are computed again for the gradient.
-template <typename Stored, int kThreads, int kSteps>
-class StagedRow {
+template <typename Stored>
+class RowInTurn {
  public:
-  using Share = RowShare<Stored, kThreads>;
-  using Storage = RowStorage<Stored, kThreads, kSteps>;
+  static constexpr int kSteps = kTurnSteps;
+  using Share = RowShare<Stored, kTurnThreads>;
+  using Storage = RowStorage<Stored, kTurnThreads, kSteps>;
   using E = typename Share::E;
   static constexpr int kColumns = Share::kColumns;
   static constexpr bool kKeepsExponentials = sizeof(Stored) == sizeof(E);
 
-  __device__ __forceinline__ StagedRow(Share& share, Storage& storage)
+  __device__ __forceinline__ RowInTurn(Share& share, Storage& storage)
       : share_(share), storage_(storage) {}
 
   // Only the thread itself reads what it copies, so no barrier is needed.
@@ -432,7 +429,7 @@ class StagedRow {
   }
 
   __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E largest) {
-    BinarySums<E> sums = {largest, binary_scale(scale.inverse_temperature)};
+    ThreadSums<E, false> sums(scale, largest);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       if (!share_.has_group(i)) continue;
@@ -454,8 +451,7 @@ class StagedRow {
   template <typename Gradient>
   __device__ __forceinline__ void write_gradient(const RowPlan<E>& plan, Gradient* gradient) {
     const bool aligned = share_.is_aligned(gradient);
-    const E largest = finite_or_zero(plan.largest);
-    const E scale = binary_scale(plan.scale.inverse_temperature);
+    const ThreadSums<E, false> terms(plan.scale, finite_or_zero(plan.largest));
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       if (!share_.has_group(i)) continue;
@@ -464,8 +460,7 @@ class StagedRow {
       Share::widen(words_[i], values);
 #pragma unroll
       for (E& value : values) {
-        if constexpr (!kKeepsExponentials)
-          value = binary_row_term(value, largest, scale).exponential;
+        if constexpr (!kKeepsExponentials) value = terms.term(value).exponential;
         value *= plan.factor;
       }
       share_.store(gradient, aligned, i, values);
@@ -487,7 +482,7 @@ class StagedRow {
 
  private:
   static __device__ __forceinline__ uint4* staged(Storage& storage, int step) {
-    return storage.template held<staged_storage_bytes(kSteps)>() + step * kThreads + threadIdx.x;
+    return storage.template held<kTurnStorageBytes>() + step * kTurnThreads + threadIdx.x;
   }
   __device__ __forceinline__ bool has_extra() const { return extra_ >= 0; }
   __device__ __forceinline__ E& extra() const { return storage_.extras[threadIdx.x]; }
@@ -698,17 +693,18 @@ __global__ void __launch_bounds__(kThreads, blocks_together(kThreads))
 
 // The same for rows that registers hold, some of them in turn: each is copied ahead while the one
 // before is worked on.
-template <typename Stored, typename Gradient, int kThreads, int kSteps, int kTogether>
-__global__ void __launch_bounds__(kThreads, kTogether) logits_rows_in_turn(const RowsArgs rows) {
+template <typename Stored, typename Gradient>
+__global__ void __launch_bounds__(kTurnThreads, kTurnBlocksTogether)
+    logits_rows_in_turn(const RowsArgs rows) {
   using E = Compute<Stored>;
-  using Held = StagedRow<Stored, kThreads, kSteps>;
+  using Held = RowInTurn<Stored>;
   typename Held::Storage& storage = shared_storage<typename Held::Storage>();
   const LogitsArgs& args = rows.logits;
   const Cluster cluster = this_cluster();
   const auto share_of = [&](int64_t index) {
-    return RowShare<Stored, kThreads>(args.logits.row<Stored>(index),
-                                      static_cast<int>(args.logits.columns), cluster.rank,
-                                      cluster.blocks);
+    return
+        typename Held::Share(args.logits.row<Stored>(index), static_cast<int>(args.logits.columns),
+                             cluster.rank, cluster.blocks);
   };
   const int64_t first = blockIdx.x / cluster.blocks * int64_t{rows.rows_in_turn};
   const int64_t end = min(first + rows.rows_in_turn, args.logits.rows);
@@ -723,7 +719,7 @@ __global__ void __launch_bounds__(kThreads, kTogether) logits_rows_in_turn(const
     const int64_t next = index + 1;
     const bool next_flows = next < end && row_flows<E>(args, next);
     const int64_t next_label = next < end ? label_of(args, next) : 0;
-    RowShare<Stored, kThreads> share = share_of(index);
+    typename Held::Share share = share_of(index);
     Held held(share, storage);
     if (flows) held.take();
     if (next_flows) Held::fetch(share_of(next), storage);
@@ -837,22 +833,15 @@ cudaError_t launch_rows(const RowsArgs& rows, const RowSharing& sharing, const D
                 stream, rows, sharing.blocks);
 }
 
-// `kShape` of kStagedShapes, or one further on.
-template <typename Stored, typename Gradient, int kShape = 0>
+template <typename Stored, typename Gradient>
 cudaError_t launch_rows_in_turn(const RowsArgs& rows, const RowSharing& sharing,
                                 const Device& device, cudaStream_t stream) {
-  constexpr StagedShape kChosen = kStagedShapes[kShape];
-  if constexpr (kShape + 1 < kStagedShapeCount) {
-    if (sharing.staged_shape > kShape)
-      return launch_rows_in_turn<Stored, Gradient, kShape + 1>(rows, sharing, device, stream);
-  }
-  const auto kernel =
-      logits_rows_in_turn<Stored, Gradient, kChosen.threads, kChosen.steps, kChosen.together>;
+  const auto kernel = logits_rows_in_turn<Stored, Gradient>;
   const cudaError_t error = allow_all_shared_memory(kernel, device);
   if (error != cudaSuccess) return error;
   const int64_t clusters = divide_up(rows.logits.logits.rows, sharing.rows_in_turn);
-  return launch(kernel, clusters * sharing.blocks, kChosen.threads, sharing.shared_bytes, stream,
-                rows, sharing.blocks);
+  return launch(kernel, clusters * sharing.blocks, kTurnThreads, sharing.shared_bytes, stream, rows,
+                sharing.blocks);
 }
 
 template <typename Stored, typename Gradient>
@@ -890,7 +879,7 @@ cudaError_t launch_variant(const LogitsArgs& args, const Device& device, cudaStr
   if (is_backward(args)) return launch_stream<Stored, Gradient>(rows, stream);
   if (sharing.parts > 0) return launch_parts<Stored>(rows, sharing, device, stream);
   if constexpr (sizeof(Compute<Stored>) == 4) {
-    if (sharing.staged_shape >= 0)
+    if (sharing.rows_in_turn > 0)
       return launch_rows_in_turn<Stored, Gradient>(rows, sharing, device, stream);
   }
   if (args.softcap != 0)

@@ -28,20 +28,15 @@ constexpr RowShape kClusterShapes[] = {
     {16384, 1, 256}, {32768, 2, 256}, {65536, 4, 256}, {163840, 8, 256}, {INT64_MAX, 8, 512},
 };
 
-// sm_90 and newer, without a softcap, up to 32 bits: rows whose shares registers hold, so many
-// steps of 16 bytes a thread, with so many blocks on a multiprocessor. Shared memory holds the next
-// row.
-struct StagedShape {
-  int threads;
-  int steps;
-  int together;
-};
-constexpr StagedShape kStagedShapes[] = {{256, 10, 3}, {256, 20, 2}, {512, 16, 1}};
-constexpr int kStagedShapeCount = sizeof(kStagedShapes) / sizeof(kStagedShapes[0]);
+// sm_90 and newer, logits of up to 32 bits, no softcap: a row too large for a cluster of two whose
+// blocks hold so many steps a thread in registers, two blocks on a multiprocessor. Shared memory
+// then has the cluster's next row: so many in turn, fewer where there are too few for all clusters.
+constexpr int kTurnThreads = 256;
+constexpr int kTurnSteps = 20;
+constexpr int kTurnBlocksTogether = 2;
+constexpr int kTurnClusters[] = {4, 8};
 constexpr int kMostRowsInTurn = 8;
-
-// Of a block's shared memory, what is not the next row.
-constexpr int staged_storage_bytes(int steps) { return 4096 + steps * 512; }
+constexpr int kTurnStorageBytes = 14336;  // as kStorageBytes
 
 // Before sm_90, and rows that no cluster holds: one block, which reads again what does not fit.
 constexpr RowShape kBlockShapes[] = {{8192, 1, 256}, {INT64_MAX, 1, 512}};
@@ -77,8 +72,7 @@ struct RowSharing {
   int stream_parts;  // blocks that write a row's gradient where nothing of it is held
   int stream_steps;  // groups of a thread of those
   int64_t shared_bytes;
-  int staged_shape = -1;  // of kStagedShapes, where registers alone hold a row
-  int rows_in_turn = 1;   // of a cluster, then
+  int rows_in_turn = 0;  // of a cluster whose blocks hold rows in registers; 0: this one's do not
 };
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -117,24 +111,21 @@ inline int64_t fitting_steps(const RowsToShare& rows, const Device& device, int 
   return std::max(room - kStorageBytes, 0) / step_bytes(rows, threads);
 }
 
-// The smallest cluster of the first shape that holds a row, if any does.
-inline void share_in_registers(const RowsToShare& rows, const Device& device, RowSharing& sharing) {
-  for (int i = 0; i < kStagedShapeCount; ++i) {
-    const StagedShape& shape = kStagedShapes[i];
-    for (int blocks = 1; blocks <= 8; blocks *= 2) {
-      const int64_t steps = steps_of(rows, blocks, shape.threads);
-      if (steps > shape.steps) continue;
-      const int64_t resident = int64_t{device.multiprocessors} * shape.together;
-      const int64_t in_turn = rows.rows * blocks / (4 * resident);
-      sharing.blocks = blocks;
-      sharing.threads = shape.threads;
-      sharing.steps = static_cast<int>(steps);
-      sharing.shared_bytes = staged_storage_bytes(shape.steps) + steps * shape.threads * 16;
-      sharing.staged_shape = i;
-      sharing.rows_in_turn =
-          static_cast<int>(std::min<int64_t>(std::max<int64_t>(in_turn, 1), kMostRowsInTurn));
-      return;
-    }
+// Leaves `sharing` as it is where registers of a small cluster or of none hold the row.
+inline void share_in_turn(const RowsToShare& rows, const Device& device, RowSharing& sharing) {
+  if (steps_of(rows, kTurnClusters[0] / 2, kTurnThreads) <= kTurnSteps) return;
+  for (const int blocks : kTurnClusters) {
+    const int64_t steps = steps_of(rows, blocks, kTurnThreads);
+    if (steps > kTurnSteps) continue;
+    const int64_t clusters = device.multiprocessors * kTurnBlocksTogether / blocks;
+    const int64_t each = rows.rows / std::max<int64_t>(4 * clusters, 1);
+    sharing.blocks = blocks;
+    sharing.threads = kTurnThreads;
+    sharing.steps = static_cast<int>(steps);
+    sharing.shared_bytes = kTurnStorageBytes + steps * kTurnThreads * 16;
+    sharing.rows_in_turn =
+        static_cast<int>(std::min<int64_t>(std::max<int64_t>(each, 1), kMostRowsInTurn));
+    return;
   }
 }
 
@@ -167,8 +158,8 @@ inline RowSharing share_rows(const RowsToShare& rows, const Device& device) {
                         static_cast<int>(std::max<int64_t>(stream_parts, 1)),
                         static_cast<int>(rows.apart ? kStreamSteps : stream_steps),
                         kStorageBytes + steps * step_bytes(rows, shape.threads)};
-  const bool fits_registers = device.capability >= 90 && !rows.capped && rows.compute_bytes == 4;
-  if (fits_registers && parts == 0) share_in_registers(rows, device, sharing);
+  const bool may_take_turns = device.capability >= 90 && !rows.capped && rows.compute_bytes == 4;
+  if (may_take_turns && parts == 0) share_in_turn(rows, device, sharing);
   return sharing;
 }
 
