@@ -197,7 +197,8 @@ run_tests() {
     skip "missing: $missing" tests
     return
   fi
-  [[ -z $(modules_missing xdist) ]] && parallel=(-n 4)
+  # Most of a test's time is a CPU's; 12 processes at most, each of which holds a CUDA context.
+  [[ -z $(modules_missing xdist) ]] && parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
   stage tests 180 judge_tests "$PYTHON" -m pytest tests -k cuda -q -p no:cacheprovider "${parallel[@]}" \
     --junitxml="$folder/tests.xml"
 }

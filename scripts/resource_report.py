@@ -52,7 +52,7 @@ def rows(text: str) -> list[tuple[str, str, int, int]]:
 
 
 def sharing() -> list[list[str]]:
-    """[columns, dtype, blocks, threads, steps, steps in shared memory, bytes of it] of each row."""
+    """[columns, dtype, blocks, threads, steps, rows in turn, bytes of shared memory] of each row."""
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "row_sharing")
         command = ["nvcc", "-std=c++17", "--expt-relaxed-constexpr", "-Icsrc"]
@@ -68,9 +68,12 @@ def print_rows_on_chip(registers: dict[str, int]) -> None:
         end="",
     )
     print("| blocks a multiprocessor |\n|---|---|---|---|---|---|")
-    for columns, dtype, blocks, threads, *_, shared in sharing():
+    for columns, dtype, blocks, threads, _, in_turn, shared in sharing():
         stored = {"bf16": "ipo_ext::BFloat16", "fp32": "float"}[dtype]
-        used = registers[f"logits_rows<{stored}, {stored}, {threads}, false>"]
+        kernel = f"logits_rows<{stored}, {stored}, {threads}, false>"
+        if int(in_turn) > 0:
+            kernel = f"logits_rows_in_turn<{stored}, {stored}>"
+        used = registers[kernel]
         together = blocks_together(int(threads), used, int(shared))
         print(f"| {columns} | {dtype} | {blocks} x {threads} | {used} ", end="")
         print(f"| {int(shared) / 1024:g} KiB | {together} |")

@@ -15,7 +15,7 @@ int main() {
                       stored_bytes == 2 ? kHeldGroups<ipo_ext::BFloat16> : kHeldGroups<float>},
                      h200);
       std::printf("%ld %s %d %d %d %d %ld\n", columns, stored_bytes == 2 ? "bf16" : "fp32",
-                  row.blocks, row.threads, row.steps, row.shared_steps,
+                  row.blocks, row.threads, row.steps, row.rows_in_turn,
                   static_cast<long>(row.shared_bytes));
     }
   }
