@@ -1,4 +1,4 @@
-"""Times tier 2's kernel alone on a GPU, without Python's launches, beside a copy to its gradient."""
+"""Times tier 2's kernel alone on a GPU, without Python's launches, beside a plain copy."""
 
 from __future__ import annotations
 

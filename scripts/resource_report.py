@@ -52,7 +52,7 @@ def rows(text: str) -> list[tuple[str, str, int, int]]:
 
 
 def sharing() -> list[list[str]]:
-    """[columns, dtype, blocks, threads, steps, rows in turn, bytes of shared memory] of each row."""
+    """[columns, dtype, blocks, threads, steps, rows in turn, shared bytes] of each row."""
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "row_sharing")
         command = ["nvcc", "-std=c++17", "--expt-relaxed-constexpr", "-Icsrc"]
