@@ -92,6 +92,7 @@ def test_all_is_well(backend: Backend) -> None:
 def test_every_rule_and_every_shape_of_rows_is_verified() -> None:
     assert {kind.config.mask_rule for kind in verify.INPUTS} == set(get_args(MaskRule))
     assert any(kind.config.has_rollout_rule for kind in verify.INPUTS)
+    assert any(kind.inplace for kind in verify.INPUTS)
     ends = (16_384, 32_768, 65_536, 163_840, 2**18)  # kClusterShapes
     for begin, end in zip((0, *ends), ends, strict=False):
         assert any(begin < kind.columns <= end and kind.only_gpus for kind in verify.INPUTS)

@@ -34,6 +34,7 @@ class Input(NamedTuple):
     nasty: bool = False
     softcap: float | None = None  # for the operators that see logits
     config: ipo_ext.IPOConfig = ipo_ext.IPOConfig(teacher_tau=0.2, kl_tau=0.1)
+    inplace: bool = False  # for the operator that has it
     only_gpus: bool = False
 
 
@@ -43,6 +44,7 @@ INPUTS = (
     Input("random", rows=67, columns=131),
     Input("nasty", rows=101, columns=37, nasty=True),
     Input("softcap", rows=35, columns=130, softcap=20.0),
+    Input("inplace", rows=67, columns=131, inplace=True),
     Input("wide", rows=3, columns=5003),
     Input("one row", rows=1, columns=7),
     Input("empty", rows=0, columns=7),
@@ -190,6 +192,8 @@ class Check(NamedTuple):
         )
         there = {name: _to(self.device, value) for name, value in arguments.items()}
         ours = getattr(ipo_ext, self.operator)
+        if self.kind.inplace and self.operator == "ipo_loss_from_logits":
+            ours = loss_over_logits
         oracle = getattr(reference, self.operator)
         try:
             result, again = evaluate(ours, there), evaluate(ours, there)
@@ -205,6 +209,11 @@ class Check(NamedTuple):
             if wrong:
                 return f"{name}: {wrong}"
         return None
+
+
+def loss_over_logits(*, logits: torch.Tensor, **arguments: Any) -> ipo_ext.IPOOutput:
+    """The gradient over a copy of the logits, as a model's would be."""
+    return ipo_ext.ipo_loss_from_logits(logits.clone(), **arguments, inplace=True)
 
 
 def in_precision(dtype: torch.dtype, arguments: Arguments) -> Arguments:
