@@ -126,11 +126,11 @@ struct OnCuda {
   static size_t workspace_bytes(const IpoLossArgs& args) { return cuda::workspace_bytes(args); }
   template <typename E, int kCount>
   static void run(IpoLossArgs args) {
-    using Tile = cuda::BlockReduceStorage<math::TileSums<E>, cuda::kThreads>;
-    using Finish = cuda::BlockReduceStorage<math::SegmentSums, cuda::kThreads>;
     args.segments = cuda::with_tiles(args.segments);
-    cuda::launch(last_tile<E, kCount>, 1, cuda::kThreads, sizeof(Tile), nullptr, args);
-    cuda::launch(cuda::ipo_loss_finish<E>, 2, cuda::kThreads, sizeof(Finish), nullptr, args);
+    cuda::launch(last_tile<E, kCount>, 1, cuda::kThreads, sizeof(cuda::TileStorage<E>), nullptr,
+                 args);
+    cuda::launch(cuda::ipo_loss_finish<E>, 2, cuda::kThreads, sizeof(cuda::FinishStorage), nullptr,
+                 args);
   }
 };
 

@@ -82,6 +82,7 @@ def values(operator: str, device: torch.device) -> dict[str, Any]:
         "grad_entropy": torch.randn(TOKENS),
         "fault": torch.zeros(1, dtype=torch.int32),
         "gradient": torch.randn(rows),
+        "out": torch.empty(rows, dtype=torch.bfloat16),
         "factor": torch.tensor(0.3),
         "sums": torch.rand(len(_C.SUM_ROWS), 3, dtype=torch.float64),
         "extremes": torch.rand(len(_C.EXTREME_ROWS), 3, dtype=torch.float64),

@@ -106,12 +106,15 @@ def test_every_cluster(backend: Backend, columns: int) -> None:
     [(torch.float32, 41_001), (torch.bfloat16, 82_001), (torch.float16, 164_001)],
     ids=str,
 )
-def test_rows_in_turn(backend: Backend, device: str, dtype: torch.dtype, columns: int) -> None:
+def test_rows_in_turn(
+    backend: Backend, schedule: int, device: str, dtype: torch.dtype, columns: int
+) -> None:
     """A cluster works on some rows, each copied during the one before, inactive ones among them."""
     rows = 6 if backend.name == "simt" else 1200
     of_rows = {"masked": 0.4, "spread": 1.0, "token_temperature": True}
     case = random_case(rows, columns, dtype, **of_rows)
     assert_accurate(case, backend, grad_loss=0.5)
+    assert_accurate(random_case(rows, columns, dtype, masked=0, likely=True), backend)
     case = case.with_(logits=unaligned(case.logits)).to(backend.device)
     with_gradient = loss_rows(case, torch.empty_like(case.logits))
     for ours, theirs in zip(loss_rows(case, None), with_gradient, strict=True):

@@ -187,11 +187,12 @@ IPO_HOST_DEVICE E saved_largest(const LogitsArgs& args, int64_t row) {
   return static_cast<const E*>(args.softmax)[row];
 }
 
-// out = gradient * factor, rounded once; nothing is touched where factor is 1 and out the gradient.
+// out = gradient * factor, a product in the compute dtype, rounded to out's dtype once; nothing is
+// touched where factor is 1 and out the gradient.
 struct ScaleArgs {
   const void* gradient;  // [count]
   DType dtype;
-  void* out;        // [count], which may be the gradient
+  void* out;        // [count]; the gradient itself if of its dtype, else apart from it
   DType out_dtype;  // the gradient's, or fp16 or bf16 for an fp32 gradient
   int64_t count;
   ScalarInput factor;

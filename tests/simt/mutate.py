@@ -421,6 +421,14 @@ MUTATIONS = (
         "rows_in_turn",
     ),
     Mutation(
+        "label-before-the-last-row-is-done",
+        LOGITS,
+        "  if (threadIdx.x == 0) storage.scale = scale_of<E>(args, index);\n  before_posting();",
+        "  if (threadIdx.x == 0) {\n    storage.scale = scale_of<E>(args, index);\n"
+        "    storage.label = static_cast<int>(label);\n  }\n  before_posting();",
+        "rows_in_turn",
+    ),
+    Mutation(
         "phase-of-the-first-row",
         LOGITS,
         "share, cluster, turn++, held",

@@ -104,7 +104,8 @@ class Arrivals {
 #endif
   }
 
-  // Until the phase is complete that is so manieth modulo 2.
+  // Until the phase of that number, counted from 0, is complete. What was sent to this block is
+  // there then; the cluster's scope, which would empty L1, is not asked for.
   __device__ __forceinline__ void wait(unsigned phase) {
 #if !defined(__CUDACC__)
     simt::arrivals_wait(&state_, phase % 2);

@@ -228,9 +228,9 @@ template <Rules kRules, typename E>
 constexpr int kBlocksTogether = kRules == Rules::kAny && sizeof(E) == 8 ? 1 : 2;
 
 // One block a tile: each piece of a segment in it is summed to the piece's slot. A thread has
-// kCount neighbouring tokens of every kThreads * kCount, so up to 2^21 tokens it has them once, and
-// loads them before it knows their segment. A rollout rule launches it a second time, for the
-// pieces of sequences that the first has found to be dropped.
+// kCount neighbouring tokens of every kThreads * kCount, so once at most where four fit a load and
+// there are up to 2^21; it loads them before it knows their segment. A rollout rule launches it a
+// second time, for the pieces of sequences that the first has found to be dropped.
 template <Rules kRules, typename E, int kCount>
 __global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
     ipo_loss_tiles(const IpoLossArgs args) {
@@ -510,6 +510,9 @@ auto tiles_kernel(const IpoLossArgs& args) {
 template <typename E>
 cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
   static const bool may_overlap = waits_for_last_launch(ipo_loss_finish<E>);
+  Device device;
+  const cudaError_t unknown = current_device(device);
+  if (unknown != cudaSuccess) return unknown;
   const int64_t tiles = args.segments.num_tiles();
   if (tiles > 0) {
     const auto kernel = args.params.rules() == Rules::kDefault
@@ -527,7 +530,7 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
   const int64_t blocks = 1 + (args.segments.count + together - 1) / together;
   // Nothing but the tiles may still be under way.
   return launch_after(ipo_loss_finish<E>, blocks, kThreads, sizeof(FinishStorage), stream, args,
-                      may_overlap && tiles > 0);
+                      may_overlap && device.capability >= 90 && tiles > 0);
 }
 
 }  // namespace

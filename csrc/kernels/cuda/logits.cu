@@ -549,17 +549,17 @@ __device__ __forceinline__ auto reduce_row(const LogitsArgs& args, int64_t index
   E label_logit = 0;
   if (threadIdx.x == 0) label_logit = held.logit(label);
   E largest = held.load();
-  if (threadIdx.x == 0) {
-    storage.label = static_cast<int>(label);
-    storage.scale = scale_of<E>(args, index);
-  }
+  if (threadIdx.x == 0) storage.scale = scale_of<E>(args, index);
   before_posting();
   post_to_cluster<kThreads>(largest, Larger(), cluster, turn, storage.largest);
   largest = merge_posted<kThreads>(largest, Larger(), cluster, storage.largest);
   const LogitScale<E> scale = storage.scale;
   largest = cap<kCapped>(largest, scale).value;
   RowSums sums = held.exponentiate(scale, finite_or_zero(largest));
-  if (threadIdx.x == 0) storage.label_logit = label_logit;  // loaded while all that went on
+  if (threadIdx.x == 0) {  // only now are all done with the label of the row before
+    storage.label = static_cast<int>(label);
+    storage.label_logit = label_logit;  // loaded while all that went on
+  }
   post_to_cluster<kThreads>(sums, MergeRowSums(), cluster, turn, storage.sums);
   if (threadIdx.x < kWarpSize)
     sums = merge_posted<kThreads>(RowSums{0, 0}, MergeRowSums(), cluster, storage.sums);
@@ -712,13 +712,13 @@ __global__ void __launch_bounds__(kTurnThreads, kTurnBlocksTogether)
   storage.prepare();
   cluster.say_started();
   bool flows = row_flows<E>(args, first);
-  int64_t label = label_of(args, first);
+  int64_t label = flows ? label_of(args, first) : 0;
   if (flows) Held::fetch(share_of(first), storage);
   cluster.wait_for_all();
   for (int64_t index = first; index < end; ++index) {
     const int64_t next = index + 1;
     const bool next_flows = next < end && row_flows<E>(args, next);
-    const int64_t next_label = next < end ? label_of(args, next) : 0;
+    const int64_t next_label = next_flows ? label_of(args, next) : 0;
     typename Held::Share share = share_of(index);
     Held held(share, storage);
     if (flows) held.take();

@@ -81,7 +81,8 @@ cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t sha
 }
 
 // Whether a kernel that calls wait_for_last_launch() was compiled to wait. Code for an older
-// device, which a newer one may run, does not; neither may a driver before CUDA 12.3 capture it.
+// device, which a newer one may run, does not; and a driver before CUDA 12.3 may not be able to
+// capture it.
 template <typename Args>
 bool waits_for_last_launch(void (*kernel)(Args)) {
   constexpr int kCapturingDriver = 12030;

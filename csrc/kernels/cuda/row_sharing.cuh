@@ -22,20 +22,23 @@ struct RowShape {
   int threads;
 };
 
-// sm_90 and newer: the smallest cluster that holds the row with four blocks on a multiprocessor, so
-// that some of them load while others wait for a barrier. From 163,840 columns on, two large ones.
+// sm_90 and newer, for rows that take no turns (below): the smallest cluster that holds the row
+// with four blocks on a multiprocessor, so that some of them load while others wait for a barrier.
+// From 163,840 columns on, two large ones.
 constexpr RowShape kClusterShapes[] = {
     {16384, 1, 256}, {32768, 2, 256}, {65536, 4, 256}, {163840, 8, 256}, {INT64_MAX, 8, 512},
 };
 
 // sm_90 and newer, logits of up to 32 bits, no softcap: a row too large for a cluster of two whose
-// blocks hold so many steps a thread in registers, two blocks on a multiprocessor. Shared memory
-// then has the cluster's next row: so many in turn, fewer where there are too few for all clusters.
+// blocks hold so many steps a thread in registers, but not for eight, two blocks on a
+// multiprocessor. Shared memory then has the cluster's next row: so many in turn, or fewer.
 constexpr int kTurnThreads = 256;
 constexpr int kTurnSteps = 20;
 constexpr int kTurnBlocksTogether = 2;
 constexpr int kTurnClusters[] = {4, 8};
 constexpr int kMostRowsInTurn = 8;
+constexpr int kTurnsAtLeast = 4;
+constexpr int kStepBytes = 16;            // of a thread's step, as it is stored
 constexpr int kTurnStorageBytes = 14336;  // as kStorageBytes
 
 // Before sm_90, and rows that no cluster holds: one block, which reads again what does not fit.
@@ -116,13 +119,17 @@ inline void share_in_turn(const RowsToShare& rows, const Device& device, RowShar
   if (steps_of(rows, kTurnClusters[0] / 2, kTurnThreads) <= kTurnSteps) return;
   for (const int blocks : kTurnClusters) {
     const int64_t steps = steps_of(rows, blocks, kTurnThreads);
-    if (steps > kTurnSteps) continue;
+    const int64_t bytes = kTurnStorageBytes + steps * kTurnThreads * kStepBytes;
+    const bool fits = kTurnBlocksTogether * (bytes + device.shared_bytes_reserved) <=
+                      device.shared_bytes_together;
+    if (steps > kTurnSteps || !fits) continue;
+    // Every cluster that runs at once gets a few turns, so that all end at about the same time.
     const int64_t clusters = device.multiprocessors * kTurnBlocksTogether / blocks;
-    const int64_t each = rows.rows / std::max<int64_t>(4 * clusters, 1);
+    const int64_t each = rows.rows / std::max<int64_t>(kTurnsAtLeast * clusters, 1);
     sharing.blocks = blocks;
     sharing.threads = kTurnThreads;
     sharing.steps = static_cast<int>(steps);
-    sharing.shared_bytes = kTurnStorageBytes + steps * kTurnThreads * 16;
+    sharing.shared_bytes = bytes;
     sharing.rows_in_turn =
         static_cast<int>(std::min<int64_t>(std::max<int64_t>(each, 1), kMostRowsInTurn));
     return;

@@ -22,11 +22,11 @@ constexpr int kGroupsAtOnce = 4;    // loads of a thread that do not wait for ea
 template <typename From, typename To, int kCount>
 __device__ __forceinline__ void store_scaled(const From (&from)[kCount], Compute<From> factor,
                                              To* to) {
-  Compute<From> wide[kCount];
   To values[kCount];
   if constexpr (kCount == 1) {
     values[0] = narrow<To>(convert<Compute<From>>(from[0]) * factor);
   } else {
+    Compute<From> wide[kCount];
     widen_all(from, wide);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) wide[i] *= factor;

@@ -1,5 +1,5 @@
 // Loads and stores of several neighbouring elements at once, 16 bytes wide where their dtype fills
-// them; loads widen on arrival.
+// them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -77,6 +77,7 @@ __device__ __forceinline__ void widen_all(const Float16 (&from)[kCount], float (
 
 template <int kCount>
 __device__ __forceinline__ void widen_all(const BFloat16 (&from)[kCount], float (&to)[kCount]) {
+  static_assert(kCount % 2 == 0, "pairs");
 #pragma unroll
   for (int i = 0; i < kCount; i += 2) {
     uint32_t pair;
@@ -89,8 +90,9 @@ __device__ __forceinline__ void widen_all(const BFloat16 (&from)[kCount], float 
 // Column by column of two words of 16 bytes, two at a time in half precision; a NaN loses.
 template <typename Stored>
 __device__ __forceinline__ uint4 larger_of_each(const uint4& a, const uint4& b) {
-  using Pair = std::conditional_t<std::is_same_v<Stored, Float16>, __half2,
-                                  std::conditional_t<sizeof(Stored) == 2, __nv_bfloat162, Stored>>;
+  using Pair = std::conditional_t<
+      std::is_same_v<Stored, Float16>, __half2,
+      std::conditional_t<std::is_same_v<Stored, BFloat16>, __nv_bfloat162, Stored>>;
   constexpr int kPairs = sizeof(uint4) / sizeof(Pair);
   Pair left[kPairs], right[kPairs];
   memcpy(left, &a, sizeof(a));
