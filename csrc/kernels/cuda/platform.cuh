@@ -62,22 +62,29 @@ __device__ __forceinline__ void wait_for_last_launch() {
 #endif
 }
 
-// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args), in clusters of that many
-// blocks.
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args) with an attribute, or null.
 template <typename Args>
-cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
-                   cudaStream_t stream, const Args& args, int cluster_blocks = 1) {
+cudaError_t launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Args), int64_t blocks,
+                        int threads, size_t shared_bytes, cudaStream_t stream, const Args& args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = attribute;
+  config.numAttrs = attribute != nullptr ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+// In clusters of that many blocks.
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
+                   cudaStream_t stream, const Args& args, int cluster_blocks = 1) {
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(cluster_blocks), 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = cluster_blocks > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  return launch_with(cluster_blocks > 1 ? &cluster : nullptr, kernel, blocks, threads, shared_bytes,
+                     stream, args);
 }
 
 // Whether a kernel that calls wait_for_last_launch() was compiled to wait. Code for an older
@@ -99,17 +106,11 @@ bool waits_for_last_launch(void (*kernel)(Args)) {
 template <typename Args>
 cudaError_t launch_after(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
                          cudaStream_t stream, const Args& args, bool may_overlap) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = may_overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  return launch_with(may_overlap ? &overlap : nullptr, kernel, blocks, threads, shared_bytes,
+                     stream, args);
 }
 
 // What the choice of a kernel depends on.
