@@ -404,7 +404,7 @@ def anchor(*tensors: torch.Tensor) -> torch.Tensor | None:
 
 
 class ScaleOnce(torch.autograd.Function):
-    """``gradient * factor`` in ``dtype``, over the gradient itself if that is its own; no derivative.
+    """``gradient * factor`` in ``dtype``, over the gradient if that is its own; no derivative.
 
     A compiled graph multiplies instead: it may not change what it has saved.
     """

@@ -151,7 +151,7 @@ MUTATIONS = (
         REDUCE,
         "storage.warps[other]);\n  }\n  __syncthreads();",
         "storage.warps[other]);\n  }",
-        "whatever_the_schedule",
+        "long_and_short",
     ),
     Mutation(
         "wrong-lane",
@@ -438,8 +438,9 @@ MUTATIONS = (
     Mutation(
         "next-row-over-this-one",
         LOGITS,
-        "    if (flows) held.take();\n    if (next_flows) Held::fetch(share_of(next), storage);\n",
-        "    if (next_flows) Held::fetch(share_of(next), storage);\n    if (flows) held.take();\n",
+        "    if (label >= 0) held.take();\n",
+        "    if (next_label >= 0) Held::fetch(share_of(index + 1), storage);\n"
+        "    if (label >= 0) held.take();\n",
         "rows_in_turn",
     ),
     Mutation(

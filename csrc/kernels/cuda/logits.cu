@@ -493,6 +493,11 @@ class RowInTurn {
   uint4 words_[kSteps];
 };
 
+// Of an active row, where nothing is at fault.
+__device__ __forceinline__ int label_column(const LogitsArgs& args, int64_t row) {
+  return static_cast<int>(label_of(args, row));
+}
+
 template <typename Gradient>
 __device__ __forceinline__ Gradient* gradient_of_row(const LogitsArgs& args, int64_t index) {
   return args.gradient.data != nullptr ? args.gradient.row<Gradient>(index) : nullptr;
@@ -541,7 +546,7 @@ __device__ __forceinline__ void finish_row(const LogitsArgs& args, int64_t index
 // `turn` counts the cluster's rows before it; `before_posting` is called before anything is sent
 // to another block.
 template <bool kCapped, int kThreads, typename Held, typename Storage, typename BeforePosting>
-__device__ __forceinline__ auto reduce_row(const LogitsArgs& args, int64_t index, int64_t label,
+__device__ __forceinline__ auto reduce_row(const LogitsArgs& args, int64_t index, int label,
                                            const Cluster& cluster, unsigned turn, Held& held,
                                            Storage& storage, const BeforePosting& before_posting)
     -> RowPart<typename Held::E> {
@@ -557,7 +562,7 @@ __device__ __forceinline__ auto reduce_row(const LogitsArgs& args, int64_t index
   largest = cap<kCapped>(largest, scale).value;
   RowSums sums = held.exponentiate(scale, finite_or_zero(largest));
   if (threadIdx.x == 0) {  // only now are all done with the label of the row before
-    storage.label = static_cast<int>(label);
+    storage.label = label;
     storage.label_logit = label_logit;  // loaded while all that went on
   }
   post_to_cluster<kThreads>(sums, MergeRowSums(), cluster, turn, storage.sums);
@@ -569,7 +574,7 @@ __device__ __forceinline__ auto reduce_row(const LogitsArgs& args, int64_t index
 // The row, from its logits to its gradient.
 template <typename Gradient, bool kCapped, typename Stored, int kThreads, typename Held,
           typename Storage, typename BeforePosting>
-__device__ __forceinline__ void process_row(const RowsArgs& rows, int64_t index, int64_t label,
+__device__ __forceinline__ void process_row(const RowsArgs& rows, int64_t index, int label,
                                             RowShare<Stored, kThreads>& share,
                                             const Cluster& cluster, unsigned turn, Held& held,
                                             Storage& storage, const BeforePosting& before_posting) {
@@ -686,7 +691,7 @@ __global__ void __launch_bounds__(kThreads, blocks_together(kThreads))
     storage.prepare();
     cluster.say_started();
     HeldRow<Stored, kThreads, kCapped> held(rows, share, storage);
-    process_row<Gradient, kCapped>(rows, index, label_of(args, index), share, cluster, 0, held,
+    process_row<Gradient, kCapped>(rows, index, label_column(args, index), share, cluster, 0, held,
                                    storage, [&] { cluster.wait_for_all(); });
   }
 }
@@ -708,29 +713,29 @@ __global__ void __launch_bounds__(kTurnThreads, kTurnBlocksTogether)
   };
   const int64_t first = blockIdx.x / cluster.blocks * int64_t{rows.rows_in_turn};
   const int64_t end = min(first + rows.rows_in_turn, args.logits.rows);
+  // The label's column, or -1 for a row that does not flow.
+  const auto label_if_flowing = [&](int64_t index) {
+    return index < end && row_flows<E>(args, index) ? label_column(args, index) : -1;
+  };
   unsigned turn = 0;
   storage.prepare();
   cluster.say_started();
-  bool flows = row_flows<E>(args, first);
-  int64_t label = flows ? label_of(args, first) : 0;
-  if (flows) Held::fetch(share_of(first), storage);
+  int label = label_if_flowing(first);
+  if (label >= 0) Held::fetch(share_of(first), storage);
   cluster.wait_for_all();
   for (int64_t index = first; index < end; ++index) {
-    const int64_t next = index + 1;
-    const bool next_flows = next < end && row_flows<E>(args, next);
-    const int64_t next_label = next_flows ? label_of(args, next) : 0;
+    const int next_label = label_if_flowing(index + 1);
     typename Held::Share share = share_of(index);
     Held held(share, storage);
-    if (flows) held.take();
-    if (next_flows) Held::fetch(share_of(next), storage);
-    if (flows) {
+    if (label >= 0) held.take();
+    if (next_label >= 0) Held::fetch(share_of(index + 1), storage);
+    if (label >= 0) {
       process_row<Gradient, false>(rows, index, label, share, cluster, turn++, held, storage,
                                    [] {});
     } else {
       fill_row<E>(args, index, cluster.rank == 0, share, rows.steps,
                   gradient_of_row<Gradient>(args, index));
     }
-    flows = next_flows;
     label = next_label;
   }
 }
@@ -749,7 +754,7 @@ __global__ void __launch_bounds__(kPartThreads, blocks_together(kPartThreads))
                                        blockIdx.x % rows.parts, rows.parts);
   const Cluster alone = {0, 1};
   HeldRow<Stored, kPartThreads, kCapped> held(rows, share, storage);
-  const RowPart<E> part = reduce_row<kCapped, kPartThreads>(args, index, label_of(args, index),
+  const RowPart<E> part = reduce_row<kCapped, kPartThreads>(args, index, label_column(args, index),
                                                             alone, 0, held, storage, [] {});
   if (threadIdx.x == 0) static_cast<RowPart<E>*>(args.workspace)[blockIdx.x] = part;
 }
@@ -771,7 +776,7 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
                                                rows.stream_parts);
   if (!row_flows<E>(args, index))
     return fill_row<E>(args, index, part == 0, share, rows.stream_steps, gradient);
-  const int label = static_cast<int>(label_of(args, index));
+  const int label = label_column(args, index);
   if (is_backward(args)) {
     // Only the block that has the label's column may read it: others may have overwritten theirs.
     const bool owner = share.is_mine(label);
