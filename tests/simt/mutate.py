@@ -319,8 +319,8 @@ MUTATIONS = (
     Mutation(
         "swapped-extreme",
         METRICS,
-        "a.log_ratio_max = larger(",
-        "a.log_ratio_max = smaller(",
+        "larger(select<T>(measurable",
+        "smaller(select<T>(measurable",
     ),
     Mutation(
         "lost-column-after-the-groups",
@@ -404,7 +404,7 @@ MUTATIONS = (
         LOGITS,
         "  cluster.wait_for_all();\n",
         "",
-        "every_cluster",
+        "rows_in_turn",
     ),
     Mutation(
         "nobody-waits-for-what-was-sent",
