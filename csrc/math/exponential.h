@@ -131,8 +131,8 @@ __device__ __forceinline__ float device_exp2(float x) {
 #endif
 
 // 2^x for x from -127 (fp64: -1023), where it is exactly 0, to what rounding leaves above 0; NaN
-// for NaN. 2^n is one factor, and the sum that rounds to n holds its biased exponent already. On
-// the device two ULP, one instruction, and any x <= 0.
+// for NaN. 2^n is one factor, and the sum that rounds to n holds its biased exponent already. In
+// fp32 on the device one instruction, two ULP, and any x <= 0.
 template <typename T>
 IPO_HOST_DEVICE T power_of_2(T x) {
   using E = Element<T>;

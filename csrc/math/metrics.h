@@ -141,15 +141,6 @@ IPO_HOST_DEVICE void add_token(TileSums<T>& tile, const Token<T>& token, const T
       larger(select<T>(measurable, loss.log_ratio, tile.log_ratio_max), tile.log_ratio_max);
 }
 
-template <typename E>
-IPO_HOST_DEVICE TileSums<E> merge(TileSums<E> a, const TileSums<E>& b) {
-  for (int row = 0; row < sum::kNumRows; ++row) a.sums[row] += b.sums[row];
-  for (int row = 0; row < count::kNumRows; ++row) a.counts[row] += b.counts[row];
-  a.log_ratio_min = smaller(a.log_ratio_min, b.log_ratio_min);
-  a.log_ratio_max = larger(a.log_ratio_max, b.log_ratio_max);
-  return a;
-}
-
 // Sums over a whole segment, all in fp64: what the operator returns.
 struct SegmentSums {
   double sums[kNumSumRows];

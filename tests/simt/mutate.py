@@ -450,6 +450,13 @@ MUTATIONS = (
         "weighted_",
         "rows_of_every_length",
     ),
+    Mutation(
+        "scale-without-its-rest",
+        SCALE,
+        "blockIdx.x == 0 && rest < args.count",
+        "blockIdx.x == 1 && rest < args.count",
+        "scale",
+    ),
 )
 
 

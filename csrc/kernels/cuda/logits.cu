@@ -145,15 +145,16 @@ class ThreadSums {
 
   // `largest` of the row: capped, finite.
   __device__ __forceinline__ ThreadSums(const LogitScale<E>& scale, E largest)
-      : scale_(scale), largest_(largest) {
-    if (kBinary) scale_.inverse_temperature = binary_scale(scale.inverse_temperature);
-  }
+      : scale_(scale),
+        largest_(largest),
+        distance_scale_(kBinary ? binary_scale(scale.inverse_temperature)
+                                : scale.inverse_temperature) {}
 
   __device__ __forceinline__ RowTerm<E> term(E logit) const {
     if constexpr (kBinary) {
-      return binary_row_term(logit, largest_, scale_.inverse_temperature);
+      return binary_row_term(logit, largest_, distance_scale_);
     } else {
-      return row_term(cap<kCapped>(logit, scale_).value, largest_, scale_.inverse_temperature);
+      return row_term(cap<kCapped>(logit, scale_).value, largest_, distance_scale_);
     }
   }
 
@@ -172,6 +173,12 @@ class ThreadSums {
     weighted_ += group_weighted;
   }
 
+  __device__ __forceinline__ void add_one(E& logit) {
+    E logits[] = {logit};
+    add(logits);
+    logit = logits[0];
+  }
+
   __device__ __forceinline__ RowSums total() const {
     constexpr double kUnit = kBinary ? 1 / ExponentialConstants<double>::kLog2E : 1;
     return {exponentials_, weighted_ * kUnit};
@@ -180,6 +187,7 @@ class ThreadSums {
  private:
   LogitScale<E> scale_;
   E largest_;
+  E distance_scale_;  // from the difference to the largest
   E exponentials_ = 0;
   E weighted_ = 0;
 };
@@ -250,11 +258,7 @@ class HeldRow {
     }
     for (int step = first_unheld(); step < steps_ && share_.has_group(step); ++step)
       load_batch<1>(step, steps_, [&](int, E(&values)[kColumns]) { sums.add(values); });
-    if (has_extra()) {
-      E values[] = {extra()};
-      sums.add(values);
-      extra() = values[0];
-    }
+    if (has_extra()) sums.add_one(extra());
     return sums.total();
   }
 
@@ -439,11 +443,7 @@ class RowInTurn {
       sums.add(values);
       if constexpr (kKeepsExponentials) memcpy(&words_[i], values, sizeof(uint4));
     }
-    if (has_extra()) {
-      E values[] = {extra()};
-      sums.add(values);
-      extra() = values[0];
-    }
+    if (has_extra()) sums.add_one(extra());
     return sums.total();
   }
 

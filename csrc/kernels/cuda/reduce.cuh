@@ -84,16 +84,4 @@ __device__ __forceinline__ S block_reduce(S value, Merge merge,
   return value;
 }
 
-// The same, valid in every thread.
-template <int kThreads, typename S, typename Merge>
-__device__ __forceinline__ S block_all_reduce(S value, Merge merge,
-                                              BlockReduceStorage<S, kThreads>& storage) {
-  value = block_reduce<kThreads>(value, merge, storage);
-  if (threadIdx.x == 0) storage.warps[0] = value;
-  __syncthreads();
-  value = storage.warps[0];
-  __syncthreads();  // before the next use of storage
-  return value;
-}
-
 }  // namespace ipo_ext::cuda
