@@ -211,6 +211,12 @@ def quack() -> Callable[[Batch], torch.Tensor]:
     return lambda batch: loss(*batch.leaves, _labels(batch), ignore_index=IGNORED_LABEL)
 
 
+def cut_cross_entropy() -> Callable[[Batch], torch.Tensor]:
+    library: Any = importlib.import_module("cut_cross_entropy")
+    loss = functools.partial(library.linear_cross_entropy, reduction="sum")
+    return lambda batch: loss(*batch.leaves, _labels(batch), ignore_index=IGNORED_LABEL)
+
+
 def _labels(batch: Batch) -> torch.Tensor:
     return torch.where(batch.loss_mask, batch.labels, IGNORED_LABEL)
 

@@ -19,6 +19,7 @@ STYLES = {
     "torch_lce": Style("#CC79A7", "v", "F.linear_\ncross_entropy"),
     "liger": Style("#56B4E9", "P", "Liger-Kernel"),
     "quack": Style("#8B6914", "X", "QuACK"),
+    "cce": Style("#7A3E9D", "p", "cut-cross-entropy"),
     "products": Style(GREY, "", "floor: three\nmatrix products"),
     "ipo_ext": Style("#0072B2", "o", "ipo_ext"),
 }

@@ -26,6 +26,7 @@ LABELS = {
     "torch_lce": "F.linear_cross_entropy",
     "liger": "Liger-Kernel",
     "quack": "QuACK",
+    "cce": "cut-cross-entropy",
     "products": "three matrix products",
 }
 NOTES = {
@@ -36,12 +37,13 @@ NOTES = {
     "torch_lce": "a cross-entropy, chunked, gradients made in forward",
     "liger": "a cross-entropy, chunked, gradients made in forward",
     "quack": "a cross-entropy, chunked, gradients made in forward",
+    "cce": "a cross-entropy, logits made again in backward, small gradients left out",
     "products": "the floor: logits, then both gradients, by torch.mm on the active rows, no loss",
 }
 PROVIDERS = tuple(LABELS)
-CROSS_ENTROPIES = ("torch_lce", "liger", "quack")
-ON_GPU = ("liger", "quack")
-OVER_ACTIVE = ("ipo_ext", "products")  # the others work on every row, whatever is active
+CROSS_ENTROPIES = ("torch_lce", "liger", "quack", "cce")
+ON_GPU = ("liger", "quack", "cce")
+OVER_ACTIVE = ("ipo_ext", "products", "cce")  # the others work on every row, whatever is active
 PHASES = ("forward", "backward")
 TARGET_TOKENS = {"cpu": 2048, "cuda": 8192}
 
@@ -87,6 +89,7 @@ def provider(name: str, device: str) -> Call:
         "torch_lce": lambda: baselines.torch_linear_cross_entropy,
         "liger": baselines.liger,
         "quack": baselines.quack,
+        "cce": baselines.cut_cross_entropy,
     }
     return made[name]()
 

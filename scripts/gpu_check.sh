@@ -37,6 +37,7 @@ export PATH="$PATH:/usr/local/cuda/bin"
 export PYTHONPATH="$work/site:$work/wheels" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export HYPOTHESIS_PROFILE=ci PIP_DISABLE_PIP_VERSION_CHECK=1 COLUMNS=120
 names=() states=() times=() notes=()
+declare -A running started budgets # of the stages under way
 
 # ---- Stages ----
 
@@ -49,26 +50,40 @@ record() { # NAME STATE SECONDS NOTE
 
 # Runs a command with a time budget; JUDGE (its exit status, its output) sets state and note.
 stage() { # NAME SECONDS JUDGE COMMAND...
-  local name=$1 budget=$2 judge=$3 output="$work/$1.txt" start=$SECONDS status
+  local name=$1 budget=$2 judge=$3
   shift 3
-  local left=$((DEADLINE - SECONDS))
-  if ((left < 10)); then
+  start "$name" "$budget" "$@"
+  finish "$name" "$judge"
+}
+
+# The two halves of a stage: between them others can run beside it.
+start() { # NAME SECONDS COMMAND...
+  local name=$1 budget=$2 left=$((DEADLINE - SECONDS))
+  shift 2
+  ((left < 10)) && return
+  ((budget > left)) && budget=$left
+  say "=== $name, at most $budget s"
+  timeout --kill-after=5 "$budget" "$@" > "$work/$name.txt" 2>&1 < /dev/null &
+  running[$name]=$! started[$name]=$SECONDS budgets[$name]=$budget
+}
+
+finish() { # NAME JUDGE
+  local name=$1 judge=$2 output="$work/$1.txt" status
+  if [[ -z ${running[$name]-} ]]; then
     record "$name" "timed out" 0 "no time was left to start it"
     return
   fi
-  ((budget > left)) && budget=$left
-  say "=== $name, at most $budget s"
-  timeout --kill-after=5 "$budget" "$@" > "$output" 2>&1 < /dev/null
+  wait "${running[$name]}"
   status=$?
   tail -c 1500000 "$output" >> "$folder/log.txt"
   tail -n 12 "$output"
   state=failed note="exit status $status"
   if ((status == 124 || status == 137)); then
-    state="timed out" note="after $budget s"
+    state="timed out" note="after ${budgets[$name]} s"
   else
     "$judge" "$status" "$output"
   fi
-  record "$name" "$state" $((SECONDS - start)) "$note"
+  record "$name" "$state" $((SECONDS - started[$name])) "$note"
 }
 
 state_of() {
@@ -227,12 +242,14 @@ run_sanitizers() {
     skip "missing: $missing" "${tools[@]}"
     return
   fi
+  # Side by side: most of their time is a CPU's.
   for tool in "${tools[@]}"; do
     # Without torch's cache every tensor is an allocation of its own, whose ends are then checked.
-    stage "$tool" 75 judge_sanitizer env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    start "$tool" 150 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       compute-sanitizer --tool "$tool" --error-exitcode 86 \
       "$PYTHON" -m pytest tests -k "$SANITIZED" -q -p no:cacheprovider
   done
+  for tool in "${tools[@]}"; do finish "$tool" judge_sanitizer; done
 }
 
 # ---- Summary ----

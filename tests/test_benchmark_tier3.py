@@ -127,11 +127,12 @@ def test_a_quick_run_writes_json_and_a_picture(tmp_path: Path) -> None:
     assert png_path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_library_that_is_missing_is_recorded(batch: baselines.Batch) -> None:
-    arguments = tier3.parse(["--providers", "liger", "--quick"])
+@pytest.mark.parametrize("library", tier3.ON_GPU)
+def test_a_library_that_is_missing_is_recorded(library: str, batch: baselines.Batch) -> None:
+    arguments = tier3.parse(["--providers", library, "--quick"])
     runner = tier3.Runner(arguments, tier3.QUICK_SHAPE, report.Terminal())
     case = tier3.Case(200, 75)
-    assert runner._prepared("liger", case, batch, tier3.Expected(batch)) is None
+    assert runner._prepared(library, case, batch, tier3.Expected(batch)) is None
     assert not runner.wrong
     (left,) = runner.left_out
     assert left["reason"].startswith("unavailable")

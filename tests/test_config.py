@@ -80,6 +80,7 @@ def test_a_field_is_a_number(name: str, value: object) -> None:
         {"dppo_mask_low": 0.0, "dppo_mask_high": 0.0},
         {"adv_tau": 0, "kl_tau": 0, "teacher_tau": 0},
         {"kl_tau": 1e300, "teacher_tau": np.float64(2)},
+        {"adv_tau": np.float32(0.5), "kl_tau": np.int64(1)},
     ],
 )
 def test_the_ends_of_each_range_are_allowed(fields: dict[str, float]) -> None:

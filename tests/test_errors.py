@@ -92,6 +92,8 @@ def _bad_inputs() -> dict[str, Bad]:
             ValueError, f"expected a finite number > 0 or a tensor, got {value!r}")  # fmt: skip
     add("normalizer-text", "normalizer", lambda _: "70",
         TypeError, "expected a float or a 0-dim tensor, got str")  # fmt: skip
+    add("normalizer-bool", "normalizer", lambda _: True,
+        TypeError, "expected a float or a 0-dim tensor, got bool")  # fmt: skip
     add("normalizer-rank", "normalizer", cu(70),
         ValueError, "expected a 0-dim tensor, got shape [1]")  # fmt: skip
     add("normalizer-dtype", "normalizer", lambda case: case.loss_mask[0], TypeError,

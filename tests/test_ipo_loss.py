@@ -4,6 +4,7 @@ equalities that hold in every bit."""
 import contextlib
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -206,6 +207,14 @@ def test_a_normalizer_of_zero_gives_zero(backend, dtype, make):
 def test_a_float_normalizer_must_be_above_zero(backend, normalizer):
     with pytest.raises(ValueError, match=r"normalizer: expected a finite number > 0"):
         evaluate(random_case(3, normalizer=normalizer).to(backend.device))
+
+
+@pytest.mark.parametrize("number", [np.float32(70), np.float64(70), np.int64(70), 70])
+def test_a_normalizer_may_be_any_number(backend, number):
+    assert_same_bits(
+        evaluate(random_case(100, normalizer=number).to(backend.device)),
+        evaluate(random_case(100, normalizer=70.0).to(backend.device)),
+    )
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])

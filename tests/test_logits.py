@@ -737,6 +737,9 @@ def test_refusals(backend: Backend) -> None:
         case.call(temperature=0.0)
     with pytest.raises(ValueError, match="softcap: expected a finite number > 0"):
         case.call(softcap=-1.0)
+    for softcap in ("30", True, torch.tensor(30.0)):
+        with pytest.raises(TypeError, match="softcap: expected a float or None, got "):
+            case.call(softcap=softcap)
     with pytest.raises(ValueError, match="temperature: expected a tensor that does not require"):
         case.call(temperature=torch.ones(9, device=backend.device, requires_grad=True))
     with pytest.raises(ValueError, match=r"logits: expected shape \[\.\.\., vocabulary\]"):

@@ -12,7 +12,7 @@ import torch
 
 from ipo_ext import _checks, _chunks, _linear, _operators
 from ipo_ext._checks import LossConstants
-from ipo_ext.config import IPOConfig
+from ipo_ext.config import IPOConfig, is_number
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
 
@@ -428,20 +428,22 @@ def _scalar(
     """A number that may change every step, as a tensor."""
     if value is None or isinstance(value, torch.Tensor):
         return value
-    if not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name}: expected a float or a 0-dim tensor, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0 or a tensor, got {value!r}")
     if torch.compiler.is_compiling():
         # A number that the graph computes with: as a constant, each new value would recompile.
         return like.new_ones((), dtype=torch.float64) * value
-    return torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
+    return torch.scalar_tensor(float(value), dtype=torch.float64, device="cpu")
 
 
 def _softcap(softcap: float | None) -> float:
     """As the operators take it: 0 for none."""
     if softcap is None:
         return 0.0
+    if not is_number(softcap):
+        raise TypeError(f"softcap: expected a float or None, got {type(softcap).__name__}")
     if not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
     return float(softcap)
