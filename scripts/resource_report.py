@@ -6,6 +6,9 @@ Then how tier 2 keeps rows on chip on an H200: the launcher's own choice, and wh
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import itertools
+import os
 import re
 import subprocess
 import sys
@@ -92,9 +95,11 @@ def main() -> int:
     spilled = 0
     on_sm_90 = {}
     print(f"{'kernel':<64} {'architecture':<13} {'registers':>9} {'stack and spills, bytes':>24}")
-    for source in sorted((ROOT / "csrc/kernels/cuda").glob("*.cu")):
-        for architecture in arguments.architectures:
-            for kernel, target, registers, bytes_spilled in rows(report(source, architecture)):
+    sources = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
+    compiled = itertools.product(sources, arguments.architectures)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for text in pool.map(lambda of: report(*of), compiled):
+            for kernel, target, registers, bytes_spilled in rows(text):
                 print(f"{kernel:<64} {target:<13} {registers:>9} {bytes_spilled:>24}", flush=True)
                 spilled += bytes_spilled
                 if target == "sm_90":

@@ -51,7 +51,10 @@ SEGMENTS = "kernels/segments.h"
 LOSS = "math/token_loss.h"
 RULES = "math/mask_rules.h"
 METRICS = "math/metrics.h"
-LOGITS = "kernels/cuda/logits.cu"
+LOGITS = "kernels/cuda/logits_kernels.cuh"
+PASSES = "kernels/cuda/row_passes.cuh"
+HELD = "kernels/cuda/row_held.cuh"
+SUMS = "kernels/cuda/row_sums.cuh"
 ROWS = "kernels/logits.h"
 SHARE = "kernels/cuda/row_share.cuh"
 CLUSTER = "kernels/cuda/cluster.cuh"
@@ -352,35 +355,35 @@ MUTATIONS = (
     ),
     Mutation(
         "store-before-all-have-loaded",
-        LOGITS,
+        HELD,
         "        if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();",
         "",
         "gradient_over_logits_on_every_device",
     ),
     Mutation(
         "stream-before-all-have-loaded",
-        LOGITS,
+        PASSES,
         "__syncthreads();\n#pragma unroll\n    for (int i = 0; i < kBatch; ++i) {\n      E values",
         "\n#pragma unroll\n    for (int i = 0; i < kBatch; ++i) {\n      E values",
         "backward_over_logits",
     ),
     Mutation(
         "steps-that-overlap",
-        LOGITS,
+        HELD,
         "shared[(step * kWords + i) * kWidth] = words[i]",
         "shared[(step + i) * kWidth] = words[i]",
         "every_cluster",
     ),
     Mutation(
         "nothing-but-minus-infinity",
-        LOGITS,
+        SUMS,
         "infinity() ? E(0) : largest",
         "infinity() ? largest : largest",
         "edge_on_every_device",
     ),
     Mutation(
         "parts-without-their-maximum",
-        LOGITS,
+        PASSES,
         "shifted(parts[part].sums, below / temperature)",
         "shifted(parts[part].sums, 0 * below / temperature)",
         "test_every_device",
@@ -422,7 +425,7 @@ MUTATIONS = (
     ),
     Mutation(
         "label-before-the-last-row-is-done",
-        LOGITS,
+        PASSES,
         "  if (threadIdx.x == 0) storage.scale = scale_of<E>(args, index);\n  before_posting();",
         "  if (threadIdx.x == 0) {\n    storage.scale = scale_of<E>(args, index);\n"
         "    storage.label = static_cast<int>(label);\n  }\n  before_posting();",
@@ -445,9 +448,9 @@ MUTATIONS = (
     ),
     Mutation(
         "entropy-in-bits",
-        LOGITS,
+        SUMS,
         "weighted_ * kUnit",
-        "weighted_",
+        "weighted_ * (kUnit > 0)",
         "rows_of_every_length",
     ),
     Mutation(

@@ -1,0 +1,8 @@
+// Tier 2's kernels for fp16 logits.
+#include "kernels/cuda/logits_kernels.cuh"
+
+namespace ipo_ext::cuda {
+
+template cudaError_t launch_logits<Float16>(const LogitsArgs& args, cudaStream_t stream);
+
+}  // namespace ipo_ext::cuda

@@ -1,0 +1,8 @@
+// Tier 2's kernels for fp32 logits, with gradients of their own dtype or a narrower one.
+#include "kernels/cuda/logits_kernels.cuh"
+
+namespace ipo_ext::cuda {
+
+template cudaError_t launch_logits<float>(const LogitsArgs& args, cudaStream_t stream);
+
+}  // namespace ipo_ext::cuda
