@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import hypothesis
@@ -51,5 +52,8 @@ def backend(backend_name: str) -> Iterator[Backend]:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _as_in_a_new_process() -> None:
+    """What a test finds does not depend on those before it: they add up to recompilation limits."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

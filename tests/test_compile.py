@@ -49,11 +49,6 @@ FORMS: dict[str, Callable[[], Case]] = {
 forms = pytest.mark.parametrize("form", FORMS)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def case(backend: Backend) -> Case:
     return FORMS["everything"]().to(backend.device)

@@ -33,8 +33,7 @@ TOKENS = 24
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
+def _fresh_counters() -> None:
     counters.clear()
 
 

@@ -143,7 +143,6 @@ def test_tracing_says_the_same(backend: Backend, name: str) -> None:
 def test_compiling_says_the_same(backend: Backend, name: str) -> None:
     bad = BAD[name]
     case = bad.case(backend)
-    torch._dynamo.reset()
     function = torch.compile(ipo_loss, dynamic=True, backend="eager")
     traced = message_of(bad, lambda: case.call(function))
     assert traced == message_of(bad, lambda: case.call(ipo_loss))

@@ -953,7 +953,6 @@ def test_micro_batches_add_up(backend: Backend) -> None:
 @pytest.mark.parametrize("grad_loss", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_compiled_equals_eager(backend: Backend, dtype: torch.dtype, grad_loss: float) -> None:
-    torch._dynamo.reset()
     compiled = torch.compile(ipo_ext.ipo_loss_from_hidden, fullgraph=True, dynamic=True)
     for tokens in (20, 31):
         case = random_case(tokens, dtype=dtype, normalizer=3.0 + tokens).to(backend.device)
@@ -962,7 +961,6 @@ def test_compiled_equals_eager(backend: Backend, dtype: torch.dtype, grad_loss: 
 
 
 def test_counts_do_not_recompile(backend: Backend) -> None:
-    torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ipo_ext.ipo_loss_from_hidden, fullgraph=True, backend=graphs)
     case = random_case().to(backend.device)
@@ -973,7 +971,6 @@ def test_counts_do_not_recompile(backend: Backend) -> None:
 
 
 def test_the_graph_holds_one_node_and_no_logits(backend: Backend) -> None:
-    torch._dynamo.reset()
     nodes: list[torch.fx.Node] = []
 
     def inspect(graph: torch.fx.GraphModule, inputs: Any) -> Any:

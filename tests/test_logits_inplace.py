@@ -305,7 +305,6 @@ def step(case: Case, leaf: torch.Tensor, *, inplace: bool, producer: Any = None)
 def test_inplace_equals_apart(
     backend: Backend, dtype: torch.dtype, factor: float, compiled: bool
 ) -> None:
-    torch._dynamo.reset()
     case = random_case(dtype=dtype, normalizer=3.0).to(backend.device)
     run = torch.compile(step, fullgraph=True) if compiled else step
     gradients = []
@@ -331,7 +330,6 @@ def test_inplace_needs_no_second_matrix(backend: Backend) -> None:
 def test_a_producer_that_saved_its_output_raises(
     backend: Backend, name: str, compiled: bool
 ) -> None:
-    torch._dynamo.reset()
     case = random_case().to(backend.device)
     run = torch.compile(step, fullgraph=True) if compiled else step
     leaf = torch.zeros(9, 4, device=backend.device, requires_grad=True)
@@ -377,7 +375,6 @@ def test_inplace_refusals(backend: Backend) -> None:
 
 def test_inplace_copies_nothing_when_compiled(backend: Backend) -> None:
     """No tensor as large as the logits is made besides the logits."""
-    torch._dynamo.reset()
     case = random_case(64, 33).to(backend.device)
     code = torch._inductor.utils.run_and_get_code
     compiled = torch.compile(step, fullgraph=True)
