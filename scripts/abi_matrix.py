@@ -24,9 +24,9 @@ from environments import ROOT, build_wheel, fresh_environment, run
 VERSIONS = ("2.11", "2.12", "2.13", "2.14", "newest")
 SMOKE = ("tests/test_abi.py", "tests/test_smoke.py", "tests/test_diagnosis.py")
 TEST_TOOLS = ("pytest", "hypothesis", "numpy")
-BUILD_SIMT = (
+BUILD_EMULATED = (
     "import sys; sys.path.insert(0, 'tests'); "
-    "from simt.operators import build_operators; print(build_operators())"
+    "from emulator.operators import build_operators; print(build_operators())"
 )
 MARKERS = ("<!-- abi matrix -->", "<!-- end of abi matrix -->")
 
@@ -62,13 +62,13 @@ def environment(folder: Path, version: str, wheel: Path) -> Path:
     return python
 
 
-def check(python: Path, simt: str, report: Path) -> Row:
+def check(python: Path, emulated: str, report: Path) -> Row:
     """Runs the smoke tests in an environment; their report stays in ``report``."""
     facts = json.loads(run(python, "-m", "ipo_ext", "info", "--json"))
     if not Path(facts["module"]).is_relative_to(python.parents[1]):
         raise SystemExit(f"expected the wheel's package, imported {facts['module']}")
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    variables = {"PYTHONDONTWRITEBYTECODE": "1", "IPO_EXT_SIMT_LIBRARY": simt}
+    variables = {"PYTHONDONTWRITEBYTECODE": "1", "IPO_EXT_EMULATED_LIBRARY": emulated}
     done = subprocess.run(
         [*map(str, command), *SMOKE],
         cwd=ROOT,
@@ -139,11 +139,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     wheel = (options.wheel or build_wheel(folder)).resolve()
     rows: list[Row] = []
-    simt = ""
+    emulated = ""
     for version in options.versions:
         python = environment(folder / version, version, wheel)
-        simt = simt or run(python, "-c", BUILD_SIMT).strip()
-        rows.append(check(python, simt, folder / f"{version}.xml"))
+        emulated = emulated or run(python, "-c", BUILD_EMULATED).strip()
+        rows.append(check(python, emulated, folder / f"{version}.xml"))
         print(rows[-1], flush=True)
         if not options.folder:
             shutil.rmtree(folder / version)

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from abi_matrix import BUILD_SIMT, check, environment, run
+from abi_matrix import BUILD_EMULATED, check, environment, run
 
 SIZE_BUDGET = 20e6
 FROM_TORCH = ("libtorch.so", "libtorch_cpu.so")
@@ -84,7 +84,7 @@ def installed_objections(wheel: Path, folder: Path) -> Iterator[str]:
     for (major, minor), code in zip(GPUS, codes, strict=True):
         if code is None:
             yield f"expected code for compute capability {major}.{minor}, got none"
-    row = check(python, run(python, "-c", BUILD_SIMT).strip(), folder / "smoke.xml")
+    row = check(python, run(python, "-c", BUILD_EMULATED).strip(), folder / "smoke.xml")
     if not row.good:
         yield f"smoke tests: {row}; see {folder / 'smoke.log'}"
 

@@ -8,19 +8,19 @@ from collections.abc import Iterator
 
 import torch
 
+from emulator import operators as emulated
 from ipo_ext import _C, _operators
-from simt import operators as simt
 
 
 def available() -> list[str]:
-    """cpu and simt everywhere; cuda where the build and the machine have it."""
+    """cpu and emulated everywhere; cuda where the build and the machine have it."""
     cuda = bool(_C.CUDA_ARCHITECTURES) and torch.cuda.is_available()
-    return ["cpu", "simt", *(["cuda"] if cuda else [])]
+    return ["cpu", "emulated", *(["cuda"] if cuda else [])]
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """Where tensors live and which operators run. simt follows CUDA's rules, on CPU tensors."""
+    """Where tensors live and which operators run. emulated follows CUDA's rules, on CPU tensors."""
 
     name: str
 
@@ -35,13 +35,13 @@ class Backend:
 
     @property
     def namespace(self) -> str:
-        return simt.NAMESPACE if self.name == "simt" else "ipo_ext"
+        return emulated.NAMESPACE if self.name == "emulated" else "ipo_ext"
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Backend]:
         """Points the Python API at this backend's operators."""
-        if self.name == "simt":
-            simt.load()
+        if self.name == "emulated":
+            emulated.load()
         before = _operators._namespace
         _operators._namespace = self.namespace
         try:

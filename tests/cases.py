@@ -218,7 +218,7 @@ SEGMENTS: dict[str, Callable[[int], list[int]]] = {
 }
 
 
-# A segment costs two block reductions, which the harness runs thread by thread.
+# A segment costs two block reductions, which the emulator runs thread by thread.
 MOST_TOKENS = {name: {"singles": 41, "sevens": 340}.get(name, 2**62) for name in SEGMENTS}
 
 

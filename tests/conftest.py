@@ -1,4 +1,4 @@
-"""One test body for every backend: the fixture `backend` runs it on cpu, simt and cuda."""
+"""One test body for every backend: the fixture `backend` runs it on cpu, emulated and cuda."""
 
 from __future__ import annotations
 

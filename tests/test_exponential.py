@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from simt import build
+from emulator import build
 
 SOURCE = "tests/exponential.cpp"
 STEP = "251"  # of all 2^32 floats, every so many are checked

@@ -33,8 +33,8 @@ from closeness import (
     assert_near_reference,
     assert_sums_close,
 )
+from emulator import operators as emulated
 from ipo_ext import _C, IPOConfig, ipo_loss
-from simt import operators as simt
 
 CONFIG = IPOConfig(kl_tau=0.05)
 
@@ -367,20 +367,20 @@ def torch_threads(count):
 
 
 @contextlib.contextmanager
-def simt_schedule(seed):
-    simt.load().simt_set_schedule(seed)
+def thread_order(seed):
+    emulated.load().emulator_set_schedule(seed)
     try:
         yield
     finally:
-        simt.load().simt_set_schedule(0)
+        emulated.load().emulator_set_schedule(0)
 
 
 def schedules(backend):
-    """Every way to run the same work: CPU threads, simt's thread orders, on CUDA again."""
+    """Every way to run the same work: CPU threads, emulated's thread orders, on CUDA again."""
     if backend.name == "cpu":
         return [torch_threads(count) for count in (1, 2, 2, 3)]
-    if backend.name == "simt":
-        return [simt_schedule(seed) for seed in range(12)]
+    if backend.name == "emulated":
+        return [thread_order(seed) for seed in range(12)]
     return [contextlib.nullcontext() for _ in range(10)]
 
 
@@ -388,7 +388,7 @@ def schedules(backend):
 @pytest.mark.parametrize("dtypes", ["fp32", "fp64"])
 def test_same_bits_whatever_the_schedule(backend, dtypes, segments):
     # For the CPU enough tiles to be worth a second thread.
-    tokens = 2051 if backend.name == "simt" else 100_003
+    tokens = 2051 if backend.name == "emulated" else 100_003
     case = random_case(tokens, dtypes=DTYPES[dtypes], segments=segments, teacher=True, weights=True)
     case = case.to(backend.device)
     first = evaluate(case)
@@ -418,9 +418,9 @@ def test_mask_and_counts_are_the_same_bits_as_on_the_cpu(backend, dtypes, make):
 
 @pytest.mark.parametrize("tokens", [0, 1, 5000])
 @pytest.mark.parametrize("segments", [None, "empty-around"])
-def test_simt_needs_at_most_two_launches(tokens, segments):
-    with Backend("simt").active():
-        harness = simt.load()
-        harness.simt_reset_statistics()
+def test_emulated_needs_at_most_two_launches(tokens, segments):
+    with Backend("emulated").active():
+        harness = emulated.load()
+        harness.emulator_reset_statistics()
         evaluate(random_case(tokens, segments=segments, teacher=True))
-        assert harness.simt_launches() <= 2
+        assert harness.emulator_launches() <= 2

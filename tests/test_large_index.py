@@ -2,10 +2,10 @@
 
 import subprocess
 
-from simt import build
+from emulator import build
 
 
-def test_cpu_and_simt_kernels_reach_tokens_past_2_to_the_31():
+def test_cpu_and_emulated_kernels_reach_tokens_past_2_to_the_31():
     program = build.build("large_index", ["tests/large_index.cpp"], include=["csrc"])
     done = subprocess.run([program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

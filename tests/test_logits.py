@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 import ipo_ext
 from backends import Backend
 from closeness import assert_close
+from emulator import operators as emulated
 from ipo_ext import IPOConfig, _operators, reference
-from simt import operators as simt
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COLUMNS = (1, 2, 7, 33, 130, 1031)
@@ -322,7 +322,7 @@ def protected_rows(values: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 
 def test_inactive_rows_are_not_read(backend: Backend) -> None:
     if backend.name == "cuda":
-        return  # host memory: cpu and simt run the same loads
+        return  # host memory: cpu and emulated run the same loads
     case = random_case(rows=7, columns=mmap.PAGESIZE // 4, masked=0.5)
     whole = evaluate(case)
     case = case.with_(labels=case.labels.masked_fill(~case.loss_mask, 2**40))
@@ -478,15 +478,15 @@ def test_scale_into_a_narrower_dtype_rounds_once(
 def test_scale_goes_round_on_a_small_device() -> None:
     """More elements than one round of the grid takes on one multiprocessor."""
     multiprocessors = 16  # cudaDevAttrMultiProcessorCount
-    harness = simt.load()
+    harness = emulated.load()
     gradient = torch.randn(2**17 + 3)
     expected = gradient * 3
-    harness.simt_set_device_attribute(multiprocessors, 1)
+    harness.emulator_set_device_attribute(multiprocessors, 1)
     try:
-        with Backend("simt").active():
+        with Backend("emulated").active():
             _operators.library().scale_(gradient, torch.tensor(3.0))
     finally:
-        harness.simt_set_device_attribute(multiprocessors, -1)
+        harness.emulator_set_device_attribute(multiprocessors, -1)
     assert torch.equal(gradient, expected)
 
 
@@ -588,7 +588,7 @@ def test_one_token_without_dimensions(backend: Backend) -> None:
 
 def test_indices_beyond_32_bits(backend: Backend) -> None:
     if backend.name == "cuda":
-        return  # lazily committed host memory: cpu and simt run the same index arithmetic
+        return  # lazily committed host memory: cpu and emulated run the same index arithmetic
     room = torch.empty(2**32 + 64, dtype=torch.float16)  # only the rows' pages are ever touched
     logits = room.as_strided((3, 40), (2**31, 1))
     logits.copy_(torch.randn(3, 40))
@@ -834,13 +834,13 @@ def test_threads_do_not_matter() -> None:
 
 
 def test_schedule_does_not_matter() -> None:
-    harness = simt.load()
+    harness = emulated.load()
     case = random_case(rows=3, columns=260, dtype=torch.bfloat16)
-    with Backend("simt").active():
+    with Backend("emulated").active():
         expected = evaluate(case, grad_loss=0.5)
         try:
             for seed in range(1, 5):
-                harness.simt_set_schedule(seed)
+                harness.emulator_set_schedule(seed)
                 assert_same_bits(evaluate(case, grad_loss=0.5), expected)
         finally:
-            harness.simt_set_schedule(0)
+            harness.emulator_set_schedule(0)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from backends import Backend, available
+from emulator import operators as emulated
 from ipo_ext import IPOConfig, _operators
-from simt import operators as simt
 from test_logits import (
     MANY_ROWS,
     Case,
@@ -47,21 +47,21 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture(params=[0, 1, 2, 3], ids="seed{}".format)
 def schedule(request: pytest.FixtureRequest) -> Iterator[int]:
     """The order in which emulated threads run; a GPU has its own."""
-    harness = simt.load()
-    harness.simt_set_schedule(request.param)
+    harness = emulated.load()
+    harness.emulator_set_schedule(request.param)
     yield request.param
-    harness.simt_set_schedule(0)
+    harness.emulator_set_schedule(0)
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, backend: Backend) -> Iterator[str]:
     """A device on which the launcher chooses another variant; a GPU is the device that it is."""
-    harness = simt.load()
+    harness = emulated.load()
     for attribute, value in DEVICES[request.param].items():
-        harness.simt_set_device_attribute(attribute, value)
+        harness.emulator_set_device_attribute(attribute, value)
     yield request.param
     for attribute in DEVICES[request.param]:
-        harness.simt_set_device_attribute(attribute, -1)
+        harness.emulator_set_device_attribute(attribute, -1)
 
 
 def loss_rows(case: Case, gradient: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +110,7 @@ def test_rows_in_turn(
     backend: Backend, schedule: int, device: str, dtype: torch.dtype, columns: int
 ) -> None:
     """A cluster works on some rows, each copied during the one before, inactive ones among them."""
-    rows = 6 if backend.name == "simt" else 1200
+    rows = 6 if backend.name == "emulated" else 1200
     of_rows = {"masked": 0.4, "spread": 1.0, "token_temperature": True}
     case = random_case(rows, columns, dtype, **of_rows)
     assert_accurate(case, backend, grad_loss=0.5)
@@ -156,16 +156,16 @@ def test_rows_of_every_length(backend: Backend, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_order_of_threads_does_not_matter(device: str, dtype: torch.dtype) -> None:
-    harness = simt.load()
+    harness = emulated.load()
     case = random_case(3, 18001, dtype, masked=0, spread=1.0)
-    with Backend("simt").active():
+    with Backend("emulated").active():
         expected = evaluate(case)
         try:
             for seed in (1, 2):
-                harness.simt_set_schedule(seed)
+                harness.emulator_set_schedule(seed)
                 assert_same_bits(evaluate(case), expected)
         finally:
-            harness.simt_set_schedule(0)
+            harness.emulator_set_schedule(0)
 
 
 def test_rows_at_the_edge_on_every_device(backend: Backend, device: str) -> None:
@@ -205,14 +205,14 @@ def test_rows_at_the_edge_on_every_device(backend: Backend, device: str) -> None
 def test_gradient_over_logits_on_every_device(
     backend: Backend, device: str, dtype: torch.dtype, columns: int, softcap: float | None
 ) -> None:
-    harness = simt.load()
+    harness = emulated.load()
     case = random_case(3, columns, softcap=softcap, spread=1.0).to(backend.device)
     apart = torch.full(case.logits.shape, math.nan, dtype=dtype, device=backend.device)
     expected = loss_rows(case, apart)
     gradient = lying_over(case.logits, dtype)
-    harness.simt_set_schedule(5)
+    harness.emulator_set_schedule(5)
     results = loss_rows(case, gradient)
-    harness.simt_set_schedule(0)
+    harness.emulator_set_schedule(0)
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results, expected, strict=True))
     assert torch.equal(bits(gradient), bits(apart))
 
@@ -252,7 +252,7 @@ def test_gradient_over_logits(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_backward_over_logits(backend: Backend, dtype: torch.dtype) -> None:
-    harness, operators = simt.load(), _operators.library()
+    harness, operators = emulated.load(), _operators.library()
     logits = torch.randn(3, 40011, device=backend.device)
     labels = torch.tensor([0, 40010, 20000], device=backend.device)
     rest = (labels, None, 2.0)
@@ -263,7 +263,7 @@ def test_backward_over_logits(backend: Backend, dtype: torch.dtype) -> None:
     apart = torch.full(logits.shape, math.nan, dtype=dtype, device=backend.device)
     operators.token_logprobs_rows_backward(logits, *rest, *saved, apart)
     gradient = lying_over(logits, dtype)
-    harness.simt_set_schedule(5)
+    harness.emulator_set_schedule(5)
     operators.token_logprobs_rows_backward(logits, *rest, *saved, gradient)
-    harness.simt_set_schedule(0)
+    harness.emulator_set_schedule(0)
     assert torch.equal(bits(gradient), bits(apart))

@@ -27,8 +27,8 @@ from cases import (
     with_garbage,
 )
 from closeness import assert_near_reference
+from emulator import operators as emulated
 from ipo_ext import _C, IPOConfig, reference
-from simt import operators as simt
 
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 SUM_ROW = {name: row for row, name in enumerate(_C.SUM_ROWS)}
@@ -308,7 +308,7 @@ class GuardedMemory:
     def __exit__(self, failure: type | None, *_: object) -> None:
         if failure is not None:
             return  # the report of a failing test prints its tensors: they must stay readable
-        intact = [simt.load().simt_guarded_free(pointer) for pointer in self._pointers]
+        intact = [emulated.load().emulator_guarded_free(pointer) for pointer in self._pointers]
         assert all(intact), "bytes behind a buffer were overwritten"
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -317,7 +317,7 @@ class GuardedMemory:
             return tensor
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         size = span * tensor.element_size()
-        pointer = simt.load().simt_guarded_alloc(size, self._alignment)
+        pointer = emulated.load().emulator_guarded_alloc(size, self._alignment)
         self._pointers.append(pointer)
         memory = (ctypes.c_char * size).from_address(pointer)
         flat = torch.frombuffer(memory, dtype=tensor.dtype)

@@ -19,7 +19,7 @@ struct Cluster {
   __device__ __forceinline__ void say_started() const {
     if (blocks == 1) return;
 #if !defined(__CUDACC__)
-    simt::cluster_arrive();
+    emulator::cluster_arrive();
 #elif __CUDA_ARCH__ >= 900
     __cluster_barrier_arrive_relaxed();
 #endif
@@ -27,7 +27,7 @@ struct Cluster {
   __device__ __forceinline__ void wait_for_all() const {
     if (blocks == 1) return;
 #if !defined(__CUDACC__)
-    simt::cluster_wait();
+    emulator::cluster_wait();
 #elif __CUDA_ARCH__ >= 900
     __cluster_barrier_wait();
 #endif
@@ -36,7 +36,7 @@ struct Cluster {
 
 __device__ __forceinline__ Cluster this_cluster() {
 #if !defined(__CUDACC__)
-  return {simt::cluster_rank(), simt::cluster_size()};
+  return {emulator::cluster_rank(), emulator::cluster_size()};
 #elif __CUDA_ARCH__ >= 900
   return {__clusterRelativeBlockRank(), __clusterSizeInBlocks()};
 #else
@@ -51,7 +51,7 @@ class Arrivals {
   // By thread 0, before any block may send.
   __device__ __forceinline__ void prepare() {
 #if !defined(__CUDACC__)
-    simt::arrivals_init(&state_);
+    emulator::arrivals_init(&state_);
 #elif __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&state_)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -61,7 +61,7 @@ class Arrivals {
   // By thread 0, once a phase; what it has written before is there for all who wait.
   __device__ __forceinline__ void expect(unsigned bytes) {
 #if !defined(__CUDACC__)
-    simt::arrivals_expect(&state_, bytes);
+    emulator::arrivals_expect(&state_, bytes);
 #elif __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&state_)),
                  "r"(bytes)
@@ -74,8 +74,8 @@ class Arrivals {
   __device__ __forceinline__ void send(S* to, const S& value, unsigned block) {
     static_assert(sizeof(S) == 4 || sizeof(S) == 8 || sizeof(S) == 16, "what one store sends");
 #if !defined(__CUDACC__)
-    simt::arrivals_send(simt::map_shared(&state_, block), simt::map_shared(to, block), &value,
-                        sizeof(S));
+    emulator::arrivals_send(emulator::map_shared(&state_, block), emulator::map_shared(to, block),
+                            &value, sizeof(S));
 #elif __CUDA_ARCH__ >= 900
     const unsigned there = address_in(to, block), counter = address_in(&state_, block);
     if constexpr (sizeof(S) == 4) {
@@ -108,7 +108,7 @@ class Arrivals {
   // there then; the cluster's scope, which would empty L1, is not asked for.
   __device__ __forceinline__ void wait(unsigned phase) {
 #if !defined(__CUDACC__)
-    simt::arrivals_wait(&state_, phase % 2);
+    emulator::arrivals_wait(&state_, phase % 2);
 #elif __CUDA_ARCH__ >= 900
     unsigned complete = 0;
     while (!complete) {

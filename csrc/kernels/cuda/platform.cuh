@@ -14,7 +14,7 @@ __device__ __forceinline__ T& shared_storage() {
   extern __shared__ __align__(16) unsigned char storage[];
   return *reinterpret_cast<T*>(storage);
 #else
-  return *static_cast<T*>(simt::dynamic_shared_memory());
+  return *static_cast<T*>(emulator::dynamic_shared_memory());
 #endif
 }
 
@@ -30,7 +30,7 @@ __device__ __forceinline__ void forget_uses(uint4& word) {
 // may read them, after wait_for_copies(). From sm_80 on; before that, at once.
 __device__ __forceinline__ void copy_ahead(uint4* shared, const void* global) {
 #if !defined(__CUDACC__)
-  simt::async_copy(shared, global, sizeof(uint4));
+  emulator::async_copy(shared, global, sizeof(uint4));
 #elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                    static_cast<unsigned>(__cvta_generic_to_shared(shared))),
@@ -42,8 +42,8 @@ __device__ __forceinline__ void copy_ahead(uint4* shared, const void* global) {
 }
 __device__ __forceinline__ void wait_for_copies() {
 #if !defined(__CUDACC__)
-  simt::async_commit();
-  simt::async_wait(0);
+  emulator::async_commit();
+  emulator::async_wait(0);
 #elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif

@@ -12,17 +12,17 @@
 
 #include "sanitizer.h"
 
-#if SIMT_ASSEMBLY_SWITCH
+#if EMULATOR_ASSEMBLY_SWITCH
 // Saves the callee-saved registers on this stack, its pointer at `*save`, and goes on at `load`.
-extern "C" __attribute__((visibility("hidden"))) void simt_switch(void** save, void* load);
+extern "C" __attribute__((visibility("hidden"))) void emulator_switch(void** save, void* load);
 
 #if defined(__x86_64__)
 asm(R"(
   .text
-  .hidden simt_switch
-  .globl simt_switch
-  .type simt_switch, @function
-simt_switch:
+  .hidden emulator_switch
+  .globl emulator_switch
+  .type emulator_switch, @function
+emulator_switch:
   pushq %rbp
   pushq %rbx
   pushq %r12
@@ -38,15 +38,15 @@ simt_switch:
   popq %rbx
   popq %rbp
   ret
-  .size simt_switch, .-simt_switch
+  .size emulator_switch, .-emulator_switch
 )");
 #else
 asm(R"(
   .text
-  .hidden simt_switch
-  .globl simt_switch
-  .type simt_switch, %function
-simt_switch:
+  .hidden emulator_switch
+  .globl emulator_switch
+  .type emulator_switch, %function
+emulator_switch:
   sub sp, sp, #160
   stp x19, x20, [sp, #0]
   stp x21, x22, [sp, #16]
@@ -73,15 +73,15 @@ simt_switch:
   ldp d14, d15, [sp, #144]
   add sp, sp, #160
   ret
-  .size simt_switch, .-simt_switch
+  .size emulator_switch, .-emulator_switch
 )");
 #endif
-#endif  // SIMT_ASSEMBLY_SWITCH
+#endif  // EMULATOR_ASSEMBLY_SWITCH
 
-namespace simt {
+namespace emulator {
 namespace {
 
-constexpr std::size_t kStackBytes = SIMT_ASAN ? 256 << 10 : 64 << 10;
+constexpr std::size_t kStackBytes = EMULATOR_ASAN ? 256 << 10 : 64 << 10;
 
 // The fibre that enter() is to start: the only way to hand it over without an argument register.
 Fibre* entering = nullptr;
@@ -114,13 +114,13 @@ void Fibre::begin(Entry entry) {
   fake_stack_ = nullptr;
   if (abandoned_) asan_unpoison(mapping_ + page_bytes(), kStackBytes);
   abandoned_ = true;  // until it says otherwise by its last suspend()
-#if SIMT_ASSEMBLY_SWITCH && defined(__x86_64__)
+#if EMULATOR_ASSEMBLY_SWITCH && defined(__x86_64__)
   // Six registers, enter() as the return address, and a null one above it to end stack walks.
   void** frame = reinterpret_cast<void**>(top_) - 8;
   std::memset(frame, 0, 8 * sizeof(void*));
   frame[6] = reinterpret_cast<void*>(&Fibre::enter);
   stack_pointer_ = frame;
-#elif SIMT_ASSEMBLY_SWITCH
+#elif EMULATOR_ASSEMBLY_SWITCH
   void** frame = reinterpret_cast<void**>(top_) - 20;
   std::memset(frame, 0, 20 * sizeof(void*));
   frame[11] = reinterpret_cast<void*>(&Fibre::enter);  // x30
@@ -134,7 +134,7 @@ void Fibre::begin(Entry entry) {
 #endif
 }
 
-SIMT_NO_ASAN void Fibre::enter() {
+EMULATOR_NO_ASAN void Fibre::enter() {
   Fibre* self = entering;
   asan_finish_switch(nullptr, &self->caller_bottom_, &self->caller_size_);
   self->entry_();
@@ -144,19 +144,19 @@ SIMT_NO_ASAN void Fibre::enter() {
 void Fibre::resume() {
   entering = this;
   asan_start_switch(&caller_fake_stack_, mapping_ + page_bytes(), kStackBytes);
-#if SIMT_ASSEMBLY_SWITCH
-  simt_switch(&caller_stack_pointer_, stack_pointer_);
+#if EMULATOR_ASSEMBLY_SWITCH
+  emulator_switch(&caller_stack_pointer_, stack_pointer_);
 #else
   swapcontext(&caller_context_, &context_);
 #endif
   asan_finish_switch(caller_fake_stack_, nullptr, nullptr);
 }
 
-SIMT_NO_ASAN void Fibre::suspend(bool last) {
+EMULATOR_NO_ASAN void Fibre::suspend(bool last) {
   if (last) abandoned_ = false;
   asan_start_switch(last ? nullptr : &fake_stack_, caller_bottom_, caller_size_);
-#if SIMT_ASSEMBLY_SWITCH
-  simt_switch(&stack_pointer_, caller_stack_pointer_);
+#if EMULATOR_ASSEMBLY_SWITCH
+  emulator_switch(&stack_pointer_, caller_stack_pointer_);
 #else
   swapcontext(&context_, &caller_context_);
 #endif
@@ -167,7 +167,7 @@ bool Fibre::overflowed_at(const void* address) const {
   return address >= mapping_ && address < mapping_ + page_bytes();
 }
 
-#if SIMT_ASSEMBLY_SWITCH && defined(__linux__)
+#if EMULATOR_ASSEMBLY_SWITCH && defined(__linux__)
 
 bool Fibre::divert(void* signal_context, Entry landing) {
   asan_unpoison(mapping_ + page_bytes(), kStackBytes);
@@ -195,7 +195,7 @@ void* interrupted_instruction(void* signal_context) {
 #endif
 }
 
-#elif !SIMT_ASSEMBLY_SWITCH
+#elif !EMULATOR_ASSEMBLY_SWITCH
 
 // setcontext() may leave a handler; it cannot be told to go on elsewhere, so this is the last stop.
 bool Fibre::divert(void*, Entry) { return setcontext(&caller_context_) == 0; }
@@ -205,4 +205,4 @@ void* interrupted_instruction(void*) { return nullptr; }
 #error "say how a signal handler finds and changes the interrupted registers here"
 #endif
 
-}  // namespace simt
+}  // namespace emulator

@@ -13,7 +13,7 @@
 
 #include "state.h"
 
-namespace simt {
+namespace emulator {
 namespace {
 
 std::string demangled(const char* name) {
@@ -230,7 +230,7 @@ std::string block_groups(const Block& block) {
 }  // namespace
 
 std::string failure_report(const Grid& grid, const Cluster& cluster, const Failure& failure) {
-  std::string text = "simt: ";
+  std::string text = "emulator: ";
   text += failure.signal != 0 ? describe_signal(cluster, failure) : failure.text;
   text += where(grid, cluster, *failure.culprit->block);
   if (!failure.whole_block) text += who(*failure.culprit);
@@ -253,8 +253,8 @@ std::string deadlock_report(const Grid& grid, const Cluster& cluster) {
     }
     groups += "\n  block " + triple(block.index) + ":" + block_groups(block);
   }
-  return "simt: deadlock: no thread can go on" + where(grid, cluster, *stuck->block) + who(*stuck) +
-         "\n  at      " + call(*stuck) + groups;
+  return "emulator: deadlock: no thread can go on" + where(grid, cluster, *stuck->block) +
+         who(*stuck) + "\n  at      " + call(*stuck) + groups;
 }
 
-}  // namespace simt
+}  // namespace emulator

@@ -1,7 +1,7 @@
 // The scheduler: runs the clusters of a grid one after another, all threads of a cluster in turns,
 // each until it waits at a rendezvous or exits. Lanes of a warp never run in lockstep, so a warp
 // that relies on it without a barrier computes something else here.
-#include "simt.h"
+#include "emulator.h"
 
 #include <pthread.h>
 #include <signal.h>
@@ -19,7 +19,7 @@
 
 #include "state.h"
 
-namespace simt {
+namespace emulator {
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -36,7 +36,7 @@ Statistics counts{};
 std::uint64_t launches_under_seed = 0;  // so that a seed gives the same schedules again
 
 std::uint64_t seed_from_environment() {
-  const char* text = std::getenv("SIMT_SEED");
+  const char* text = std::getenv("EMULATOR_SEED");
   return text == nullptr ? 0 : std::strtoull(text, nullptr, 0);
 }
 
@@ -685,21 +685,21 @@ void set_patience(double seconds) { patience = seconds; }
 Statistics statistics() { return counts; }
 void reset_statistics() { counts = {}; }
 
-}  // namespace simt
+}  // namespace emulator
 
 extern "C" {
-void simt_set_schedule(std::uint64_t seed) { simt::set_schedule(seed); }
-std::uint64_t simt_schedule() { return simt::schedule(); }
-void simt_set_poison(unsigned char byte) { simt::set_poison(byte); }
-void simt_set_patience(double seconds) { simt::set_patience(seconds); }
-std::uint64_t simt_launches() { return simt::statistics().launches; }
-std::uint64_t simt_blocks() { return simt::statistics().blocks; }
-std::uint64_t simt_barriers() { return simt::statistics().barriers; }
-void simt_reset_statistics() { simt::reset_statistics(); }
-void* simt_guarded_alloc(std::size_t bytes, std::size_t alignment) {
-  return simt::guarded_buffer(bytes, alignment);
+void emulator_set_schedule(std::uint64_t seed) { emulator::set_schedule(seed); }
+std::uint64_t emulator_schedule() { return emulator::schedule(); }
+void emulator_set_poison(unsigned char byte) { emulator::set_poison(byte); }
+void emulator_set_patience(double seconds) { emulator::set_patience(seconds); }
+std::uint64_t emulator_launches() { return emulator::statistics().launches; }
+std::uint64_t emulator_blocks() { return emulator::statistics().blocks; }
+std::uint64_t emulator_barriers() { return emulator::statistics().barriers; }
+void emulator_reset_statistics() { emulator::reset_statistics(); }
+void* emulator_guarded_alloc(std::size_t bytes, std::size_t alignment) {
+  return emulator::guarded_buffer(bytes, alignment);
 }
-bool simt_guarded_free(void* pointer) { return simt::release_guarded_buffer(pointer); }
+bool emulator_guarded_free(void* pointer) { return emulator::release_guarded_buffer(pointer); }
 
 // Called by code built with -fsanitize=alignment -fno-sanitize-recover=alignment: naming it here
 // makes misaligned accesses faults with a source line, and needs no sanitizer runtime.
@@ -712,11 +712,11 @@ struct UbsanTypeMismatch {
 __attribute__((weak)) void __ubsan_handle_type_mismatch_v1_abort(UbsanTypeMismatch* what,
                                                                  void* address) {
   const unsigned alignment = 1u << what->log_alignment;
-  if (simt::current == nullptr) {
+  if (emulator::current == nullptr) {
     std::fprintf(stderr, "%s:%u: misaligned access to %p\n", what->file, what->line, address);
     std::abort();
   }
-  simt::fail(*simt::current, {what->file, static_cast<int>(what->line)},
-             "misaligned access: %p is not a multiple of %u bytes", address, alignment);
+  emulator::fail(*emulator::current, {what->file, static_cast<int>(what->line)},
+                 "misaligned access: %p is not a multiple of %u bytes", address, alignment);
 }
 }

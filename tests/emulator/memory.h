@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <string>
 
-namespace simt {
+namespace emulator {
 
 extern unsigned char poison_byte;
 
@@ -42,4 +42,4 @@ class Arena {
 // of 1024 bytes", or empty when no guarded buffer is near.
 std::string describe_guarded(const void* address);
 
-}  // namespace simt
+}  // namespace emulator

@@ -12,10 +12,10 @@
 #include <mutex>
 #include <new>
 
+#include "emulator.h"
 #include "sanitizer.h"
-#include "simt.h"
 
-namespace simt {
+namespace emulator {
 
 unsigned char poison_byte = 0xFF;
 
@@ -82,7 +82,7 @@ void Arena::open() {
 }
 
 std::size_t Arena::overrun() const {
-  if (SIMT_ASAN) return 0;  // already reported, and reading it would be an error of our own
+  if (EMULATOR_ASAN) return 0;  // already reported, and reading it would be an error of our own
   const unsigned char* red = mapping_ + bytes_;
   for (std::size_t i = 0; i < kRedZoneBytes; ++i) {
     if (red[i] != kCanary) return bytes_ + i;
@@ -149,4 +149,4 @@ std::string describe_guarded(const void* address) {
   return {};
 }
 
-}  // namespace simt
+}  // namespace emulator

@@ -1,7 +1,7 @@
 """Breaks the real kernels, one way at a time in a scratch copy, and demands that the tests notice.
 
-`python tests/simt/mutate.py [NAME ...]` exits 1 if the tests stay green for any mutation, or if the
-text that a mutation replaces is no longer there. With `--one-in N` only every Nth is run, which
+`python tests/emulator/mutate.py [NAME ...]` exits 1 if the tests stay green for any mutation, or if
+the text that a mutation replaces is no longer there. With `--one-in N` only every Nth is run, which
 ones changes from day to day; the texts of all are looked for.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from simt import build, operators
+from emulator import build, operators
 
 WORKERS = 2
 TESTS = (
@@ -508,7 +508,7 @@ def scratch_copy(root: Path) -> Path:
     shutil.copytree(build.ROOT / "csrc", root / "csrc")
     shutil.copytree(build.ROOT / build.HARNESS, root / build.HARNESS)
     operators.build_operators()
-    shutil.copytree(build.ROOT / "build/simt-objects", root / "build/simt-objects")
+    shutil.copytree(build.ROOT / "build/emulator-objects", root / "build/emulator-objects")
     return root
 
 
@@ -528,10 +528,10 @@ def outcome(mutation: Mutation, root: Path) -> tuple[str, bool]:
 
 def first_failure(library: Path, tests: str) -> str | None:
     """The first test that fails with `library`; None if all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", f"simt and ({tests})", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", f"emulated and ({tests})", *TESTS]
     environment = {
         **os.environ,
-        "IPO_EXT_SIMT_LIBRARY": str(library),
+        "IPO_EXT_EMULATED_LIBRARY": str(library),
         "HYPOTHESIS_PROFILE": "ci",
         "OMP_NUM_THREADS": "1",
     }

@@ -1,4 +1,4 @@
-"""The real operators with the CUDA kernels emulated on the CPU, as torch.ops.ipo_ext_simt."""
+"""The real operators with the CUDA kernels emulated on the CPU, as torch.ops.ipo_ext_emulated."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 
-from simt import build
+from emulator import build
 
-NAMESPACE = "ipo_ext_simt"
+NAMESPACE = "ipo_ext_emulated"
 TORCH = Path(torch.__file__).parent
 
 
 def build_operators(root: Path = build.ROOT, sanitize: Sequence[str] = ()) -> Path:
-    """Compiles csrc/ops and the CUDA kernels of `root` for the harness, as a library for torch."""
+    """Compiles csrc/ops and the CUDA kernels of `root` for the emulator, as a library for torch."""
     # The one that takes longest, logits_fp32, not last: two compile at once.
     kernels = sorted(root.glob("csrc/kernels/cuda/*.cu"), reverse=True)
     return build.build(
-        f"ipo_ext_simt{sysconfig.get_config_var('SHLIB_SUFFIX')}",
+        f"ipo_ext_emulated{sysconfig.get_config_var('SHLIB_SUFFIX')}",
         ["csrc/ops/register.cpp", *(path.relative_to(root) for path in kernels)],
         include=["csrc"],
         flags=[
@@ -41,21 +41,22 @@ def build_operators(root: Path = build.ROOT, sanitize: Sequence[str] = ()) -> Pa
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Loads and registers the operators once; returns the harness's C interface.
+    """Loads and registers the operators once; returns the emulator's C interface.
 
-    IPO_EXT_SIMT_LIBRARY names a library built elsewhere (under sanitizers, say) to load instead.
+    IPO_EXT_EMULATED_LIBRARY names a library built elsewhere (under sanitizers, say) to load
+    instead.
     """
     from ipo_ext import _linear, _operators
 
-    library = os.environ.get("IPO_EXT_SIMT_LIBRARY") or str(build_operators())
+    library = os.environ.get("IPO_EXT_EMULATED_LIBRARY") or str(build_operators())
     torch.ops.load_library(library)
     _operators.register(NAMESPACE)
     _linear.register(NAMESPACE)
     harness = ctypes.CDLL(library)
-    harness.simt_set_schedule.argtypes = [ctypes.c_uint64]
-    harness.simt_launches.restype = ctypes.c_uint64
-    harness.simt_guarded_alloc.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
-    harness.simt_guarded_alloc.restype = ctypes.c_void_p
-    harness.simt_guarded_free.argtypes = [ctypes.c_void_p]
-    harness.simt_guarded_free.restype = ctypes.c_bool
+    harness.emulator_set_schedule.argtypes = [ctypes.c_uint64]
+    harness.emulator_launches.restype = ctypes.c_uint64
+    harness.emulator_guarded_alloc.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+    harness.emulator_guarded_alloc.restype = ctypes.c_void_p
+    harness.emulator_guarded_free.argtypes = [ctypes.c_void_p]
+    harness.emulator_guarded_free.restype = ctypes.c_bool
     return harness

@@ -1,4 +1,4 @@
-// The SIMT harness: runs CUDA kernels, compiled by the host compiler, on one OS thread with one
+// The emulator: runs CUDA kernels, compiled by the host compiler, on one OS thread with one
 // fibre for every CUDA thread. It avoids hangs: whatever cannot go on is reported as a Fault.
 //
 // Three readers: tests (schedule, statistics, guarded buffers), the kernels' platform helpers
@@ -11,20 +11,20 @@
 
 #include "include/vector_types.h"
 
-namespace simt {
+namespace emulator {
 
 // ---------------------------------------------------------------------------------------------
 // For tests
 
 // A kernel broke a rule. The text names the kernel, block, thread and source line. Thrown by the
-// launch after all its threads were abandoned; the harness can be used again at once.
+// launch after all its threads were abandoned; the emulator can be used again at once.
 class Fault : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
 // 0 runs threads and blocks in their natural order. Any other seed permutes threads, warps and
-// blocks, redrawn at every scheduling round. The first launch takes it from SIMT_SEED.
+// blocks, redrawn at every scheduling round. The first launch takes it from EMULATOR_SEED.
 void set_schedule(std::uint64_t seed);
 std::uint64_t schedule();
 
@@ -58,7 +58,7 @@ struct Site {
   int line = 0;
 };
 
-#define SIMT_SITE_PARAMETERS const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define EMULATOR_SITE_PARAMETERS const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
@@ -68,9 +68,9 @@ void* dynamic_shared_memory();
 
 unsigned cluster_rank();
 unsigned cluster_size();
-void cluster_arrive(SIMT_SITE_PARAMETERS);
-void cluster_wait(SIMT_SITE_PARAMETERS);
-inline void cluster_sync(SIMT_SITE_PARAMETERS) {
+void cluster_arrive(EMULATOR_SITE_PARAMETERS);
+void cluster_wait(EMULATOR_SITE_PARAMETERS);
+inline void cluster_sync(EMULATOR_SITE_PARAMETERS) {
   cluster_arrive(file, line);
   cluster_wait(file, line);
 }
@@ -78,23 +78,23 @@ inline void cluster_sync(SIMT_SITE_PARAMETERS) {
 // The same place in the shared memory of block `rank` of this cluster.
 void* map_shared_bytes(const void* pointer, unsigned rank, Site site);
 template <typename T>
-T* map_shared(T* pointer, unsigned rank, SIMT_SITE_PARAMETERS) {
+T* map_shared(T* pointer, unsigned rank, EMULATOR_SITE_PARAMETERS) {
   return static_cast<T*>(map_shared_bytes(pointer, rank, {file, line}));
 }
 
 // An mbarrier of one arrival, and st.async, which counts its bytes there: a phase is complete once
 // it was told how many to expect and so many have come.
-void arrivals_init(std::uint64_t* state, SIMT_SITE_PARAMETERS);
-void arrivals_expect(std::uint64_t* state, unsigned bytes, SIMT_SITE_PARAMETERS);
+void arrivals_init(std::uint64_t* state, EMULATOR_SITE_PARAMETERS);
+void arrivals_expect(std::uint64_t* state, unsigned bytes, EMULATOR_SITE_PARAMETERS);
 void arrivals_send(std::uint64_t* state, void* to, const void* value, std::size_t bytes,
-                   SIMT_SITE_PARAMETERS);
-void arrivals_wait(std::uint64_t* state, unsigned parity, SIMT_SITE_PARAMETERS);
+                   EMULATOR_SITE_PARAMETERS);
+void arrivals_wait(std::uint64_t* state, unsigned parity, EMULATOR_SITE_PARAMETERS);
 
 // cp.async: 4, 8 or 16 aligned bytes from global to the block's own shared memory. They land when
 // this thread waits; until then the destination keeps what it held.
-void async_copy(void* shared, const void* global, std::size_t bytes, SIMT_SITE_PARAMETERS);
+void async_copy(void* shared, const void* global, std::size_t bytes, EMULATOR_SITE_PARAMETERS);
 void async_commit();
-void async_wait(unsigned groups_left_pending, SIMT_SITE_PARAMETERS);
+void async_wait(unsigned groups_left_pending, EMULATOR_SITE_PARAMETERS);
 
 // ---------------------------------------------------------------------------------------------
 // For the shadow cuda_runtime.h
@@ -136,20 +136,20 @@ struct Grid {
 // Runs every thread of the grid to its end. Throws Fault.
 void run(const Grid& grid);
 
-}  // namespace simt
+}  // namespace emulator
 
 // The same for ctypes.
 extern "C" {
-void simt_set_schedule(std::uint64_t seed);
-std::uint64_t simt_schedule();
-void simt_set_poison(unsigned char byte);
-void simt_set_patience(double seconds);
-std::uint64_t simt_launches();
-std::uint64_t simt_blocks();
-std::uint64_t simt_barriers();
-void simt_reset_statistics();
-void* simt_guarded_alloc(std::size_t bytes, std::size_t alignment);
-bool simt_guarded_free(void* pointer);
+void emulator_set_schedule(std::uint64_t seed);
+std::uint64_t emulator_schedule();
+void emulator_set_poison(unsigned char byte);
+void emulator_set_patience(double seconds);
+std::uint64_t emulator_launches();
+std::uint64_t emulator_blocks();
+std::uint64_t emulator_barriers();
+void emulator_reset_statistics();
+void* emulator_guarded_alloc(std::size_t bytes, std::size_t alignment);
+bool emulator_guarded_free(void* pointer);
 // The simulated device's answer to cudaDeviceGetAttribute; -1 restores the default.
-void simt_set_device_attribute(int attribute, int value);
+void emulator_set_device_attribute(int attribute, int value);
 }

@@ -4,15 +4,15 @@
 
 #include <cstddef>
 
-#if !defined(SIMT_FORCE_UCONTEXT) && defined(__ELF__) && \
+#if !defined(EMULATOR_FORCE_UCONTEXT) && defined(__ELF__) && \
     (defined(__x86_64__) || defined(__aarch64__))
-#define SIMT_ASSEMBLY_SWITCH 1
+#define EMULATOR_ASSEMBLY_SWITCH 1
 #else
-#define SIMT_ASSEMBLY_SWITCH 0
+#define EMULATOR_ASSEMBLY_SWITCH 0
 #include <ucontext.h>
 #endif
 
-namespace simt {
+namespace emulator {
 
 class Fibre {
  public:
@@ -42,7 +42,7 @@ class Fibre {
   unsigned char* mapping_;
   unsigned char* top_;
   Entry entry_ = nullptr;
-#if SIMT_ASSEMBLY_SWITCH
+#if EMULATOR_ASSEMBLY_SWITCH
   void* stack_pointer_ = nullptr;
   void* caller_stack_pointer_ = nullptr;
 #else
@@ -59,4 +59,4 @@ class Fibre {
 // The address of the instruction that a signal interrupted; null where unknown.
 void* interrupted_instruction(void* signal_context);
 
-}  // namespace simt
+}  // namespace emulator

@@ -1,5 +1,5 @@
 // What the kernels use of <cuda_runtime.h>, for the host compiler: found first on the include
-// path, it sends every CUDA builtin to the harness and needs no CUDA toolkit.
+// path, it sends every CUDA builtin to the emulator and needs no CUDA toolkit.
 //
 // Not here on purpose: __shared__ (shared memory is dynamic, through one helper), the launch
 // syntax, cooperative groups and inline PTX. A kernel that uses one of them does not compile.
@@ -14,7 +14,7 @@
 #include <typeinfo>
 #include <utility>
 
-#include "../simt.h"
+#include "../emulator.h"
 #include "vector_types.h"
 
 // ---------------------------------------------------------------------------------------------
@@ -33,49 +33,51 @@
 // ---------------------------------------------------------------------------------------------
 // Indices
 
-using simt::blockDim;
-using simt::blockIdx;
-using simt::gridDim;
-using simt::threadIdx;
+using emulator::blockDim;
+using emulator::blockIdx;
+using emulator::gridDim;
+using emulator::threadIdx;
 constexpr int warpSize = 32;
 
 // ---------------------------------------------------------------------------------------------
 // Barriers and votes: the call's own source line is part of what threads must agree on.
 
-inline void __syncthreads(SIMT_SITE_PARAMETERS) {
-  simt::block_rendezvous(simt::Operation::block_barrier, 0, {file, line});
+inline void __syncthreads(EMULATOR_SITE_PARAMETERS) {
+  emulator::block_rendezvous(emulator::Operation::block_barrier, 0, {file, line});
 }
-inline int __syncthreads_count(int predicate, SIMT_SITE_PARAMETERS) {
-  return simt::block_rendezvous(simt::Operation::block_barrier_count, predicate, {file, line});
+inline int __syncthreads_count(int predicate, EMULATOR_SITE_PARAMETERS) {
+  return emulator::block_rendezvous(emulator::Operation::block_barrier_count, predicate,
+                                    {file, line});
 }
-inline int __syncthreads_or(int predicate, SIMT_SITE_PARAMETERS) {
-  return simt::block_rendezvous(simt::Operation::block_barrier_or, predicate, {file, line});
+inline int __syncthreads_or(int predicate, EMULATOR_SITE_PARAMETERS) {
+  return emulator::block_rendezvous(emulator::Operation::block_barrier_or, predicate, {file, line});
 }
-inline int __syncthreads_and(int predicate, SIMT_SITE_PARAMETERS) {
-  return simt::block_rendezvous(simt::Operation::block_barrier_and, predicate, {file, line});
+inline int __syncthreads_and(int predicate, EMULATOR_SITE_PARAMETERS) {
+  return emulator::block_rendezvous(emulator::Operation::block_barrier_and, predicate,
+                                    {file, line});
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_SITE_PARAMETERS) {
-  simt::warp_rendezvous(simt::Operation::warp_barrier, mask, 0, 0, 32, {file, line});
+inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_SITE_PARAMETERS) {
+  emulator::warp_rendezvous(emulator::Operation::warp_barrier, mask, 0, 0, 32, {file, line});
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate, SIMT_SITE_PARAMETERS) {
-  return static_cast<unsigned>(
-      simt::warp_rendezvous(simt::Operation::ballot, mask, predicate != 0, 0, 32, {file, line}));
+inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATOR_SITE_PARAMETERS) {
+  return static_cast<unsigned>(emulator::warp_rendezvous(emulator::Operation::ballot, mask,
+                                                         predicate != 0, 0, 32, {file, line}));
 }
-inline int __any_sync(unsigned mask, int predicate, SIMT_SITE_PARAMETERS) {
-  return static_cast<int>(
-      simt::warp_rendezvous(simt::Operation::any, mask, predicate != 0, 0, 32, {file, line}));
+inline int __any_sync(unsigned mask, int predicate, EMULATOR_SITE_PARAMETERS) {
+  return static_cast<int>(emulator::warp_rendezvous(emulator::Operation::any, mask, predicate != 0,
+                                                    0, 32, {file, line}));
 }
-inline int __all_sync(unsigned mask, int predicate, SIMT_SITE_PARAMETERS) {
-  return static_cast<int>(
-      simt::warp_rendezvous(simt::Operation::all, mask, predicate != 0, 0, 32, {file, line}));
+inline int __all_sync(unsigned mask, int predicate, EMULATOR_SITE_PARAMETERS) {
+  return static_cast<int>(emulator::warp_rendezvous(emulator::Operation::all, mask, predicate != 0,
+                                                    0, 32, {file, line}));
 }
 // CUDA promises the caller's own lane and nothing more; neither does this.
-inline unsigned __activemask() { return 1u << simt::lane(); }
+inline unsigned __activemask() { return 1u << emulator::lane(); }
 
 // ---------------------------------------------------------------------------------------------
 // Shuffles
 
-namespace simt {
+namespace emulator {
 template <typename T>
 T shuffle(Operation operation, unsigned mask, T value, int operand, int width, Site site) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),
@@ -86,25 +88,27 @@ T shuffle(Operation operation, unsigned mask, T value, int operand, int width, S
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
-}  // namespace simt
+}  // namespace emulator
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, SIMT_SITE_PARAMETERS) {
-  return simt::shuffle(simt::Operation::shuffle, mask, value, source, width, {file, line});
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMULATOR_SITE_PARAMETERS) {
+  return emulator::shuffle(emulator::Operation::shuffle, mask, value, source, width, {file, line});
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_SITE_PARAMETERS) {
-  return simt::shuffle(simt::Operation::shuffle_up, mask, value, static_cast<int>(delta), width,
-                       {file, line});
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATOR_SITE_PARAMETERS) {
+  return emulator::shuffle(emulator::Operation::shuffle_up, mask, value, static_cast<int>(delta),
+                           width, {file, line});
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, SIMT_SITE_PARAMETERS) {
-  return simt::shuffle(simt::Operation::shuffle_down, mask, value, static_cast<int>(delta), width,
-                       {file, line});
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                   EMULATOR_SITE_PARAMETERS) {
+  return emulator::shuffle(emulator::Operation::shuffle_down, mask, value, static_cast<int>(delta),
+                           width, {file, line});
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, SIMT_SITE_PARAMETERS) {
-  return simt::shuffle(simt::Operation::shuffle_xor, mask, value, lane_mask, width, {file, line});
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, EMULATOR_SITE_PARAMETERS) {
+  return emulator::shuffle(emulator::Operation::shuffle_xor, mask, value, lane_mask, width,
+                           {file, line});
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -140,37 +144,37 @@ void __stcg(T* address, T value) {
   *address = value;
 }
 
-#define SIMT_ATOMIC(name, type, updated)                    \
+#define EMULATOR_ATOMIC(name, type, updated)                \
   inline type name(type* address, type operand) {           \
     const type old = *static_cast<volatile type*>(address); \
     *static_cast<volatile type*>(address) = (updated);      \
     return old;                                             \
   }
-#define SIMT_INTEGER_ATOMICS(type)                                        \
-  SIMT_ATOMIC(atomicMax, type, old > operand ? old : operand)             \
-  SIMT_ATOMIC(atomicMin, type, old < operand ? old : operand)             \
-  SIMT_ATOMIC(atomicAnd, type, old& operand)                              \
-  SIMT_ATOMIC(atomicOr, type, old | operand)                              \
-  SIMT_ATOMIC(atomicXor, type, old ^ operand)                             \
-  SIMT_ATOMIC(atomicExch, type, operand)                                  \
+#define EMULATOR_INTEGER_ATOMICS(type)                                    \
+  EMULATOR_ATOMIC(atomicMax, type, old > operand ? old : operand)         \
+  EMULATOR_ATOMIC(atomicMin, type, old < operand ? old : operand)         \
+  EMULATOR_ATOMIC(atomicAnd, type, old& operand)                          \
+  EMULATOR_ATOMIC(atomicOr, type, old | operand)                          \
+  EMULATOR_ATOMIC(atomicXor, type, old ^ operand)                         \
+  EMULATOR_ATOMIC(atomicExch, type, operand)                              \
   inline type atomicCAS(type* address, type expected, type desired) {     \
     const type old = *static_cast<volatile type*>(address);               \
     if (old == expected) *static_cast<volatile type*>(address) = desired; \
     return old;                                                           \
   }
-SIMT_INTEGER_ATOMICS(int)
-SIMT_INTEGER_ATOMICS(unsigned int)
-SIMT_INTEGER_ATOMICS(unsigned long long)
-SIMT_ATOMIC(atomicAdd, int, static_cast<int>(static_cast<unsigned>(old) + operand))
-SIMT_ATOMIC(atomicAdd, unsigned int, old + operand)
-SIMT_ATOMIC(atomicAdd, unsigned long long, old + operand)
-SIMT_ATOMIC(atomicAdd, float, old + operand)
-SIMT_ATOMIC(atomicAdd, double, old + operand)
-SIMT_ATOMIC(atomicSub, int, static_cast<int>(static_cast<unsigned>(old) - operand))
-SIMT_ATOMIC(atomicSub, unsigned int, old - operand)
-SIMT_ATOMIC(atomicExch, float, operand)
-#undef SIMT_INTEGER_ATOMICS
-#undef SIMT_ATOMIC
+EMULATOR_INTEGER_ATOMICS(int)
+EMULATOR_INTEGER_ATOMICS(unsigned int)
+EMULATOR_INTEGER_ATOMICS(unsigned long long)
+EMULATOR_ATOMIC(atomicAdd, int, static_cast<int>(static_cast<unsigned>(old) + operand))
+EMULATOR_ATOMIC(atomicAdd, unsigned int, old + operand)
+EMULATOR_ATOMIC(atomicAdd, unsigned long long, old + operand)
+EMULATOR_ATOMIC(atomicAdd, float, old + operand)
+EMULATOR_ATOMIC(atomicAdd, double, old + operand)
+EMULATOR_ATOMIC(atomicSub, int, static_cast<int>(static_cast<unsigned>(old) - operand))
+EMULATOR_ATOMIC(atomicSub, unsigned int, old - operand)
+EMULATOR_ATOMIC(atomicExch, float, operand)
+#undef EMULATOR_INTEGER_ATOMICS
+#undef EMULATOR_ATOMIC
 
 // ---------------------------------------------------------------------------------------------
 // Bits and arithmetic
@@ -186,7 +190,7 @@ inline int __clzll(long long value) {
   return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value));
 }
 
-namespace simt {
+namespace emulator {
 template <typename To, typename From>
 To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -194,14 +198,14 @@ To bit_cast(From from) {
   std::memcpy(&to, &from, sizeof(To));
   return to;
 }
-}  // namespace simt
+}  // namespace emulator
 
-inline unsigned __float_as_uint(float value) { return simt::bit_cast<unsigned>(value); }
-inline int __float_as_int(float value) { return simt::bit_cast<int>(value); }
-inline float __uint_as_float(unsigned value) { return simt::bit_cast<float>(value); }
-inline float __int_as_float(int value) { return simt::bit_cast<float>(value); }
-inline long long __double_as_longlong(double value) { return simt::bit_cast<long long>(value); }
-inline double __longlong_as_double(long long value) { return simt::bit_cast<double>(value); }
+inline unsigned __float_as_uint(float value) { return emulator::bit_cast<unsigned>(value); }
+inline int __float_as_int(float value) { return emulator::bit_cast<int>(value); }
+inline float __uint_as_float(unsigned value) { return emulator::bit_cast<float>(value); }
+inline float __int_as_float(int value) { return emulator::bit_cast<float>(value); }
+inline long long __double_as_longlong(double value) { return emulator::bit_cast<long long>(value); }
+inline double __longlong_as_double(long long value) { return emulator::bit_cast<double>(value); }
 
 // Rounded on their own: the compiler must not fuse them (build with -ffp-contract=off).
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -216,22 +220,22 @@ inline double __ddiv_rn(double a, double b) { return a / b; }
 inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
 inline float rsqrtf(float value) { return 1.0f / sqrtf(value); }
 
-#define SIMT_MIN_MAX(type)                                     \
+#define EMULATOR_MIN_MAX(type)                                 \
   constexpr type min(type a, type b) { return b < a ? b : a; } \
   constexpr type max(type a, type b) { return a < b ? b : a; }
-SIMT_MIN_MAX(int)
-SIMT_MIN_MAX(unsigned int)
-SIMT_MIN_MAX(long)
-SIMT_MIN_MAX(unsigned long)
-SIMT_MIN_MAX(long long)
-SIMT_MIN_MAX(unsigned long long)
-#undef SIMT_MIN_MAX
+EMULATOR_MIN_MAX(int)
+EMULATOR_MIN_MAX(unsigned int)
+EMULATOR_MIN_MAX(long)
+EMULATOR_MIN_MAX(unsigned long)
+EMULATOR_MIN_MAX(long long)
+EMULATOR_MIN_MAX(unsigned long long)
+#undef EMULATOR_MIN_MAX
 inline float min(float a, float b) { return fminf(a, b); }  // as CUDA's: a NaN loses
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 
-[[noreturn]] inline void __trap(SIMT_SITE_PARAMETERS) { simt::trap({file, line}); }
+[[noreturn]] inline void __trap(EMULATOR_SITE_PARAMETERS) { emulator::trap({file, line}); }
 
 // ---------------------------------------------------------------------------------------------
 // The host's side
@@ -321,16 +325,16 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
                             cudaStream_t stream = {});
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 
-namespace simt {
+namespace emulator {
 cudaError_t launch(const cudaLaunchConfig_t& config, Grid grid);
 cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t max_active_clusters(int* clusters, const void* kernel,
                                 const cudaLaunchConfig_t& config);
 cudaError_t max_active_blocks(int* blocks, const void* kernel, int threads,
                               std::size_t shared_bytes);
-}  // namespace simt
+}  // namespace emulator
 
-// Runs the grid before it returns. Throws simt::Fault when a kernel breaks a rule.
+// Runs the grid before it returns. Throws emulator::Fault when a kernel breaks a rule.
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
@@ -339,7 +343,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     std::tuple<Parameters...> arguments;
   };
   const Call call{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
-  simt::Grid grid{};
+  emulator::Grid grid{};
   grid.kernel = reinterpret_cast<const void*>(kernel);
   grid.signature = typeid(kernel).name();
   grid.arguments = &call;
@@ -347,21 +351,21 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const Call& each = *static_cast<const Call*>(bytes);
     std::apply(each.kernel, each.arguments);
   };
-  return simt::launch(*config, grid);
+  return emulator::launch(*config, grid);
 }
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
-  return simt::set_function_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
+  return emulator::set_function_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel,
                                            const cudaLaunchConfig_t* config) {
-  return simt::max_active_clusters(clusters, reinterpret_cast<const void*>(kernel), *config);
+  return emulator::max_active_clusters(clusters, reinterpret_cast<const void*>(kernel), *config);
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* kernel, int threads,
                                                           std::size_t shared_bytes) {
-  return simt::max_active_blocks(blocks, reinterpret_cast<const void*>(kernel), threads,
-                                 shared_bytes);
+  return emulator::max_active_blocks(blocks, reinterpret_cast<const void*>(kernel), threads,
+                                     shared_bytes);
 }

@@ -1,7 +1,7 @@
 """Runs the CUDA kernels under the address and undefined-behaviour sanitizers, on nasty shapes.
 
-`python tests/simt/sanitize.py` exits 1 at the first report. The operators are built with sanitizers
-and loaded into an ordinary Python, whose allocations the preloaded runtime watches.
+`python tests/emulator/sanitize.py` exits 1 at the first report. The operators are built with
+sanitizers and loaded into an ordinary Python, whose allocations the preloaded runtime watches.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from simt import build, operators
+from emulator import build, operators
 
 # Tier 1 runs every memory case below; tier 2 the tests that reach its shapes, strides and faults.
 TIER_2 = (
-    "simt and (matches_float64 or slices_and_shapes or long_rows or contract_faults or nonfinite "
-    "or every_cluster or rows_of_every_length or edge_on_every_device)"
+    "emulated and (matches_float64 or slices_and_shapes or long_rows or contract_faults "
+    "or nonfinite or every_cluster or rows_of_every_length or edge_on_every_device)"
 )
 TIER_2_FILES = ("tests/test_logits.py", "tests/test_logits_variants.py")
 
@@ -41,7 +41,7 @@ def sanitized_environment(library: Path) -> dict[str, str]:
     """Leaks are Python's own; stacks are fibres, so freed frames are not worth keeping."""
     return {
         **os.environ,
-        "IPO_EXT_SIMT_LIBRARY": str(library),
+        "IPO_EXT_EMULATED_LIBRARY": str(library),
         "LD_PRELOAD": " ".join(runtime(name) for name in ("libasan.so", "libstdc++.so")),
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
@@ -60,7 +60,7 @@ def run_cases() -> int:
     from cases import MEMORY_CASES, evaluate
 
     start = time.monotonic()
-    with Backend("simt").active():
+    with Backend("emulated").active():
         for number, (name, make) in enumerate(MEMORY_CASES.items(), 1):
             print(f"[sanitize] {number}/{len(MEMORY_CASES)} {name}", flush=True)
             result = evaluate(make())

@@ -1,4 +1,4 @@
-// The host's side of CUDA over the harness: launch checks like the driver's, error state, device
+// The host's side of CUDA over the emulator: launch checks like the driver's, error state, device
 // and kernel attributes. There are no streams: everything is done before the call returns.
 #include <array>
 #include <map>
@@ -85,7 +85,7 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const KernelAttribute
 
 }  // namespace
 
-namespace simt {
+namespace emulator {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, Grid grid) {
   const cudaError_t status = check_launch(config, attributes_of(grid.kernel));
@@ -130,7 +130,7 @@ cudaError_t max_active_blocks(int* blocks, const void* kernel, int threads,
   return cudaSuccess;
 }
 
-}  // namespace simt
+}  // namespace emulator
 
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return last_error; }
@@ -215,7 +215,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
 
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
-extern "C" void simt_set_device_attribute(int attribute, int value) {
+extern "C" void emulator_set_device_attribute(int attribute, int value) {
   const std::lock_guard lock(mutex);
   if (value < 0) {
     device_overrides.erase(attribute);

@@ -1,5 +1,5 @@
-// What the harness promises of CUDA's builtins, checked against their definitions, kernel by
-// kernel: a check never compares the harness with itself.
+// What the emulator promises of CUDA's builtins, checked against their definitions, kernel by
+// kernel: a check never compares the emulator with itself.
 //
 //   builtins NAME [--seed N]
 //
@@ -44,7 +44,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
 
 template <typename T>
 T* shared() {
-  return static_cast<T*>(simt::dynamic_shared_memory());
+  return static_cast<T*>(emulator::dynamic_shared_memory());
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ __global__ void look_at_shared(int* ok, std::size_t bytes) {
 }
 
 void shared_memory() {
-  simt::set_poison(0xA5);
+  emulator::set_poison(0xA5);
   std::vector<int> ok(3);
   CHECK(launch(look_at_shared, 3, 1, 1001, 1, ok.data(), std::size_t{1001}) == cudaSuccess);
   CHECK(ok[0] && ok[1] && ok[2]);
@@ -217,14 +217,14 @@ void shared_memory() {
 // Ring exchange: arrive, do other work, wait; then read the neighbour's and hold still.
 __global__ void exchange(int* out) {
   int* box = shared<int>();
-  const unsigned rank = simt::cluster_rank(), size = simt::cluster_size();
-  simt::cluster_sync();
+  const unsigned rank = emulator::cluster_rank(), size = emulator::cluster_size();
+  emulator::cluster_sync();
   if (threadIdx.x == 0) box[0] = static_cast<int>(blockIdx.x) + 1;
-  simt::cluster_arrive();
+  emulator::cluster_arrive();
   const unsigned next = (rank + 1) % size;
-  simt::cluster_wait();
-  if (threadIdx.x == 0) out[blockIdx.x] = *simt::map_shared(box, next);
-  simt::cluster_sync();
+  emulator::cluster_wait();
+  if (threadIdx.x == 0) out[blockIdx.x] = *emulator::map_shared(box, next);
+  emulator::cluster_sync();
 }
 
 void clusters() {
@@ -242,14 +242,14 @@ void clusters() {
 __global__ void pipeline(const float4* in, float* out) {
   float4* stage = shared<float4>();
   for (int i = 0; i < 2; ++i) {
-    simt::async_copy(&stage[i], &in[i], 16);
-    simt::async_commit();
+    emulator::async_copy(&stage[i], &in[i], 16);
+    emulator::async_commit();
   }
   out[0] = stage[0].x;  // nothing has landed
-  simt::async_wait(1);
+  emulator::async_wait(1);
   out[1] = stage[0].x;
   out[2] = stage[1].x;  // the second group is still under way
-  simt::async_wait(0);
+  emulator::async_wait(0);
   out[3] = stage[1].x;
 }
 
@@ -297,27 +297,27 @@ __global__ void two_barriers() {
 }
 
 void statistics() {
-  simt::reset_statistics();
+  emulator::reset_statistics();
   CHECK(launch(two_barriers, 5, 64, 0, 1) == cudaSuccess);
   CHECK(launch(nothing, 3, 1, 0, 1) == cudaSuccess);
   CHECK(launch(nothing, 0, 1, 0, 1) != cudaSuccess);  // never launched
-  const simt::Statistics counts = simt::statistics();
+  const emulator::Statistics counts = emulator::statistics();
   CHECK(counts.launches == 2 && counts.blocks == 8 && counts.barriers == 10);
 }
 
 void guarded_buffers() {
-  auto* floats = static_cast<float*>(simt::guarded_buffer(1021 * sizeof(float), 16));
+  auto* floats = static_cast<float*>(emulator::guarded_buffer(1021 * sizeof(float), 16));
   CHECK(reinterpret_cast<std::uintptr_t>(floats) % 16 == 0);
   CHECK(floats[0] != floats[0] && floats[1020] != floats[1020]);
-  CHECK(simt::release_guarded_buffer(floats));
-  CHECK(!simt::release_guarded_buffer(floats));
-  auto* bytes = static_cast<unsigned char*>(simt::guarded_buffer(4096 + 7));
+  CHECK(emulator::release_guarded_buffer(floats));
+  CHECK(!emulator::release_guarded_buffer(floats));
+  auto* bytes = static_cast<unsigned char*>(emulator::guarded_buffer(4096 + 7));
   CHECK(reinterpret_cast<std::uintptr_t>(bytes + 7) % 4096 == 0);
-  CHECK(simt::release_guarded_buffer(bytes));
+  CHECK(emulator::release_guarded_buffer(bytes));
 #ifndef __SANITIZE_ADDRESS__
-  bytes = static_cast<unsigned char*>(simt::guarded_buffer(5, 8));
+  bytes = static_cast<unsigned char*>(emulator::guarded_buffer(5, 8));
   bytes[5] = 0;
-  CHECK(!simt::release_guarded_buffer(bytes));
+  CHECK(!emulator::release_guarded_buffer(bytes));
 #endif
 }
 
@@ -366,7 +366,7 @@ int main(int count, char** words) {
     for (const auto& [each, check] : kChecks) std::printf("%s\n", each.c_str());
     return 2;
   }
-  if (count > 3 && std::string(words[2]) == "--seed") simt::set_schedule(std::stoul(words[3]));
+  if (count > 3 && std::string(words[2]) == "--seed") emulator::set_schedule(std::stoul(words[3]));
   try {
     kChecks.at(name)();
   } catch (const std::exception& problem) {

@@ -1,15 +1,15 @@
 // What the scheduler knows of a running cluster: threads, warps, blocks and what each waits for.
-// Shared by simt.cpp, which changes it, and report.cpp, which turns it into a fault's text.
+// Shared by emulator.cpp, which changes it, and report.cpp, which turns it into a fault's text.
 #pragma once
 
 #include <string>
 #include <vector>
 
+#include "emulator.h"
 #include "fibre.h"
 #include "memory.h"
-#include "simt.h"
 
-namespace simt {
+namespace emulator {
 
 struct Block;
 
@@ -88,4 +88,4 @@ struct Failure {
 std::string failure_report(const Grid& grid, const Cluster& cluster, const Failure& failure);
 std::string deadlock_report(const Grid& grid, const Cluster& cluster);
 
-}  // namespace simt
+}  // namespace emulator

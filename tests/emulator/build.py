@@ -1,4 +1,4 @@
-"""Compile C++ and CUDA sources against the SIMT harness, and cache what was built.
+"""Compile C++ and CUDA sources against the emulator, and cache what was built.
 
 Plain subprocess calls to $CXX (g++): it avoids needing CMake, ninja or nvcc to run the kernels.
 Objects are keyed by the contents of everything they include and by the flags, so that a second
@@ -21,13 +21,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HARNESS = Path("tests/simt")
+HARNESS = Path("tests/emulator")
 HARNESS_SOURCES = tuple(
-    HARNESS / name for name in ("simt.cpp", "report.cpp", "runtime.cpp", "memory.cpp", "fibre.cpp")
+    HARNESS / name
+    for name in ("emulator.cpp", "report.cpp", "runtime.cpp", "memory.cpp", "fibre.cpp")
 )
 
 # -O1 compiles in half of -O2's time, and the tests take as long with it. A misaligned access calls
-# a handler of the harness: a report with its line, no runtime needed.
+# a handler of the emulator: a report with its line, no runtime needed.
 COMPILE_FLAGS = (
     *("-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *("-ffp-contract=off", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"),
@@ -57,7 +58,7 @@ def build(
     shared: bool = False,
     root: Path = ROOT,
 ) -> Path:
-    """Build `name` from `sources` (relative to `root`) and the harness; return its path.
+    """Build `name` from `sources` (relative to `root`) and the emulator; return its path.
 
     Sources ending in .cu are compiled as C++. A `.so` with `shared`, an executable without.
     """
@@ -71,7 +72,7 @@ def build(
             objects = list(pool.map(compile_one, paths))
 
         key = _digest([str(path) for path in objects], link_flags)
-        output = _cache(root) / f"simt-{key}" / name
+        output = _cache(root) / f"emulator-{key}" / name
         if not output.exists():
             _say(f"linking {name}")
             _run([_compiler(), *map(str, objects), *link_flags], output, root)
@@ -82,7 +83,7 @@ def build(
 def _one_at_a_time(root: Path) -> Iterator[None]:
     """What one process of a parallel test run builds, the others wait for and find."""
     _cache(root).mkdir(exist_ok=True)
-    with open(_cache(root) / "simt.lock", "w") as lock:
+    with open(_cache(root) / "emulator.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -91,7 +92,7 @@ def _compile(source: Path, *, flags: Sequence[str], root: Path) -> Path:
     command = [_compiler(), *flags]
     command += ["-x", "c++"] if source.suffix == ".cu" else []
     key = _digest([_compiler_version(), *command, str(source)], _inputs(command, source, root))
-    output = _cache(root) / "simt-objects" / f"{source.stem}-{key}.o"
+    output = _cache(root) / "emulator-objects" / f"{source.stem}-{key}.o"
     if not output.exists():
         start = time.monotonic()
         _run([*command, "-c", str(source)], output, root)
@@ -147,4 +148,4 @@ def _cache(root: Path) -> Path:
 
 
 def _say(text: str) -> None:
-    print(f"[simt] {text}", file=sys.stderr, flush=True)
+    print(f"[emulator] {text}", file=sys.stderr, flush=True)

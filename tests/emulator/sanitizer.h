@@ -1,4 +1,4 @@
-// AddressSanitizer's interface, or nothing: the harness tells it about stack switches and red
+// AddressSanitizer's interface, or nothing: the emulator tells it about stack switches and red
 // zones, and avoids #ifdefs everywhere else.
 #pragma once
 
@@ -13,22 +13,23 @@
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#define SIMT_ASAN 1
-#define SIMT_NO_ASAN __attribute__((no_sanitize_address))
+#define EMULATOR_ASAN 1
+#define EMULATOR_NO_ASAN __attribute__((no_sanitize_address))
 #else
-#define SIMT_ASAN 0
-#define SIMT_NO_ASAN
+#define EMULATOR_ASAN 0
+#define EMULATOR_NO_ASAN
 #endif
 
-namespace simt {
+namespace emulator {
 
-#if SIMT_ASAN
+#if EMULATOR_ASAN
 inline void asan_poison(const void* p, std::size_t n) { __asan_poison_memory_region(p, n); }
 inline void asan_unpoison(const void* p, std::size_t n) { __asan_unpoison_memory_region(p, n); }
-SIMT_NO_ASAN inline void asan_start_switch(void** save, const void* bottom, std::size_t size) {
+EMULATOR_NO_ASAN inline void asan_start_switch(void** save, const void* bottom, std::size_t size) {
   __sanitizer_start_switch_fiber(save, bottom, size);
 }
-SIMT_NO_ASAN inline void asan_finish_switch(void* fake, const void** bottom, std::size_t* size) {
+EMULATOR_NO_ASAN inline void asan_finish_switch(void* fake, const void** bottom,
+                                                std::size_t* size) {
   __sanitizer_finish_switch_fiber(fake, bottom, size);
 }
 #else
@@ -38,4 +39,4 @@ inline void asan_start_switch(void**, const void*, std::size_t) {}
 inline void asan_finish_switch(void*, const void**, std::size_t*) {}
 #endif
 
-}  // namespace simt
+}  // namespace emulator

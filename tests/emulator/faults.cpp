@@ -1,10 +1,10 @@
 // Planted faults: throw-away kernels, each wrong in one way, each with a correct twin, to prove
-// that the harness sees what it claims to see. Nothing here is part of the extension.
+// that the emulator sees what it claims to see. Nothing here is part of the extension.
 //
 //   faults NAME [--correct] [--seed N | --seeds N]
 //
-// prints, for seed N, for each seed below N, or for SIMT_SEED, the result or the fault's report;
-// exits 1 if any was a fault or a wrong result.
+// prints, for seed N, for each seed below N, or for EMULATOR_SEED, the result or the fault's
+// report; exits 1 if any was a fault or a wrong result.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -22,7 +22,7 @@ constexpr unsigned kThreads = 128;
 constexpr unsigned kClusterBlocks = 4;
 constexpr int kInputs = 4 * kThreads;
 
-float* shared_floats() { return static_cast<float*>(simt::dynamic_shared_memory()); }
+float* shared_floats() { return static_cast<float*>(emulator::dynamic_shared_memory()); }
 
 // ---------------------------------------------------------------------------------------------
 // Barriers that are missing: the result is wrong, or depends on the schedule.
@@ -60,22 +60,22 @@ __global__ void missing_warp_barrier(const float* in, float* out) {
 template <bool kCorrect>
 __global__ void missing_cluster_barrier(const float* in, float* out) {
   float* partial = shared_floats();
-  simt::cluster_sync();
-  if (threadIdx.x == 0) partial[0] = in[simt::cluster_rank()];
-  if (kCorrect) simt::cluster_sync();
-  const unsigned neighbour = (simt::cluster_rank() + 1) % simt::cluster_size();
-  out[blockIdx.x * blockDim.x + threadIdx.x] = *simt::map_shared(partial, neighbour);
-  simt::cluster_sync();
+  emulator::cluster_sync();
+  if (threadIdx.x == 0) partial[0] = in[emulator::cluster_rank()];
+  if (kCorrect) emulator::cluster_sync();
+  const unsigned neighbour = (emulator::cluster_rank() + 1) % emulator::cluster_size();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = *emulator::map_shared(partial, neighbour);
+  emulator::cluster_sync();
 }
 
 template <bool kCorrect>
 __global__ void late_async_wait(const float* in, float* out) {
   float* values = shared_floats();
-  simt::async_copy(values + 4 * threadIdx.x, in + 4 * threadIdx.x, 16);
-  simt::async_commit();
-  if (kCorrect) simt::async_wait(0);
+  emulator::async_copy(values + 4 * threadIdx.x, in + 4 * threadIdx.x, 16);
+  emulator::async_commit();
+  if (kCorrect) emulator::async_wait(0);
   out[threadIdx.x] = values[4 * threadIdx.x];
-  simt::async_wait(0);
+  emulator::async_wait(0);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -132,33 +132,33 @@ __global__ void unwritten_shared_read(const float* in, float* out) {
 template <bool kCorrect>
 __global__ void missing_async_wait(const float* in, float* out) {
   float* values = shared_floats() + 4 * threadIdx.x;
-  simt::async_copy(values, in + 4 * threadIdx.x, 16);  // planted: missing_async_wait
-  simt::async_commit();
-  if (kCorrect) simt::async_wait(0);
+  emulator::async_copy(values, in + 4 * threadIdx.x, 16);  // planted: missing_async_wait
+  emulator::async_commit();
+  if (kCorrect) emulator::async_wait(0);
   out[threadIdx.x] = in[threadIdx.x];
 }
 
 template <bool kCorrect>
 __global__ void unstarted_cluster_block(const float* in, float* out) {
   float* inbox = shared_floats();
-  if (kCorrect) simt::cluster_sync();
-  const unsigned neighbour = (simt::cluster_rank() + 1) % simt::cluster_size();
+  if (kCorrect) emulator::cluster_sync();
+  const unsigned neighbour = (emulator::cluster_rank() + 1) % emulator::cluster_size();
   if (threadIdx.x == 0) {
-    *simt::map_shared(inbox, neighbour) = in[0];  // planted: unstarted_cluster_block
+    *emulator::map_shared(inbox, neighbour) = in[0];  // planted: unstarted_cluster_block
   }
-  simt::cluster_sync();
+  emulator::cluster_sync();
   out[blockIdx.x * blockDim.x + threadIdx.x] = inbox[0];
 }
 
 template <bool kCorrect>
 __global__ void exited_cluster_block(const float* in, float* out) {
   float* partial = shared_floats();
-  if (threadIdx.x == 0) partial[0] = in[simt::cluster_rank()];
-  simt::cluster_sync();
-  const unsigned neighbour = (simt::cluster_rank() + 1) % simt::cluster_size();
-  const float* theirs = simt::map_shared(partial, neighbour);
+  if (threadIdx.x == 0) partial[0] = in[emulator::cluster_rank()];
+  emulator::cluster_sync();
+  const unsigned neighbour = (emulator::cluster_rank() + 1) % emulator::cluster_size();
+  const float* theirs = emulator::map_shared(partial, neighbour);
   out[blockIdx.x * blockDim.x + threadIdx.x] = *theirs;  // planted: exited_cluster_block
-  if (kCorrect) simt::cluster_sync();
+  if (kCorrect) emulator::cluster_sync();
 }
 
 __attribute__((noinline)) int deep(volatile int* depth) {
@@ -360,27 +360,27 @@ bool check(const Case& which, const std::vector<float>& out) {
 
 bool run(const Case& which, bool correct) {
   const std::size_t bytes = static_cast<std::size_t>(which.inputs) * sizeof(float);
-  auto* in = static_cast<float*>(simt::guarded_buffer(bytes, alignof(float4)));
+  auto* in = static_cast<float*>(emulator::guarded_buffer(bytes, alignof(float4)));
   for (int i = 0; i < which.inputs; ++i) {
     in[i] = input(static_cast<unsigned>(i));
     if (which.expected == nullptr) in[i] = 1.0f / in[i];  // sums depend on their order
   }
   std::vector<float> out(which.blocks * kThreads, 0.0f);
   bool passed = false;
-  std::printf("seed %lu: ", static_cast<unsigned long>(simt::schedule()));
+  std::printf("seed %lu: ", static_cast<unsigned long>(emulator::schedule()));
   try {
     launch(which, correct, in, out.data());
     passed = check(which, out);
-  } catch (const simt::Fault& fault) {
+  } catch (const emulator::Fault& fault) {
     std::printf("%s\n", fault.what());
   }
-  return simt::release_guarded_buffer(in) && passed;
+  return emulator::release_guarded_buffer(in) && passed;
 }
 
 int main(int count, char** words) {
   const std::vector<std::string> arguments(words + 1, words + count);
   bool correct = false;
-  std::vector<std::uint64_t> seeds = {simt::schedule()};
+  std::vector<std::uint64_t> seeds = {emulator::schedule()};
   std::string name;
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     if (arguments[i] == "--correct") {
@@ -398,10 +398,10 @@ int main(int count, char** words) {
     for (const auto& [each, which] : kCases) std::printf("%s\n", each.c_str());
     return 2;
   }
-  simt::set_patience(0.2);
+  emulator::set_patience(0.2);
   bool passed = true;
   for (const std::uint64_t seed : seeds) {
-    simt::set_schedule(seed);
+    emulator::set_schedule(seed);
     passed &= run(kCases.at(name), correct);
   }
   return passed ? 0 : 1;
