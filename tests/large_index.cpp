@@ -88,7 +88,7 @@ struct Batch {
     args.trainer_logprobs = {trainer.template as<E>() + shift, kDType<E>};
     args.inference_logprobs = {inference.template as<E>() + shift, kDType<E>};
     args.advantages = {advantages.template as<E>() + shift, kDType<E>};
-    args.loss_mask = mask.template as<bool>() + shift;
+    args.loss_mask = mask.template as<uint8_t>() + shift;
     args.gradient = gradient.template as<E>() + shift;
     args.params = {std::log(0.2), std::log(5.0), 1, 1e-3, 0, 1, math::MaskRule::kRatio, false};
     args.segments = {nullptr, 1, tokens, 0};
@@ -100,7 +100,7 @@ struct Batch {
       trainer.template as<E>()[shift + base + i] = E(-0.001) * E(i + 1);
       inference.template as<E>()[shift + base + i] = E(-0.003) * E(i + 1);
       advantages.template as<E>()[shift + base + i] = E(i % 7) - E(3);
-      mask.template as<bool>()[shift + base + i] = i % 5 != 0;
+      mask.template as<uint8_t>()[shift + base + i] = i % 5 != 0;
     }
   }
   const E* tail() const { return static_cast<const E*>(args.gradient) + tokens - kTail; }

@@ -23,7 +23,7 @@ struct IpoLossArgs {
   TokenInput teacher_logprobs;    // [tokens] or null
   TokenInput loss_weights;        // [tokens] or null
   TokenInput entropy;             // [tokens] or null; only measured
-  const bool* loss_mask;          // [tokens]
+  const uint8_t* loss_mask;       // [tokens] booleans: any byte but 0 is true
   ScalarInput normalizer;
   math::LossParams<double> params;  // inv_normalizer is the kernels' to fill
   bool normalized = true;           // whether the gradient already holds 1 / normalizer; under the

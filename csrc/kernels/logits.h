@@ -43,12 +43,13 @@ struct LogitsArgs {
                           // or fp16 or bf16 for fp32 logits; each of its rows may start where
                           // that row of the logits does, which it then overwrites
   int64_t max_active = std::numeric_limits<int64_t>::max();  // what the caller has promised
-  const bool* active = nullptr;  // [rows], or null: rows whose label is not kIgnoredLabel
-  const void* labels;            // [rows] int32 or int64
-  DType label_dtype;             //
-  TokenInput temperatures;       // [rows], or null:
-  ScalarInput temperature;       // one for all rows
-  double softcap;                // 0 for none
+  const uint8_t* active = nullptr;  // [rows] as loss.loss_mask, or null: rows whose label is not
+                                    // kIgnoredLabel
+  const void* labels;               // [rows] int32 or int64
+  DType label_dtype;                //
+  TokenInput temperatures;          // [rows], or null:
+  ScalarInput temperature;          // one for all rows
+  double softcap;                   // 0 for none
   IpoLossArgs loss = {};      // tokens are the rows; its trainer_logprobs and outputs are not used
   void* logprobs = nullptr;   // [rows] compute
   void* entropy = nullptr;    // [rows] compute
@@ -83,7 +84,7 @@ IPO_HOST_DEVICE math::LogitScale<E> scale_of(const LogitsArgs& args, int64_t row
 
 // Whether row takes part; one that does not is never read, and neither is its label.
 IPO_HOST_DEVICE bool row_is_active(const LogitsArgs& args, int64_t row) {
-  return args.active != nullptr ? args.active[row] : label_of(args, row) != kIgnoredLabel;
+  return args.active != nullptr ? args.active[row] != 0 : label_of(args, row) != kIgnoredLabel;
 }
 
 // What a caller must guarantee of an active row.

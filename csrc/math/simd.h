@@ -95,22 +95,24 @@ using Vector = typename VectorOf<E>::Type;
 template <typename T>
 constexpr int kLanesOf = sizeof(T) / sizeof(Element<T>);
 
-// Booleans in memory, bytes 0 and 1, as a mask.
+// Booleans in memory, of which any byte but 0 is true, as a mask.
 template <typename T>
-IPO_HOST_DEVICE Mask<T> load_mask(const bool* from) {
+IPO_HOST_DEVICE Mask<T> load_mask(const uint8_t* from) {
 #if defined(__AVX512F__)
   if constexpr (kLanesOf<T> == 16) {
-    return -(Mask<T>)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return (Mask<T>)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))) !=
+           0;
   }
 #elif defined(__AVX2__)
   if constexpr (kLanesOf<T> == 8) {
-    return -(Mask<T>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    return (Mask<T>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))) !=
+           0;
   }
 #endif
   typedef uint8_t Bytes __attribute__((vector_size(kLanesOf<T>)));
   Bytes bytes;
   memcpy(&bytes, from, sizeof(bytes));
-  return -__builtin_convertvector(bytes, Mask<T>);
+  return __builtin_convertvector(bytes, Mask<T>) != 0;
 }
 
 }  // namespace ipo_ext::math

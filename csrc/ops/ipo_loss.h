@@ -124,7 +124,7 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
                   "loss_mask: expected dtype torch.bool");
     check_per_token(loss_mask, like_, "loss_mask");
     mask_ = as_contiguous(loss_mask);
-    args.loss_mask = static_cast<const bool*>(mask_.const_data_ptr());
+    args.loss_mask = static_cast<const uint8_t*>(mask_.const_data_ptr());
   }
 
   void take_segments(const std::optional<Tensor>& cu_seqlens) {

@@ -22,7 +22,7 @@ struct Chunk {
   const E* teacher;
   const E* weight;
   const E* entropy;
-  const bool* active;
+  const uint8_t* active;
   E* gradient;
 };
 
@@ -35,7 +35,7 @@ struct Staging {
   alignas(64) E weight[kChunk];
   alignas(64) E entropy[kChunk];
   alignas(64) E gradient[kChunk];
-  alignas(64) bool active[64];
+  alignas(64) uint8_t active[64];
 };
 
 // What an absent tensor holds.
@@ -118,7 +118,7 @@ inline __attribute__((always_inline)) Chunk<E> stage_chunk(const IpoLossArgs& ar
   chunk.gradient = static_cast<E*>(args.gradient) + begin;
   if (is_ragged<E>(count)) {
     for (int64_t i = 0; i < kLanes<E>; ++i) {
-      staging.active[i] = i < count && args.loss_mask[begin + i];
+      staging.active[i] = i < count && args.loss_mask[begin + i] != 0;
     }
     chunk.active = staging.active;
   }

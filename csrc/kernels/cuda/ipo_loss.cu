@@ -95,7 +95,7 @@ struct TokenGroup {
     if (args.entropy.data != nullptr) visit(args.entropy, entropy);
   }
 
-  __device__ __forceinline__ void load_mask(const bool* from, int64_t index) {
+  __device__ __forceinline__ void load_mask(const uint8_t* from, int64_t index) {
     if constexpr (kCount == 1) {
       mask = from[index];
     } else {
