@@ -16,7 +16,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(python=["3.10", "3.11", "3.12", "3.13", "3.14"])
 def tests(session: nox.Session) -> None:
-    """All tests, the CUDA kernels on the CPU: `nox -s tests-3.12 -- -k logits`."""
+    """All tests, the CUDA kernels on the CPU: `nox -s tests-3.12 -- -m emulated`."""
     session.install(".[test]")
     session.run("pytest", *session.posargs)
 

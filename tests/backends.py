@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
+import pytest
 import torch
 
 from emulator import operators as emulated
@@ -16,6 +17,12 @@ def available() -> list[str]:
     """cpu and emulated everywhere; cuda where the build and the machine have it."""
     cuda = bool(_C.CUDA_ARCHITECTURES) and torch.cuda.is_available()
     return ["cpu", "emulated", *(["cuda"] if cuda else [])]
+
+
+def parameters(*without: str) -> list[pytest.ParameterSet]:
+    """A fixture's parameters: every available backend, marked with its name for pytest's -m."""
+    names = (name for name in available() if name not in without)
+    return [pytest.param(name, marks=getattr(pytest.mark, name)) for name in names]
 
 
 @dataclasses.dataclass(frozen=True)

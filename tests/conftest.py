@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from backends import Backend, available
+from backends import Backend, parameters
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
@@ -36,11 +36,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _is_left_out(config: pytest.Config, item: pytest.Item) -> bool:
     if item.get_closest_marker("slow") and not config.getoption("--run-slow"):
         return True
-    backend = getattr(item, "callspec", None) and item.callspec.params.get("backend_name")
-    return item.get_closest_marker("cuda") is not None and backend != "cuda"
+    return bool(item.get_closest_marker("cuda_only") and not item.get_closest_marker("cuda"))
 
 
-@pytest.fixture(params=available(), scope="session")
+@pytest.fixture(params=parameters(), scope="session")
 def backend_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

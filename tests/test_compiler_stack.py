@@ -238,7 +238,7 @@ def test_deterministic_mode_is_accepted(backend: Backend, subject: Subject) -> N
 # Streams and graphs, where there is a GPU
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda_only
 def test_a_side_stream(backend: Backend, subject: Subject) -> None:
     first, constants = subject.inputs(TOKENS, backend.device)
     expected = subject.gradient(first, *constants)
@@ -250,7 +250,7 @@ def test_a_side_stream(backend: Backend, subject: Subject) -> None:
     assert same_bits(gradient, expected)
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda_only
 def test_a_captured_graph_follows_its_inputs(backend: Backend, subject: Subject) -> None:
     first, constants = subject.inputs(TOKENS, backend.device)
     leaf = first.clone().requires_grad_()

@@ -13,6 +13,7 @@ import pytest
 
 from emulator import build
 
+pytestmark = pytest.mark.emulated
 SEEDS = 20
 FAULTS = Path("tests/emulator/faults.cpp")
 BUILTINS = Path("tests/emulator/builtins.cpp")
@@ -53,10 +54,6 @@ WRONG_RESULT = {
 CHANGING_RESULT = {"float_atomic"}
 
 ALL_FAULTS = {*REPORTED, *REPORTED_FOR_THE_BLOCK, *WRONG_RESULT, *CHANGING_RESULT}
-
-
-def emulated_id(value):
-    return f"emulated-{value}"
 
 
 def run(program, *arguments):
@@ -108,11 +105,11 @@ def builtins():
     return build.build("builtins", [BUILTINS])
 
 
-def test_emulated_every_planted_fault_is_expected_here(faults):
+def test_every_planted_fault_is_expected_here(faults):
     assert set(listed(faults)) == ALL_FAULTS
 
 
-@pytest.mark.parametrize("name", sorted(REPORTED), ids=emulated_id)
+@pytest.mark.parametrize("name", sorted(REPORTED))
 def test_a_broken_rule_is_reported_with_kernel_block_thread_and_line(faults, name):
     status, printed = outcomes(faults, name)
     assert status == 1
@@ -126,7 +123,7 @@ def test_a_broken_rule_is_reported_with_kernel_block_thread_and_line(faults, nam
         assert named_lines(report) & set(planted_lines(name)), report
 
 
-@pytest.mark.parametrize("name", sorted(REPORTED_FOR_THE_BLOCK), ids=emulated_id)
+@pytest.mark.parametrize("name", sorted(REPORTED_FOR_THE_BLOCK))
 def test_an_overrun_of_shared_memory_is_reported_with_its_block(faults, name):
     status, printed = outcomes(faults, name)
     assert status == 1
@@ -136,7 +133,7 @@ def test_an_overrun_of_shared_memory_is_reported_with_its_block(faults, name):
         assert "\n  block   (0,0,0)" in report
 
 
-@pytest.mark.parametrize("name", sorted(WRONG_RESULT), ids=emulated_id)
+@pytest.mark.parametrize("name", sorted(WRONG_RESULT))
 def test_a_missing_barrier_or_write_gives_a_wrong_result(faults, name):
     status, printed = outcomes(faults, name)
     assert status == 1
@@ -145,7 +142,7 @@ def test_a_missing_barrier_or_write_gives_a_wrong_result(faults, name):
     assert all(WRONG_RESULT[name] in text.split(" instead")[0] for text in wrong)
 
 
-@pytest.mark.parametrize("name", sorted(CHANGING_RESULT), ids=emulated_id)
+@pytest.mark.parametrize("name", sorted(CHANGING_RESULT))
 def test_a_float_atomic_gives_results_that_depend_on_the_schedule(faults, name):
     _, printed = outcomes(faults, name)
     assert len(set(printed)) > 1
@@ -153,7 +150,7 @@ def test_a_float_atomic_gives_results_that_depend_on_the_schedule(faults, name):
     assert again == printed, "a seed must give the same schedule every time"
 
 
-@pytest.mark.parametrize("name", sorted(ALL_FAULTS), ids=emulated_id)
+@pytest.mark.parametrize("name", sorted(ALL_FAULTS))
 def test_the_correct_twin_gives_one_result_under_every_schedule(faults, name):
     status, printed = outcomes(faults, name, "--correct")
     assert status == 0, printed[0]
@@ -163,7 +160,6 @@ def test_the_correct_twin_gives_one_result_under_every_schedule(faults, name):
 @pytest.mark.parametrize(
     ("name", "access"),
     [("shared_store_past_the_end", "WRITE of size 4"), ("tail_vector_load", "READ of size ")],
-    ids=emulated_id,
 )
 def test_address_sanitizer_names_the_line_of_a_partial_overrun(sanitized_faults, name, access):
     done = run(sanitized_faults, name)
@@ -173,20 +169,20 @@ def test_address_sanitizer_names_the_line_of_a_partial_overrun(sanitized_faults,
     assert f"faults.cpp:{planted_line(name)}" in done.stderr
 
 
-def test_emulated_correct_kernels_are_clean_under_sanitizers(sanitized_faults):
+def test_correct_kernels_are_clean_under_sanitizers(sanitized_faults):
     for name in listed(sanitized_faults):
         done = run(sanitized_faults, name, "--correct", "--seeds", "3")
         assert (done.returncode, done.stderr) == (0, ""), name
 
 
-def test_emulated_reports_survive_address_sanitizer(sanitized_faults):
+def test_reports_survive_address_sanitizer(sanitized_faults):
     for name in ("divergent_barrier", "load_past_the_end", "stack_overflow"):
         status, printed = outcomes(sanitized_faults, name)
         assert status == 1
         assert all(re.search(REPORTED[name], report) for report in printed)
 
 
-def test_emulated_seed_is_read_from_the_environment(faults):
+def test_seed_is_read_from_the_environment(faults):
     done = subprocess.run(
         [faults, "float_atomic"], env={"EMULATOR_SEED": "7"}, capture_output=True, text=True
     )
@@ -212,14 +208,13 @@ def test_emulated_seed_is_read_from_the_environment(faults):
         "guarded_buffers",
         "speed",
     ],
-    ids=emulated_id,
 )
 def test_builtins_do_what_cuda_defines(builtins, name, seed):
     done = run(builtins, name, "--seed", seed)
     assert done.returncode == 0, done.stdout
 
 
-def test_emulated_build_is_cached(faults):
+def test_build_is_cached(faults):
     before = faults.stat().st_mtime_ns
     assert build.build("faults", [FAULTS]) == faults
     assert faults.stat().st_mtime_ns == before

@@ -160,6 +160,7 @@ def test_one_misaligned_input_changes_no_gradient(backend, field):
     assert same_bits(evaluate(moved).gradient, evaluate(case).gradient)
 
 
+@pytest.mark.reaches_every_kernel
 @pytest.mark.parametrize("name", [n for n in MEMORY_CASES if not n.startswith("hostile")])
 def test_every_memory_case_matches_the_reference(backend, name):
     assert_near_reference(MEMORY_CASES[name](), backend.device)
@@ -260,6 +261,7 @@ def test_a_batch_that_trains_nothing_runs_backward_to_zeros(backend, make, token
         assert not result.metrics.means.any()
 
 
+@pytest.mark.reaches_every_kernel
 @pytest.mark.parametrize("ends", [[0], [0, 0], [0, 0, 0, 0]], ids=str)
 def test_no_tokens_in_any_number_of_segments(backend, ends):
     case = random_case(0).with_(cu_seqlens=torch.tensor(ends, dtype=torch.int32))
@@ -416,9 +418,10 @@ def test_mask_and_counts_are_the_same_bits_as_on_the_cpu(backend, dtypes, make):
     assert torch.equal(result.metrics.extremes.cpu(), on_cpu.metrics.extremes)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("tokens", [0, 1, 5000])
 @pytest.mark.parametrize("segments", [None, "empty-around"])
-def test_emulated_needs_at_most_two_launches(tokens, segments):
+def test_at_most_two_launches_are_needed(tokens, segments):
     with Backend("emulated").active():
         harness = emulated.load()
         harness.emulator_reset_statistics()

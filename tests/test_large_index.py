@@ -2,9 +2,12 @@
 
 import subprocess
 
+import pytest
+
 from emulator import build
 
 
+@pytest.mark.emulated
 def test_cpu_and_emulated_kernels_reach_tokens_past_2_to_the_31():
     program = build.build("large_index", ["tests/large_index.cpp"], include=["csrc"])
     done = subprocess.run([program], capture_output=True, text=True, timeout=120)

@@ -210,6 +210,7 @@ def assert_accurate(case: Case, backend: Backend, grad_loss: float = 1.0) -> Non
 # Against float64
 
 
+@pytest.mark.tempts_kernels_out_of_bounds
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_float64(backend: Backend, dtype: torch.dtype, columns: int) -> None:
@@ -225,6 +226,7 @@ def test_softcap_and_token_temperature(
     assert_accurate(case, backend, grad_loss=0.75)
 
 
+@pytest.mark.tempts_kernels_out_of_bounds
 def test_long_rows_use_the_large_block(backend: Backend) -> None:
     assert_accurate(random_case(rows=2, columns=4097, masked=0), backend)
     assert_accurate(random_case(rows=2, columns=8192, dtype=torch.bfloat16, masked=0), backend)
@@ -390,6 +392,7 @@ def test_nothing_active(backend: Backend, rows: int) -> None:
 # Values at the edge
 
 
+@pytest.mark.tempts_kernels_out_of_bounds
 def test_nonfinite_rows_are_dropped_and_counted(backend: Backend) -> None:
     case = random_case(rows=8, columns=37, masked=0)
     logits = case.logits.clone()
@@ -475,6 +478,7 @@ def test_scale_into_a_narrower_dtype_rounds_once(
                 torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.emulated
 def test_scale_goes_round_on_a_small_device() -> None:
     """More elements than one round of the grid takes on one multiprocessor."""
     multiprocessors = 16  # cudaDevAttrMultiProcessorCount
@@ -556,6 +560,7 @@ def test_aligned_rows_with_a_ragged_end(backend: Backend, dtype: torch.dtype, co
     assert_close(entropy, naive_entropy, exact_entropy, scale=exact_entropy + 9, name="entropy")
 
 
+@pytest.mark.tempts_kernels_out_of_bounds
 @pytest.mark.parametrize("labels_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 2)])
 def test_slices_and_shapes(
@@ -690,6 +695,7 @@ def fault_cases() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
     }
 
 
+@pytest.mark.tempts_kernels_out_of_bounds
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", list(fault_cases()))
 def test_contract_faults(backend: Backend, name: str, dtype: torch.dtype) -> None:
@@ -708,6 +714,7 @@ def test_contract_faults(backend: Backend, name: str, dtype: torch.dtype) -> Non
         assert ours.gradient.isnan().all()
 
 
+@pytest.mark.tempts_kernels_out_of_bounds
 def test_contract_faults_of_token_logprobs(backend: Backend) -> None:
     logits = torch.randn(3, 7, device=backend.device, requires_grad=True)
     labels = torch.tensor([0, 7, 1], device=backend.device)
@@ -833,6 +840,7 @@ def test_threads_do_not_matter() -> None:
         assert_same_bits(result, results[0])
 
 
+@pytest.mark.emulated
 def test_schedule_does_not_matter() -> None:
     harness = emulated.load()
     case = random_case(rows=3, columns=260, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from backends import Backend, available
+from backends import Backend, parameters
 from emulator import operators as emulated
 from ipo_ext import IPOConfig, _operators
 from test_logits import (
@@ -38,7 +38,7 @@ DEVICES = {
 }
 
 
-@pytest.fixture(params=[name for name in available() if name != "cpu"])
+@pytest.fixture(params=parameters("cpu"))
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     with Backend(request.param).active() as chosen:
         yield chosen
@@ -93,6 +93,7 @@ def lying_over(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 # The rows of kClusterShapes, by columns: the last of one and the first of the next.
+@pytest.mark.reaches_every_kernel
 @pytest.mark.parametrize("columns", [16384, 16385, 32769, 65537, 163841])
 def test_every_cluster(backend: Backend, columns: int) -> None:
     dtype = torch.bfloat16 if columns % 2 else torch.float32
@@ -149,6 +150,7 @@ def test_every_rule_on_every_device(backend: Backend, device: str, rule: str) ->
         assert_accurate(case, backend)
 
 
+@pytest.mark.reaches_every_kernel
 def test_rows_of_every_length(backend: Backend, device: str) -> None:
     for columns in (1, 7, 8, 9, 15, 2047, 2048, 2056, 8193, 8200, 12345):
         assert_accurate(random_case(2, columns, torch.bfloat16, masked=0, spread=1.0), backend)
@@ -168,6 +170,7 @@ def test_order_of_threads_does_not_matter(device: str, dtype: torch.dtype) -> No
             harness.emulator_set_schedule(0)
 
 
+@pytest.mark.reaches_every_kernel
 def test_rows_at_the_edge_on_every_device(backend: Backend, device: str) -> None:
     """NaN, +inf, nothing but -inf, half a row of it, an inactive row, a label at either end."""
     columns = 20011

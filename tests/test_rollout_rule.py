@@ -144,6 +144,7 @@ def test_rows_are_sequences_without_cu_seqlens(backend: Backend) -> None:
         assert same_bits(ours.metrics[name], value)
 
 
+@pytest.mark.reaches_every_kernel
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
 def test_no_tokens(backend: Backend, shape: tuple[int, ...]) -> None:
     empty = torch.zeros(shape, device=backend.device)

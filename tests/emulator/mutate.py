@@ -1,8 +1,8 @@
 """Breaks the real kernels, one way at a time in a scratch copy, and demands that the tests notice.
 
-`python tests/emulator/mutate.py [NAME ...]` exits 1 if the tests stay green for any mutation, or if
-the text that a mutation replaces is no longer there. With `--one-in N` only every Nth is run, which
-ones changes from day to day; the texts of all are looked for.
+`python tests/emulator/mutate.py [NAME ...]` exits 1 if the tests that a mutation names stay green,
+or if they or the text that it replaces are no longer there. With `--one-in N` only every Nth is
+run, which ones changes from day to day; the texts and the tests of all are looked for.
 """
 
 from __future__ import annotations
@@ -19,20 +19,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from emulator import build, operators
 
 WORKERS = 2
-TESTS = (
-    "tests/test_ipo_loss.py",
-    "tests/test_properties.py",
-    "tests/test_logits.py",
-    "tests/test_logits_variants.py",
-    "tests/test_mask_rules.py",
-    "tests/test_rollout_rule.py",
+
+
+def tests_in(file: str) -> Callable[..., tuple[str, ...]]:
+    """The node ids of tests of a file, by their names."""
+    return lambda *names: tuple(f"tests/{file}::{name}" for name in names)
+
+
+from_logprobs = tests_in("test_ipo_loss.py")
+properties = tests_in("test_properties.py")
+mask_rules = tests_in("test_mask_rules.py")
+rollout_rule = tests_in("test_rollout_rule.py")
+from_logits = tests_in("test_logits.py")
+devices = tests_in("test_logits_variants.py")
+
+AROUND_TILES = from_logprobs(
+    "test_matches_the_reference_around_tiles",
+    "test_long_and_short_segments_matches_the_reference_around_tiles",
+    "test_every_memory_case_matches_the_reference",
 )
 
 
@@ -42,7 +55,7 @@ class Mutation:
     file: str  # below csrc
     text: str
     replacement: str
-    tests: str = "around_tiles or memory_case_matches"  # that must notice, for pytest's -k
+    tests: tuple[str, ...] = AROUND_TILES  # those that must notice, as node ids
 
 
 KERNEL = "kernels/cuda/ipo_loss.cu"
@@ -133,28 +146,31 @@ MUTATIONS = (
         KERNEL,
         "is_aligned({args.loss_mask, DType::kFloat32}) &&",
         "",
-        "misaligned",
+        from_logprobs(
+            "test_one_misaligned_input_changes_no_gradient",
+            "test_every_memory_case_matches_the_reference",
+        ),
     ),
     Mutation(
         "single-fault-ignored",
         KERNEL,
         "__syncthreads_count(invalid) > 0",
         "__syncthreads_count(invalid) > 1",
-        "no_partition",
+        properties("test_a_cu_seqlens_that_is_no_partition_raises_or_poisons"),
     ),
     Mutation(
         "dropped-barrier",
         REDUCE,
         "  __syncthreads();\n  if",
         "  if",
-        "whatever_the_schedule",
+        from_logprobs("test_same_bits_whatever_the_schedule"),
     ),
     Mutation(
         "dropped-second-barrier",
         REDUCE,
         "storage.warps[other]);\n  }\n  __syncthreads();",
         "storage.warps[other]);\n  }",
-        "long_and_short",
+        from_logprobs("test_long_and_short_segments_matches_the_reference_around_tiles"),
     ),
     Mutation(
         "wrong-lane",
@@ -203,7 +219,7 @@ MUTATIONS = (
         KERNEL,
         "storage.holds[warp] = warp_holds;\n  __syncthreads();",
         "storage.holds[warp] = warp_holds;",
-        "whatever_the_schedule",
+        from_logprobs("test_same_bits_whatever_the_schedule"),
     ),
     Mutation(
         "round-that-was-not-loaded",
@@ -222,7 +238,7 @@ MUTATIONS = (
         KERNEL,
         "if (slots.are_many())",
         "if (!slots.are_many())",
-        "long_and_short",
+        from_logprobs("test_long_and_short_segments_matches_the_reference_around_tiles"),
     ),
     Mutation(
         "half-of-the-lanes",
@@ -241,49 +257,52 @@ MUTATIONS = (
         SEGMENTS,
         "value < 0 ? 0 : (value > tokens ? tokens : value)",
         "value",
-        "leaves_the_buffers and hostile",
+        properties(
+            "test_no_access_leaves_the_buffers[emulated-hostile-far-beyond-unaligned]",
+            "test_no_access_leaves_the_buffers[emulated-hostile-many-wild-unaligned]",
+        ),
     ),
     Mutation(
         "rollout-by-any-token",
         RULES,
         "active & (log_ratio < low)",
         "log_ratio < low",
-        "rollout_rule and (inactive or any_case)",
+        rollout_rule("test_an_inactive_token_drops_nothing", "test_any_case"),
     ),
     Mutation(
         "rollout-of-one-thread",
         KERNEL,
         "storage.drops_sequence = true;",
         "storage.drops_sequence |= threadIdx.x == 0;",
-        "rollout_rule and broken_sequences",
+        rollout_rule("test_only_the_broken_sequences_are_dropped"),
     ),
     Mutation(
         "rollout-flags-of-a-few",
         KERNEL,
         "slot += kThreads)\n    dropped",
         "slot += end)\n    dropped",
-        "rollout_rule and long_sequence",
+        rollout_rule("test_a_long_sequence_is_dropped_whole"),
     ),
     Mutation(
         "rollout-loss-twice",
         KERNEL,
         "storage.loss += loss_of_piece(workspace.slots[slot]);\n        begin",
         "begin = begin;\n        begin",
-        "rollout_rule and reference",
+        rollout_rule("test_equals_the_reference"),
     ),
     Mutation(
         "rollout-pays-its-kl",
         LOSS,
         "kept = pays_kl = Mask<T>{}",
         "kept = Mask<T>{}",
-        "rollout_rule and reference",
+        rollout_rule("test_equals_the_reference"),
     ),
     Mutation(
         "exclusive-bound",
         RULES,
         "token.active & (x >= low)",
         "token.active & (x > low)",
-        "band_includes",
+        properties("test_the_band_includes_its_ends_and_not_one_ulp_more"),
     ),
     Mutation(
         "swapped-bounds",
@@ -296,28 +315,35 @@ MUTATIONS = (
         RULES,
         "larger(forward, backward) > high",
         "forward > high",
-        "proven_crossing or any_tokens or test_equals",
+        mask_rules(
+            "test_equals_the_reference",
+            "test_a_flip_is_a_proven_crossing",
+            "test_any_tokens_equal_the_reference",
+        ),
     ),
     Mutation(
         "everyone-pays-the-policy-gradient",
         LOSS,
         "pg_slope = select<T>(kept, pg_slope, T{})",
         "pg_slope = pg_slope",
-        "scope or test_equals",
+        mask_rules(
+            "test_equals_the_reference",
+            "test_a_dropped_token_pays_the_kl_where_the_scope_says_so",
+        ),
     ),
     Mutation(
         "multiplied-by-the-mask",
         LOSS,
         "select<T>(kept, pg_loss, T{})",
         "T(kept) * pg_loss",
-        "garbage",
+        properties("test_garbage_in_masked_positions_changes_no_bit"),
     ),
     Mutation(
         "uncounted-infinity",
         METRICS,
         "loss.active & loss.finite;",
         "loss.active;",
-        "one_nonfinite_ratio",
+        properties("test_a_batch_of_one_nonfinite_ratio_is_finite"),
     ),
     Mutation(
         "swapped-extreme",
@@ -330,98 +356,98 @@ MUTATIONS = (
         SHARE,
         "thread < before ? thread : thread + whole;",
         "thread < before ? thread : thread + whole + 1;",
-        "rows_of_every_length",
+        devices("test_rows_of_every_length"),
     ),
     Mutation(
         "lost-group",
         SHARE,
         "min(first_group + share, groups) * kColumns",
         "min(first_group + share, groups - 1) * kColumns",
-        "rows_of_every_length",
+        devices("test_rows_of_every_length"),
     ),
     Mutation(
         "vectors-anywhere",
         SHARE,
         "reinterpret_cast<uintptr_t>(gradient + first) % kBytes == 0;",
         "true;",
-        "gradient_over_fp32",
+        devices("test_gradient_over_fp32_logits"),
     ),
     Mutation(
         "label-of-half-the-groups",
         SHARE,
         "% kStride < kColumns;",
         "% kStride < kColumns / 2;",
-        "test_matches_float64",
+        from_logits("test_matches_float64"),
     ),
     Mutation(
         "store-before-all-have-loaded",
         HELD,
         "        if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();",
         "",
-        "gradient_over_logits_on_every_device",
+        devices("test_gradient_over_logits_on_every_device"),
     ),
     Mutation(
         "stream-before-all-have-loaded",
         PASSES,
         "__syncthreads();\n#pragma unroll\n    for (int i = 0; i < kBatch; ++i) {\n      E values",
         "\n#pragma unroll\n    for (int i = 0; i < kBatch; ++i) {\n      E values",
-        "backward_over_logits",
+        devices("test_backward_over_logits"),
     ),
     Mutation(
         "steps-that-overlap",
         HELD,
         "shared[(step * kWords + i) * kWidth] = words[i]",
         "shared[(step + i) * kWidth] = words[i]",
-        "every_cluster",
+        devices("test_every_cluster"),
     ),
     Mutation(
         "nothing-but-minus-infinity",
         SUMS,
         "infinity() ? E(0) : largest",
         "infinity() ? largest : largest",
-        "edge_on_every_device",
+        devices("test_rows_at_the_edge_on_every_device"),
     ),
     Mutation(
         "parts-without-their-maximum",
         PASSES,
         "shifted(parts[part].sums, below / temperature)",
         "shifted(parts[part].sums, 0 * below / temperature)",
-        "test_every_device",
+        devices("test_every_device"),
     ),
     Mutation(
         "parts-without-their-scale",
         LOGITS,
         "      storage.scale = scale_of<E>(args, index);\n      finish_row",
         "      finish_row",
-        "test_every_device and parts-torch.bfloat16",
+        devices("test_every_device[emulated-parts-torch.bfloat16-4099-None]"),
     ),
     Mutation(
         "rows-that-know-no-other-rule",
         ROWS,
         ": math::token_loss<math::Rules::kAny>(token, params)",
         ": math::token_loss<math::Rules::kDefault>(token, params)",
-        "every_rule_on_every_device",
+        devices("test_every_rule_on_every_device"),
     ),
     Mutation(
         "cluster-that-has-not-started",
         LOGITS,
         "  cluster.wait_for_all();\n",
         "",
-        "rows_in_turn",
+        devices("test_rows_in_turn"),
     ),
     Mutation(
         "nobody-waits-for-what-was-sent",
         CLUSTER,
         "  storage.arrivals.wait(phase);\n",
         "",
-        "rows_in_turn",
+        devices("test_rows_in_turn"),
     ),
     Mutation(
         "post-to-itself-alone",
         CLUSTER,
         "storage.arrivals.send(mine, value, lane)",
         "storage.arrivals.send(mine, value, cluster.rank)",
-        "rows_in_turn",
+        devices("test_rows_in_turn"),
     ),
     Mutation(
         "label-before-the-last-row-is-done",
@@ -429,14 +455,14 @@ MUTATIONS = (
         "  if (threadIdx.x == 0) storage.scale = scale_of<E>(args, index);\n  before_posting();",
         "  if (threadIdx.x == 0) {\n    storage.scale = scale_of<E>(args, index);\n"
         "    storage.label = static_cast<int>(label);\n  }\n  before_posting();",
-        "rows_in_turn",
+        devices("test_rows_in_turn"),
     ),
     Mutation(
         "phase-of-the-first-row",
         LOGITS,
         "share, cluster, turn++, held",
         "share, cluster, 0, held",
-        "rows_in_turn",
+        devices("test_rows_in_turn"),
     ),
     Mutation(
         "next-row-over-this-one",
@@ -444,21 +470,24 @@ MUTATIONS = (
         "    if (label >= 0) held.take();\n",
         "    if (next_label >= 0) Held::fetch(share_of(index + 1), storage);\n"
         "    if (label >= 0) held.take();\n",
-        "rows_in_turn",
+        devices("test_rows_in_turn"),
     ),
     Mutation(
         "entropy-in-bits",
         SUMS,
         "weighted_ * kUnit",
         "weighted_ * (kUnit > 0)",
-        "rows_of_every_length",
+        devices("test_rows_of_every_length"),
     ),
     Mutation(
         "scale-without-its-rest",
         SCALE,
         "blockIdx.x == 0 && rest < args.count",
         "blockIdx.x == 1 && rest < args.count",
-        "scale",
+        from_logits(
+            "test_scale_rounds_every_number_as_torch",
+            "test_scale_into_a_narrower_dtype_rounds_once",
+        ),
     ),
 )
 
@@ -471,6 +500,9 @@ def main(arguments: list[str] | None = None) -> int:
     mutations = [m for m in MUTATIONS if not asked.names or m.name in asked.names]
     if gone := [m.name for m in mutations if occurrences(m) != 1]:
         print(f"[mutate] NOT APPLICABLE, their text does not occur once: {', '.join(gone)}")
+        return 1
+    if error := tests_that_are_gone(mutations):
+        print(f"[mutate] NOT APPLICABLE, tests that they name are gone:\n{error}")
         return 1
     today = datetime.date.today().toordinal()
     mutations = mutations[today % asked.one_in :: asked.one_in]
@@ -503,6 +535,13 @@ def occurrences(mutation: Mutation) -> int:
     return (build.ROOT / "csrc" / mutation.file).read_text().count(mutation.text)
 
 
+def tests_that_are_gone(mutations: Iterable[Mutation]) -> str:
+    """pytest's words for node ids that it does not find, if there are any."""
+    tests = sorted({test for mutation in mutations for test in mutation.tests})
+    done = pytest("--collect-only", *tests)
+    return done.stdout + done.stderr if done.returncode else ""
+
+
 def scratch_copy(root: Path) -> Path:
     """What build_operators reads, with the objects already compiled from it."""
     shutil.copytree(build.ROOT / "csrc", root / "csrc")
@@ -526,22 +565,15 @@ def outcome(mutation: Mutation, root: Path) -> tuple[str, bool]:
     return (f"caught by {failure}", True) if failure else ("SURVIVED", False)
 
 
-def first_failure(library: Path, tests: str) -> str | None:
-    """The first test that fails with `library`; None if all pass."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", f"emulated and ({tests})", *TESTS]
+def first_failure(library: Path, tests: Sequence[str]) -> str | None:
+    """The first of the tests that fails with `library`; None if all pass."""
     environment = {
         **os.environ,
         "IPO_EXT_EMULATED_LIBRARY": str(library),
         "HYPOTHESIS_PROFILE": "ci",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        cwd=build.ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = pytest("-x", *tests, env=environment)
     if done.returncode == 0:
         return None
     if done.returncode < 0:
@@ -550,6 +582,13 @@ def first_failure(library: Path, tests: str) -> str | None:
     if done.returncode != 1 or not failed:
         raise RuntimeError(f"pytest: exit status {done.returncode}: {done.stdout}{done.stderr}")
     return failed[0].split(" ")[1].split("::")[-1]
+
+
+def pytest(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "emulated"]
+    return subprocess.run(
+        [*command, *arguments], cwd=build.ROOT, capture_output=True, text=True, **options
+    )
 
 
 if __name__ == "__main__":
