@@ -188,7 +188,9 @@ def test_smoke_run_through_the_command_line(
 ) -> None:
     picture, numbers = tmp_path / "run.png", tmp_path / "run.json"
     assert demo.main(["--smoke", "--output", str(picture), "--json", str(numbers)]) == 0
-    for arm in json.loads(numbers.read_text())["arms"]:
+    (only,) = json.loads(numbers.read_text())["runs"]
+    assert only["seed"] == 0
+    for arm in only["arms"]:
         assert len(arm["history"]) == demo.SMOKE.steps
         assert 0.3 < arm["warmup_reward"] < 0.8
         assert all(0 < record["reward"] < 1 for record in arm["history"])
@@ -221,16 +223,88 @@ def test_rich_reporter_shows_both_arms_and_the_table() -> None:
         file=io.StringIO(), force_terminal=True, width=160
     )
     settings = train.Settings(warmup_steps=2, steps=2, prompts=2)
-    with report.RichReporter(settings, console) as reporter:
+    with report.RichReporter(settings, "which run", console) as reporter:
         results = train.run(settings, reporter.on_step)
     reporter.table(results)
     printed = console.file.getvalue()
-    for text in ("mask + KL", "no mask", "2/2", "mismatch KL", "final reward"):
+    for text in ("which run", "mask + KL", "no mask", "2/2", "mismatch KL", "final reward"):
         assert text in printed
 
 
+def test_several_seeds_are_several_runs_and_their_medians(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = train.Settings(warmup_steps=2, steps=2, prompts=2)
+    monkeypatch.setattr(demo, "SMOKE", tiny)
+    picture, numbers = tmp_path / "run.png", tmp_path / "run.json"
+    argv = ["--smoke", "--seeds", "3,5-6", "--output", str(picture), "--json", str(numbers)]
+    assert demo.main(argv) == 0
+    runs = {run["seed"]: run["arms"] for run in json.loads(numbers.read_text())["runs"]}
+    assert list(runs) == [3, 5, 6]
+    for seed, arms in runs.items():
+        alone = train.run(dataclasses.replace(tiny, seed=seed))
+        histories = [[dataclasses.asdict(step) for step in arm.history] for arm in alone]
+        assert [arm["history"] for arm in arms] == histories
+    assert runs[3][0]["history"] != runs[5][0]["history"]
+    printed = capsys.readouterr().out
+    for text in ("seed 3 (1 of 3)", "seed 6 (3 of 3)", "medians over the seeds 3, 5, 6"):
+        assert text in printed
+
+
+def arm_result(arm: str, reward: float, kl: float) -> train.ArmResult:
+    step = train.StepRecord(arm, 1, reward, 0.02, 0.001, kl, tokens=10)
+    return train.ArmResult(arm, warmup_reward=0.5, history=[step], seconds=1.0)
+
+
+def test_medians_and_ranges_are_those_of_each_arm() -> None:
+    rewards = {"mask + KL": (0.7, 0.5, 0.6), "no mask": (0.1, 0.9, 0.2)}
+    runs = {
+        seed: [
+            arm_result(arm, values[seed], kl=0.1 * (seed + 1)) for arm, values in rewards.items()
+        ]
+        for seed in range(3)
+    }
+    lines = report.median_table(runs).splitlines()
+    assert lines[1] == "medians over the seeds 0, 1, 2"
+    masked, lowest, highest, unmasked, *_ = (line.split() for line in lines[3:])
+    shares = ["2.00%", "0.10%"]
+    assert masked == ["mask", "+", "KL", "0.500", "0.600", *shares, "0.2000", "0.2000", "1.0"]
+    assert lowest[:3] == ["lowest", "0.500", "0.500"]
+    assert highest[:3] == ["highest", "0.500", "0.700"]
+    assert unmasked[:4] == ["no", "mask", "0.500", "0.200"]
+    assert lines[-1].split()[:3] == ["highest", "0.500", "0.900"]
+
+
+def test_the_picture_of_several_seeds_shows_their_median_and_range() -> None:
+    arm = report.Arm([arm_result("no mask", reward, 0.1) for reward in (0.25, 1.0, 0.5)])
+    figure = pytest.importorskip("matplotlib.figure", reason="the picture needs it").Figure()
+    axes = figure.subplots()
+    report._line(axes, arm, "reward", scale=2)
+    (line,), (band,) = axes.lines, axes.collections
+    assert line.get_ydata().tolist() == [1.0]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.5, 2.0)
+
+
 @pytest.mark.parametrize(
-    "argv", [["--bogus"], ["--steps", "0"], ["--rounding", "int3"], ["--staleness", "x"]]
+    ("text", "seeds"), [("0-4", [0, 1, 2, 3, 4]), ("7", [7]), ("0,3,7", [0, 3, 7])]
+)
+def test_seeds_are_written_as_a_range_or_a_list(text: str, seeds: list[int]) -> None:
+    assert demo._parser().parse_args(["--seeds", text]).seeds == seeds
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--bogus"],
+        ["--steps", "0"],
+        ["--rounding", "int3"],
+        ["--staleness", "x"],
+        ["--seeds", "4-0"],
+        ["--seeds", "1,1"],
+        ["--seeds", "one"],
+        ["--seeds", "0-4", "--seed", "1"],
+    ],
 )
 def test_bad_options_are_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
