@@ -6,52 +6,14 @@ Then how tier 2 keeps rows on chip on an H200: the launcher's own choice, and wh
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import itertools
-import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
-SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-REGISTERS = re.compile(r"Used (\d+) registers")
+import compiled_kernels
 
-
-def report(source: Path, architecture: str) -> str:
-    """nvcc's words on one file for one architecture."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Icsrc"]
-        command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-        command += ["-c", str(source), "-o", str(Path(folder) / "kernel.o")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(done.stderr)
-    return done.stdout + done.stderr
-
-
-def demangled(name: str) -> str:
-    text = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
-    text = re.sub(r"\(anonymous namespace\)::|\(ipo_ext::math::Rules\)", "", text)
-    text = re.sub(r"ipo_ext::cuda::|^void ", "", text)
-    return re.sub(r"\(.*\)$", "", text)
-
-
-def rows(text: str) -> list[tuple[str, str, int, int]]:
-    """(kernel, architecture, registers, bytes spilled) of each kernel in a report."""
-    found = []
-    entries = list(ENTRY.finditer(text))
-    for entry, end in zip(entries, [*entries[1:], None], strict=True):
-        part = text[entry.end() : end.start() if end else len(text)]
-        spills, registers = SPILLS.search(part), REGISTERS.search(part)
-        assert spills, f"no spill report for {entry[1]}"
-        assert registers, f"no register report for {entry[1]}"
-        spilled = sum(map(int, spills.groups()))
-        found.append((demangled(entry[1]), entry[2], int(registers[1]), spilled))
-    return found
+ROOT = compiled_kernels.ROOT
 
 
 def sharing() -> list[list[str]]:
@@ -72,7 +34,7 @@ def print_rows_on_chip(registers: dict[str, int]) -> None:
     )
     print("| blocks a multiprocessor |\n|---|---|---|---|---|---|")
     for columns, dtype, blocks, threads, _, in_turn, shared in sharing():
-        stored = {"bf16": "ipo_ext::BFloat16", "fp32": "float"}[dtype]
+        stored = {"bf16": "BFloat16", "fp32": "float"}[dtype]
         kernel = f"logits_rows<{stored}, {stored}, {threads}, false>"
         if int(in_turn) > 0:
             kernel = f"logits_rows_in_turn<{stored}, {stored}>"
@@ -95,15 +57,18 @@ def main() -> int:
     spilled = 0
     on_sm_90 = {}
     print(f"{'kernel':<64} {'architecture':<13} {'registers':>9} {'stack and spills, bytes':>24}")
-    sources = sorted((ROOT / "csrc/kernels/cuda").glob("*.cu"))
-    compiled = itertools.product(sources, arguments.architectures)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for text in pool.map(lambda of: report(*of), compiled):
-            for kernel, target, registers, bytes_spilled in rows(text):
-                print(f"{kernel:<64} {target:<13} {registers:>9} {bytes_spilled:>24}", flush=True)
-                spilled += bytes_spilled
-                if target == "sm_90":
-                    on_sm_90[kernel] = registers
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = compiled_kernels.compile_all(arguments.architectures, Path(folder))
+        for kernel in (kernel for _, kernels in compiled for kernel in kernels):
+            name = compiled_kernels.demangled(kernel.symbol)
+            in_memory = kernel.stack + kernel.spills
+            print(
+                f"{name:<64} {kernel.architecture:<13} {kernel.registers:>9} {in_memory:>24}",
+                flush=True,
+            )
+            spilled += in_memory
+            if kernel.architecture == "sm_90":
+                on_sm_90[name] = kernel.registers
     if on_sm_90:
         print_rows_on_chip(on_sm_90)
     return 1 if spilled else 0
