@@ -896,19 +896,9 @@ def test_modules(backend: Backend) -> None:
     constants = (case.labels, case.inference_logprobs, case.advantages, case.loss_mask)
     head(case.hidden, *constants).loss.backward()
     torch.testing.assert_close(linear.weight.grad, expected.of_weight)
-    capped = 4 * (F.linear(case.hidden, linear.weight) / 4).tanh()
-    torch.testing.assert_close(head(case.hidden), capped)
+    assert torch.equal(head(case.hidden), F.linear(case.hidden, linear.weight))
     with pytest.raises(TypeError, match="labels: expected a tensor beside the loss's other"):
         head(case.hidden, temperature=0.8)
-    with pytest.raises(ValueError, match=r"linear: expected an nn\.Linear without bias"):
-        ipo_ext.IPOLMHead(nn.Linear(3, 4))
-    doubles = type(
-        "Doubles", (nn.Linear,), {"forward": lambda self, x: 2 * F.linear(x, self.weight)}
-    )
-    with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear, got Doubles"):
-        ipo_ext.IPOLMHead(doubles(3, 4, bias=False))
-    with pytest.raises(TypeError, match=r"linear: expected an nn\.Linear, got Embedding"):
-        ipo_ext.IPOLMHead(nn.Embedding(3, 4))
 
 
 def test_head_tied_to_the_embedding(backend: Backend) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
+from ipo_ext._plain_linear import check_plain_linear
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss, ipo_loss_from_hidden
 from ipo_ext.output import IPOOutput
@@ -96,15 +98,27 @@ class IPOLMHead(LinearIPOLoss):
     """An LM head that gives the loss: takes the place, the weight and the parameter name of one.
 
     The weight is the very parameter of ``linear``, so a head tied to the embedding stays tied and a
-    state dict keeps its keys. Without labels it is that head still, and gives logits.
+    state dict keeps its keys. A parametrized weight (``torch.nn.utils.parametrize``) keeps its
+    parametrization and the keys of that: it is computed anew in each call, as the linear does it.
+    Without labels the head is that linear still, and gives its logits.
+
+    Only the weight is taken over. Whatever else shapes the linear's output is refused (a forward
+    of its own, hooks, a tensor subclass for a weight), and what is done to ``linear`` afterwards is
+    not seen: set a weight, register hooks or parametrize on the head instead, which runs them as
+    any module does.
 
     Args:
         linear: the head, an ``nn.Linear`` without bias.
-        config, softcap, chunk_size: as for ``LinearIPOLoss``.
+        config, chunk_size: as for ``LinearIPOLoss``.
+        softcap: as for ``LinearIPOLoss``, for the loss alone: logits without labels are never
+            capped, because a model that caps its logits does so itself, after its head.
 
     Raises:
-        TypeError: ``linear`` is no ``nn.Linear``.
-        ValueError: it has a bias.
+        TypeError: ``linear`` is no ``nn.Linear``, runs another forward than torch's (an adapter, a
+            quantized linear, a function put in its place), or its weight is no plain parameter (a
+            DTensor, a quantized or a lazy one).
+        ValueError: it has a bias, hooks of its own (``weight_norm``, ``spectral_norm`` and
+            ``prune`` of ``torch.nn.utils`` among them), or a weight that is no parameter.
 
     Example:
         >>> model.lm_head = IPOLMHead(model.lm_head)
@@ -121,28 +135,36 @@ class IPOLMHead(LinearIPOLoss):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__(config, softcap=softcap, chunk_size=chunk_size)
-        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-            raise TypeError(
-                f"linear: expected an nn.Linear, got {type(linear).__name__}, whose forward may "
-                "compute something else"
-            )
-        if linear.bias is not None:
-            raise ValueError(
-                f"linear: expected an nn.Linear without bias, got {linear}: the loss from hidden "
-                "states has no place for one"
-            )
-        self.weight: nn.Parameter = linear.weight
+        check_plain_linear(linear)
+        self.weight: torch.Tensor
+        if parametrize.is_parametrized(linear, "weight"):
+            _share_parametrization(linear, self)
+        else:
+            self.weight = linear.weight
 
     def forward(  # type: ignore[override]
         self, hidden: torch.Tensor, labels: torch.Tensor | None = None, *args: Any, **optional: Any
     ) -> IPOOutput | torch.Tensor:
-        """``LinearIPOLoss`` over the head's own weight; ``[..., V]`` logits without labels."""
+        """``LinearIPOLoss`` over the head's own weight.
+
+        Without labels: the linear's ``[..., V]`` logits of ``hidden``, not capped.
+        """
         if labels is None:
             if args or optional:
                 raise TypeError(
                     "labels: expected a tensor beside the loss's other arguments, got None; "
                     "without labels the head gives logits, of the hidden states alone"
                 )
-            logits = F.linear(hidden, self.weight)
-            return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+            return F.linear(hidden, self.weight)
         return super().forward(hidden, self.weight, labels, *args, **optional)
+
+
+def _share_parametrization(source: nn.Module, target: nn.Module) -> None:
+    """Makes ``target.weight`` what the parametrization of ``source.weight`` computes.
+
+    A placeholder is parametrized first, which makes ``weight`` a computed property of ``target``.
+    """
+    target.weight = nn.Parameter(torch.empty(0))
+    parametrize.register_parametrization(target, "weight", nn.Identity())
+    parametrizations = target.get_submodule("parametrizations")
+    parametrizations.weight = source.get_submodule("parametrizations.weight")
