@@ -16,7 +16,8 @@ from pathlib import Path
 
 from environments import ROOT, build_wheel, fresh_environment, over_existing, run
 
-HOSTS = ("trl", "verl")  # extras of the package, each with tests/integrations/test_<host>.py
+# Extras of the package, each with tests/integrations/test_<host>.py.
+HOSTS = ("deepspeed", "trl", "verl")
 TESTS = "tests/integrations"
 
 

@@ -2,6 +2,8 @@
 
 from ipo_ext import reference
 from ipo_ext._C import VERSION as __version__
+from ipo_ext._precision import LowPrecisionWarning
+from ipo_ext.batch import LossBatch
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import (
     ipo_loss,
@@ -21,6 +23,8 @@ __all__ = [
     "IPOMetrics",
     "IPOOutput",
     "LinearIPOLoss",
+    "LossBatch",
+    "LowPrecisionWarning",
     "__version__",
     "ipo_loss",
     "ipo_loss_from_hidden",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ipo_ext import _C
+from ipo_ext._precision import warn_if_rounded
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BOOLEAN = (torch.bool,)
@@ -156,7 +157,8 @@ def _check_not_distributed(name: str, tensor: torch.Tensor) -> None:
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor, which is spread over ranks. Call the "
-            "loss in the forward of the module that FSDP gathers (IPOLMHead is one), or pass "
+            "loss in the forward of the module that FSDP gathers (IPOLMHead is one), its inputs in "
+            "an ipo_ext.LossBatch, which mixed precision does not cast, or pass "
             f'{name}.full_tensor(grad_placements=[Partial("avg")]), which averages its gradient '
             "over data-parallel ranks"
         )
@@ -165,6 +167,7 @@ def _check_not_distributed(name: str, tensor: torch.Tensor) -> None:
 def _check_constants_of_loss(like: _Like, constants: LossConstants, teacher_tau: float) -> None:
     """Raises unless ``constants`` agree with ``like``."""
     _check_per_token("inference_logprobs", constants.inference_logprobs, FLOATING, like)
+    warn_if_rounded(constants.inference_logprobs)
     _check_per_token("advantages", constants.advantages, FLOATING, like)
     _check_per_token("loss_mask", constants.loss_mask, BOOLEAN, like)
     if constants.teacher_logprobs is not None:

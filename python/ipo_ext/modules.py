@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ipo_ext._plain_linear import check_plain_linear
+from ipo_ext.batch import LossBatch, inputs_of_loss
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss, ipo_loss_from_hidden
 from ipo_ext.output import IPOOutput
@@ -29,20 +30,14 @@ class IPOLoss(nn.Module):
     def forward(
         self,
         trainer_logprobs: torch.Tensor,
-        inference_logprobs: torch.Tensor,
-        advantages: torch.Tensor,
-        loss_mask: torch.Tensor,
+        inference_logprobs: torch.Tensor | LossBatch,
+        advantages: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
         **optional: Any,
     ) -> IPOOutput:
-        """As ``ipo_loss``, which names the optional arguments."""
-        return ipo_loss(
-            trainer_logprobs,
-            inference_logprobs,
-            advantages,
-            loss_mask,
-            config=self.config,
-            **optional,
-        )
+        """As ``ipo_loss``, which names the optional arguments; a ``LossBatch`` may hold them."""
+        inputs = inputs_of_loss(inference_logprobs, advantages, loss_mask, **optional)
+        return ipo_loss(trainer_logprobs, config=self.config, **inputs)
 
     def extra_repr(self) -> str:
         return repr(self.config)
@@ -73,21 +68,22 @@ class LinearIPOLoss(nn.Module):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         labels: torch.Tensor,
-        inference_logprobs: torch.Tensor,
-        advantages: torch.Tensor,
-        loss_mask: torch.Tensor,
+        inference_logprobs: torch.Tensor | LossBatch,
+        advantages: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
         **optional: Any,
     ) -> IPOOutput:
-        """As ``ipo_loss_from_hidden``, which names the optional arguments."""
+        """As ``ipo_loss_from_hidden``, which names the optional arguments.
+
+        A ``LossBatch`` may stand for ``inference_logprobs`` and all that it holds.
+        """
+        inputs = inputs_of_loss(inference_logprobs, advantages, loss_mask, **optional)
         return ipo_loss_from_hidden(
             hidden,
             weight,
             labels,
-            inference_logprobs,
-            advantages,
-            loss_mask,
             config=self.config,
-            **{"softcap": self.softcap, "chunk_size": self.chunk_size, **optional},
+            **{"softcap": self.softcap, "chunk_size": self.chunk_size, **inputs},
         )
 
     def extra_repr(self) -> str:
@@ -107,6 +103,10 @@ class IPOLMHead(LinearIPOLoss):
     not seen: set a weight, register hooks or parametrize on the head instead, which runs them as
     any module does.
 
+    Under mixed precision that casts what ``forward`` is called with, as FSDP2 does by default under
+    a ``MixedPrecisionPolicy``, give the loss's inputs in a ``LossBatch``: as plain arguments they
+    are rounded to bfloat16 before the loss sees them, temperature and normalizer included.
+
     Args:
         linear: the head, an ``nn.Linear`` without bias.
         config, chunk_size: as for ``LinearIPOLoss``.
@@ -124,6 +124,8 @@ class IPOLMHead(LinearIPOLoss):
         >>> model.lm_head = IPOLMHead(model.lm_head)
         >>> out = model.lm_head(hidden[:, :-1], tokens[:, 1:], inference, advantages, mask)
         >>> out.loss.backward()
+        >>> batch = LossBatch(inference, advantages, mask)  # the same, and no host casts it
+        >>> out = model.lm_head(hidden[:, :-1], tokens[:, 1:], batch)
     """
 
     def __init__(

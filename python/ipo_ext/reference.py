@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ipo_ext._precision import warn_if_rounded
 from ipo_ext.config import IPOConfig
 from ipo_ext.output import IPOOutput
 
@@ -38,6 +39,7 @@ def ipo_loss(
             kernels' compute dtype whatever ``dtype`` is, so that a float64 reference of float32
             inputs keeps the same tokens.
     """
+    warn_if_rounded(inference_logprobs)
     band_dtype = torch.promote_types(
         torch.promote_types(trainer_logprobs.dtype, inference_logprobs.dtype), torch.float32
     )

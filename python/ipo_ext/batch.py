@@ -1,0 +1,117 @@
+"""What the loss takes besides the policy, in one argument that mixed precision does not cast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FIELDS = (
+    "inference_logprobs",
+    "advantages",
+    "loss_mask",
+    "temperature",
+    "teacher_logprobs",
+    "loss_weights",
+    "cu_seqlens",
+    "normalizer",
+)
+
+
+class LossBatch:
+    """The loss's constants as one argument of a module's ``forward``, which no host casts.
+
+    Mixed precision that casts what ``forward`` is called with (FSDP1 and FSDP2 with a
+    ``param_dtype``, DDP's, DeepSpeed's ``auto_cast``) rounds every floating tensor that it finds
+    there, also in a list, dict, NamedTuple or dataclass: log-probabilities in bfloat16 are off by
+    0.06 at -20. A ``LossBatch`` is none of these, so its tensors arrive as they are. Nor do these
+    hosts move it: call ``to`` where they moved plain tensors (Accelerate's loaders call it).
+
+    Args:
+        inference_logprobs, advantages, loss_mask: ``[...]``, as for ``ipo_loss``.
+        temperature: as for ``ipo_loss_from_hidden``; not for ``IPOLoss``.
+        teacher_logprobs, loss_weights, cu_seqlens, normalizer: as for ``ipo_loss``.
+
+    Example:
+        >>> batch = LossBatch(inference, advantages, mask, normalizer=num_tokens).to(device)
+        >>> out = model.lm_head(hidden[:, :-1], tokens[:, 1:], batch)
+    """
+
+    # Neither a dataclass nor a pytree node: hosts walk the one, and may come to walk the other.
+    __slots__ = FIELDS
+
+    def __init__(
+        self,
+        inference_logprobs: torch.Tensor,
+        advantages: torch.Tensor,
+        loss_mask: torch.Tensor,
+        *,
+        temperature: float | torch.Tensor | None = None,
+        teacher_logprobs: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> None:
+        self.inference_logprobs = inference_logprobs
+        self.advantages = advantages
+        self.loss_mask = loss_mask
+        self.temperature = temperature
+        self.teacher_logprobs = teacher_logprobs
+        self.loss_weights = loss_weights
+        self.cu_seqlens = cu_seqlens
+        self.normalizer = normalizer
+
+    def arguments(self) -> dict[str, Any]:
+        """What is set, by name: ``ipo_loss(trainer_logprobs, **batch.arguments())``."""
+        named = {name: getattr(self, name) for name in FIELDS}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> LossBatch:
+        """With every tensor on ``device``; dtypes stay as they are."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(
+                f"device: expected a device, got {device}: a LossBatch keeps the dtypes of its "
+                "tensors; convert them before they go in"
+            )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> LossBatch:
+        """With every tensor in pinned memory: what ``DataLoader(pin_memory=True)`` calls."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LossBatch:
+        return LossBatch(
+            **{
+                name: function(value) if isinstance(value, torch.Tensor) else value
+                for name, value in self.arguments().items()
+            }
+        )
+
+    def __repr__(self) -> str:
+        parts = (
+            f"{name}={value.dtype}{list(value.shape)}"
+            if isinstance(value, torch.Tensor)
+            else f"{name}={value!r}"
+            for name, value in self.arguments().items()
+        )
+        return f"LossBatch({', '.join(parts)})"
+
+
+def inputs_of_loss(
+    inference_logprobs: torch.Tensor | LossBatch,
+    advantages: torch.Tensor | None,
+    loss_mask: torch.Tensor | None,
+    **optional: Any,
+) -> dict[str, Any]:
+    """By name, of a call that has them one by one, or a ``LossBatch`` in the first one's place."""
+    beside = {"advantages": advantages, "loss_mask": loss_mask, **optional}
+    if not isinstance(inference_logprobs, LossBatch):
+        return {"inference_logprobs": inference_logprobs, **beside}
+    for name, value in beside.items():
+        if name in FIELDS and value is not None:
+            raise TypeError(
+                f"{name}: expected it in the LossBatch, got it as an argument beside one; pass "
+                f"LossBatch(..., {name}={name})"
+            )
+    return {**beside, **inference_logprobs.arguments()}
