@@ -3,8 +3,9 @@
 #
 #   scripts/gpu_check.sh [FOLDER]      results go to FOLDER, by default build/gpu_check
 #
-# Leaves in FOLDER: summary.json, log.txt, tests.xml, sanitizers.txt, overhead-cuda.json, and tierN-cuda.json and .png of each
-# tier's benchmark. STAGES="tests benchmarks sanitizers", the default, or some of them, says what to run after the build.
+# Leaves in FOLDER: summary.json, log.txt, tests.xml, sanitizers.txt, overhead-cuda.json, and of each benchmark (logprobs,
+# logits, hidden) NAME-cuda.json and NAME-cuda.png. STAGES="tests benchmarks sanitizers", the default, or some of them, says
+# what to run after the build.
 # A stage is passed, failed, timed out or unavailable: what could not be run is never called passed. Exit status: 1 if a
 # stage failed or timed out, else 0.
 #
@@ -31,7 +32,7 @@ done
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-rm -f "$folder"/{summary.json,log.txt,tests.xml,sanitizers.txt,overhead-cuda.json,tier[123]-cuda.{json,png}}
+rm -f "$folder"/{summary.json,log.txt,tests.xml,sanitizers.txt,overhead-cuda.json,{logprobs,logits,hidden}-cuda.{json,png}}
 export PATH="$PATH:/usr/local/cuda/bin"
 export PYTHONPATH="$work/site:$work/wheels" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export HYPOTHESIS_PROFILE=ci PIP_DISABLE_PIP_VERSION_CHECK=1 COLUMNS=120
@@ -187,7 +188,7 @@ END
 
 # ---- The stages ----
 
-measured=(tests tier1 tier2 tier3 overhead memcheck racecheck synccheck initcheck)
+measured=(tests logprobs logits hidden overhead memcheck racecheck synccheck initcheck)
 
 build() {
   local missing
@@ -214,20 +215,20 @@ run_tests() {
     --junitxml="$folder/tests.xml"
 }
 
-benchmark() { # TIER SECONDS OPTION...
-  local tier=$1 budget=$2 picture=(--picture "$folder/$1-cuda.png")
+benchmark() { # NAME SECONDS OPTION...
+  local name=$1 budget=$2 picture=(--picture "$folder/$1-cuda.png")
   shift 2
   [[ -n $(modules_missing matplotlib) ]] && picture=()
-  stage "$tier" "$budget" judge_status "$PYTHON" "benchmarks/$tier.py" --device cuda --json "$folder/$tier-cuda.json" \
+  stage "$name" "$budget" judge_status "$PYTHON" -m "benchmarks.$name" --device cuda --json "$folder/$name-cuda.json" \
     "${picture[@]}" "$@"
 }
 
 run_benchmarks() {
   [[ -n $(modules_missing matplotlib) ]] && say "no matplotlib: no pictures"
-  benchmark tier2 100 --deadline 75
-  benchmark tier3 70 --tokens 8192 --active 100,50 --rounds 3
-  benchmark tier1 80 --seconds 1 --deadline 60
-  stage overhead 25 judge_status "$PYTHON" benchmarks/overhead.py --device cuda --turns 60 \
+  benchmark logits 100 --deadline 75
+  benchmark hidden 70 --tokens 8192 --active 100,50 --rounds 3
+  benchmark logprobs 80 --seconds 1 --deadline 60
+  stage overhead 25 judge_status "$PYTHON" -m benchmarks.logprobs.overhead --device cuda --turns 60 \
     --json "$folder/overhead-cuda.json"
 }
 

@@ -15,15 +15,19 @@ import torch
 from ipo_ext import reference
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))
 
-import baselines  # noqa: E402
-import picture  # noqa: E402
-import report  # noqa: E402
-import tier1  # noqa: E402
-import tier2  # noqa: E402
-import tier2_providers  # noqa: E402
-import timing  # noqa: E402
+from benchmarks.harness import command, correctness, cuda, timing, words  # noqa: E402
+from benchmarks.harness.step import Work, by_autograd, loss_by_autograd  # noqa: E402
+from benchmarks.harness.summary import Ratio, Summary, ratio, summarise  # noqa: E402
+from benchmarks.logits import providers as logits_providers  # noqa: E402
+from benchmarks.logits.batch import make_batch as make_logits  # noqa: E402
+from benchmarks.logits.benchmark import FromLogits  # noqa: E402
+from benchmarks.logprobs import baselines, providers  # noqa: E402
+from benchmarks.logprobs.batch import Batch, make_batch  # noqa: E402
+from benchmarks.logprobs.benchmark import FromLogprobs  # noqa: E402
+from benchmarks.logprobs.cases import TARGET_CASE  # noqa: E402
+from benchmarks.logprobs.report import targets  # noqa: E402
 
 SEVEN = {
     "mismatch_kl",
@@ -39,7 +43,7 @@ SEVEN = {
 # ---- Equal work ----
 
 
-def expected_of(batch: baselines.Batch) -> reference.IPOOutput:
+def expected_of(batch: Batch) -> reference.IPOOutput:
     return reference.ipo_loss(
         *batch[:4],
         teacher_logprobs=batch.teacher_logprobs,
@@ -54,8 +58,8 @@ def expected_of(batch: baselines.Batch) -> reference.IPOOutput:
 @pytest.mark.parametrize(
     "call", [baselines.upstream_loop, baselines.packed, baselines.packed_with_metrics]
 )
-def test_a_baseline_equals_the_reference(call: tier1.Call, teacher: bool) -> None:
-    batch = baselines.make_batch(3000, 7, teacher=teacher)
+def test_a_baseline_equals_the_reference(call: baselines.Call, teacher: bool) -> None:
+    batch = make_batch(3000, 7, teacher=teacher)
     expected = expected_of(batch)
     loss, metrics = call(batch)
     (gradient,) = torch.autograd.grad(loss, batch.trainer_logprobs)
@@ -71,7 +75,7 @@ def test_a_baseline_equals_the_reference(call: tier1.Call, teacher: bool) -> Non
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(1024, 1), (5000, 9), (65_536, 64)])
 def test_a_batch_is_as_described(tokens: int, sequences: int) -> None:
-    batch = baselines.make_batch(tokens, sequences)
+    batch = make_batch(tokens, sequences)
     assert sum(batch.lengths) == tokens
     assert len(batch.lengths) == sequences
     assert batch.cu_seqlens.tolist() == [0, *torch.tensor(batch.lengths).cumsum(0).tolist()]
@@ -87,8 +91,9 @@ def test_a_batch_is_as_described(tokens: int, sequences: int) -> None:
 
 @pytest.mark.parametrize("name", ["ipo_ext", "upstream_loop", "packed_eager"])
 def test_a_provider_passes_the_check_before_timing(name: str) -> None:
-    batch = baselines.make_batch(2048, 3)
-    found = tier1.errors(tier1.provider(name), batch)
+    batch = make_batch(2048, 3)
+    provider = providers.PROVIDERS[name]
+    found = correctness.errors(provider.make()(batch), provider.expected(batch))
     assert {"loss", "gradient"} <= set(found)
     assert ("metrics" in found) == (name != "packed_eager")
 
@@ -102,59 +107,58 @@ def test_a_provider_passes_the_check_before_timing(name: str) -> None:
     ],
 )
 def test_a_wrong_provider_is_refused(wrong, complaint) -> None:
-    def call(batch: baselines.Batch):
+    def call(batch: Batch):
         return wrong(*baselines.upstream_loop(batch))
 
+    batch = make_batch(2048, 3)
     with pytest.raises(ValueError, match=complaint):
-        tier1.errors(call, baselines.make_batch(2048, 3))
+        correctness.errors(by_autograd(call)(batch), providers.expected(batch))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.01])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_wrong_gradient_from_logits_is_refused(dtype: str, scale: float) -> None:
-    batch = tier2_providers.make_batch(3, 50, tier2.DTYPES[dtype], "cpu")
-    wanted = tier2_providers.expected(tier2_providers.exact, batch)
-    forward = tier2_providers.by_autograd(tier2_providers.ours)
-
-    def scaled(batch: tier2_providers.Batch):
-        loss, backward = forward(batch)
-        return loss, lambda grad_out: backward(grad_out) * scale
-
+    batch = make_logits(3, 50, dtype, "cpu")
+    expected = logits_providers.of_the_loss(batch)
+    forward, backward, _ = loss_by_autograd(logits_providers.ours)(batch)
+    scaled = Work(forward, lambda *arguments: (backward(*arguments)[0] * scale,))
     if scale == 1:
-        assert tier2.errors(scaled, batch, wanted, dtype)["gradient"] > 0
+        assert correctness.errors(scaled, expected)["gradient"] > 0
     else:
         with pytest.raises(ValueError, match="gradient: relative error"):
-            tier2.errors(scaled, batch, wanted, dtype)
+            correctness.errors(scaled, expected)
 
 
 def test_expected_gradients_are_made_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = tier2_providers.make_batch(7, 11, torch.float32, "cpu")
-    loss, gradient = tier2_providers.expected(tier2_providers.exact, batch)
-    monkeypatch.setattr(tier2_providers, "SLAB", 2 * 11)
-    in_slabs, gradients = tier2_providers.expected(tier2_providers.exact, batch)
-    assert in_slabs == pytest.approx(loss)
-    assert torch.equal(gradients, gradient)
-    plain = tier2_providers.plain(batch)
-    assert plain.item() == pytest.approx(loss, rel=1e-5)
+    batch = make_logits(7, 11, "fp32", "cpu")
+    at_once = logits_providers.of_the_loss(batch)
+    monkeypatch.setattr(logits_providers, "SLAB", 2 * 11)
+    in_slabs = logits_providers.of_the_loss(batch)
+    assert in_slabs.loss == pytest.approx(at_once.loss)
+    assert torch.equal(in_slabs.gradients["gradient"], at_once.gradients["gradient"])
+    plain = logits_providers.plain(batch)
+    assert plain.item() == pytest.approx(at_once.loss, rel=1e-5)
 
 
 # ---- Counting ----
 
 
 def test_summaries_of_known_numbers() -> None:
-    summary = timing.summarise([5.0, 1.0, 3.0, 2.0, 4.0])
-    assert summary == timing.Summary(3.0, 2.0, 4.0, 1.0, 5)
-    assert timing.summarise([7.0]) == timing.Summary(7.0, 7.0, 7.0, 7.0, 1)
+    summary = summarise([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert summary == Summary(3.0, 2.0, 4.0, 1.0, 5)
+    assert summarise([7.0]) == Summary(7.0, 7.0, 7.0, 7.0, 1)
 
 
 def test_a_ratio_is_of_medians_and_its_range_of_opposite_quartiles() -> None:
-    theirs = timing.Summary(median=10, lower=8, upper=12, minimum=7, count=9)
-    ours = timing.Summary(median=2, lower=1, upper=4, minimum=1, count=9)
-    assert timing.ratio(theirs, ours) == timing.Ratio(5, 2, 12)
+    theirs = Summary(median=10, lower=8, upper=12, minimum=7, count=9)
+    ours = Summary(median=2, lower=1, upper=4, minimum=1, count=9)
+    assert ratio(theirs, ours) == Ratio(5, 2, 12)
 
 
 class _CountingClock:
     """Time advances by what a step says it takes."""
+
+    name = "counting"
 
     def time(self, step: timing.Step) -> timing.Durations:
         return (step(lambda: None),)
@@ -190,9 +194,9 @@ def test_a_step_is_timed_phase_by_phase() -> None:
 
 
 def test_sets_are_rotated_until_they_exceed_the_cache() -> None:
-    assert timing.sets_beyond_cache(17 * 2**17, 60 * 2**20) == 57
-    assert timing.sets_beyond_cache(17 * 2**24, 60 * 2**20) == 1
-    assert timing.sets_beyond_cache(17 * 2**10, 60 * 2**20) == 64
+    assert cuda.sets_beyond_cache(17 * 2**17, 60 * 2**20) == 57
+    assert cuda.sets_beyond_cache(17 * 2**24, 60 * 2**20) == 1
+    assert cuda.sets_beyond_cache(17 * 2**10, 60 * 2**20) == 64
 
 
 @pytest.mark.parametrize(
@@ -206,30 +210,33 @@ def test_sets_are_rotated_until_they_exceed_the_cache() -> None:
     ],
 )
 def test_durations_have_three_digits(seconds: float, text: str) -> None:
-    assert report.duration(seconds) == text
+    assert words.duration(seconds) == text
 
 
 def test_labels_are_moved_apart_in_order() -> None:
-    moved = picture.spread([0.0, 0.01, 0.02, 5.0], gap=1.0)
+    pytest.importorskip("matplotlib")
+    from benchmarks.harness import drawing
+
+    moved = drawing.spread([0.0, 0.01, 0.02, 5.0], gap=1.0)
     assert moved == sorted(moved)
     assert all(b - a > 0.99 for a, b in itertools.pairwise(moved))
 
 
 def test_targets_are_met_by_medians_and_only_where_measured() -> None:
     def row(name: str, median: float) -> dict:
-        total = timing.Summary(median, median * 0.9, median * 1.1, median * 0.8, 9)._asdict()
-        case = tier1.TARGET_CASE._asdict()
+        total = Summary(median, median * 0.9, median * 1.1, median * 0.8, 9)._asdict()
+        case = TARGET_CASE._asdict()
         return {**case, "provider": name, "grad_out": 1.0, "clock": "wall"} | {
             "seconds": {"total": total}
         }
 
-    assert tier1.targets([row("ipo_ext", 1.0)]) == []
+    assert targets([row("ipo_ext", 1.0)]) == []
     rows = [row("ipo_ext", 1.0), row("upstream_loop", 60.0), row("packed_eager", 3.0)]
-    (loop,) = tier1.targets(rows)
+    (loop,) = targets(rows)
     assert loop["met"]
     assert loop["value"] == pytest.approx(60)
     assert loop["low"] == pytest.approx(60 * 0.9 / 1.1)
-    _, fastest = tier1.targets([*rows, row("packed_compiled", 1.5)])
+    _, fastest = targets([*rows, row("packed_compiled", 1.5)])
     assert not fastest["met"]
     assert fastest["value"] == pytest.approx(1.5)
 
@@ -239,11 +246,11 @@ def test_targets_are_met_by_medians_and_only_where_measured() -> None:
 
 def test_a_quick_run_writes_json_and_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    json_path, png_path = tmp_path / "tier1.json", tmp_path / "tier1.png"
-    command = [sys.executable, "benchmarks/tier1.py", "--quick", "--threads", "1"]
-    command += ["--providers", "ipo_ext,upstream_loop,packed_eager"]
-    command += ["--json", str(json_path), "--picture", str(png_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    json_path, png_path = tmp_path / "logprobs.json", tmp_path / "logprobs.png"
+    arguments = [sys.executable, "-m", "benchmarks.logprobs", "--quick", "--threads", "1"]
+    arguments += ["--providers", "ipo_ext,upstream_loop,packed_eager"]
+    arguments += ["--json", str(json_path), "--picture", str(png_path)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "16,384" in done.stdout
 
@@ -267,11 +274,11 @@ def test_a_quick_run_writes_json_and_a_picture(tmp_path: Path) -> None:
 
 def test_a_quick_run_from_logits_writes_json_and_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    json_path, png_path = tmp_path / "tier2.json", tmp_path / "tier2.png"
-    command = [sys.executable, "benchmarks/tier2.py", "--quick", "--threads", "1"]
-    command += ["--providers", "ipo_ext,eager,quack"]
-    command += ["--json", str(json_path), "--picture", str(png_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    json_path, png_path = tmp_path / "logits.json", tmp_path / "logits.png"
+    arguments = [sys.executable, "-m", "benchmarks.logits", "--quick", "--threads", "1"]
+    arguments += ["--providers", "ipo_ext,eager,quack"]
+    arguments += ["--json", str(json_path), "--picture", str(png_path)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
     content = json.loads(json_path.read_text())
@@ -279,7 +286,7 @@ def test_a_quick_run_from_logits_writes_json_and_a_picture(tmp_path: Path) -> No
     assert missing["provider"] == "quack"
     assert missing["reason"].startswith("unavailable")
     assert {row["provider"] for row in content["results"]} == {"ipo_ext", "eager", "copy"}
-    assert len(content["results"]) == 4 * 3 * len(tier2.GRAD_OUTS)
+    assert len(content["results"]) == 4 * 3 * len(FromLogits.grad_outs)
     for row in content["results"]:
         total = row["seconds"]["total"]
         assert 0 < total["minimum"] <= total["lower"] <= total["median"] <= total["upper"]
@@ -294,26 +301,28 @@ def test_a_quick_run_from_logits_writes_json_and_a_picture(tmp_path: Path) -> No
 
 def test_an_unknown_provider_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        tier1.parse(["--providers", "ipo_ext,apex"])
+        command.parse(FromLogprobs, ["--providers", "ipo_ext,apex"])
     assert "apex" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize("script", ["tier1.py", "tier2.py", "overhead.py"])
-def test_without_a_gpu_no_gpu_figure(script: str) -> None:
-    command = [sys.executable, f"benchmarks/{script}", "--device", "cuda"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["logprobs", "logits", "logprobs.overhead", "logits.kernel"])
+def test_without_a_gpu_no_gpu_figure(name: str) -> None:
+    arguments = [sys.executable, "-m", f"benchmarks.{name}", "--device", "cuda"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "no GPU" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_the_gpu_check_passes_nothing(tmp_path: Path) -> None:
-    command = ["bash", "scripts/gpu_check.sh", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    arguments = ["bash", "scripts/gpu_check.sh", str(tmp_path)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     states = {stage["name"]: stage["state"] for stage in summary["stages"]}
-    assert {"build", "tests", "tier1", "tier2", "tier3", "memcheck", "racecheck"} <= set(states)
+    assert {"build", "tests", "logprobs", "logits", "hidden", "memcheck", "racecheck"} <= set(
+        states
+    )
     assert set(states.values()) == {"unavailable"}
     assert len(list(tmp_path.iterdir())) <= 8

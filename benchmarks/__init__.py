@@ -1,0 +1,1 @@
+"""The benchmarks of ipo_ext; run from the root of the repository, as benchmarks/README.md shows."""

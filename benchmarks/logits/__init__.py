@@ -1,0 +1,1 @@
+"""The loss from logits: loss and gradient, and the memory that they take."""

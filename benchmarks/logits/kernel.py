@@ -1,0 +1,112 @@
+"""Times the logits kernel alone on a GPU, without Python's launches, beside a plain copy."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.harness import results, words
+from benchmarks.harness.command import base_parser, begin
+from benchmarks.harness.terminal import Terminal
+from benchmarks.logits.batch import CONFIG, DTYPES, make_batch
+from ipo_ext import _operators
+
+NAME = "logits.kernel"
+AHEAD = 400_000  # cycles that the device is kept busy, so that launches wait for it
+
+
+class Case(NamedTuple):
+    rows: int
+    columns: int
+    logits: str  # dtype
+    gradient: str  # dtype
+    active: int  # percent of the rows
+
+
+DEFAULT_CASES = [
+    *(Case(8192, 151_936, *dtypes) for dtypes in (("bf16", "bf16", 100), ("bf16", "bf16", 50))),
+    *(Case(8192, 151_936, "fp32", gradient, 100) for gradient in ("fp32", "bf16")),
+    *(
+        Case(rows, columns, dtype, dtype, 100)
+        for columns in (32_000, 65_536, 128_256, 200_064, 262_144)
+        for dtype in ("bf16", "fp32")
+        for rows in (256, 2048, 8192)
+    ),
+]
+
+
+def microseconds(work: Callable[[], object], repeats: int) -> float:
+    """The median, by events around work that is queued before the device gets to it."""
+    work()
+    taken = []
+    for _ in range(repeats):
+        torch.cuda._sleep(AHEAD)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(taken)
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    batch = make_batch(case.rows, case.columns, case.logits, "cuda")
+    logits, labels, inference_logprobs, advantages, _ = (tensor.detach() for tensor in batch)
+    mask = torch.rand(case.rows, device="cuda") * 100 < case.active
+    gradient = torch.empty_like(logits, dtype=DTYPES[case.gradient])
+    operators = _operators.library()
+    fault = operators.find_faults(labels, mask, None, case.columns, case.rows, None, None)
+
+    def rows(into: torch.Tensor | None) -> object:
+        return operators.ipo_loss_rows(
+            *(logits, labels, inference_logprobs, advantages, mask),
+            *(None, 0.0, None, None, None),
+            *CONFIG.settings(torch.float32),
+            *(fault, into),
+        )
+
+    times = {
+        "with_gradient": microseconds(lambda: rows(gradient), repeats),
+        "forward": microseconds(lambda: rows(None), repeats),
+        "copy": microseconds(lambda: gradient.copy_(logits), repeats),
+    }
+    return {**case._asdict(), "microseconds": times}
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
+    for row in rows:
+        times = row["microseconds"]
+        yield [
+            f"{row['rows']:,} x {row['columns']:,}",
+            f"{row['logits']} to {row['gradient']}",
+            f"{row['active']}%",
+            *(words.duration(times[what] * 1e-6) for what in ("with_gradient", "forward", "copy")),
+            f"{times['copy'] / times['with_gradient']:.2f}",
+        ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = base_parser(NAME, __doc__, devices=["cuda"])
+    parser.add_argument("--repeats", type=int, default=7, help="timings of each (default 7)")
+    arguments = parser.parse_args(argv)
+    terminal = Terminal()
+    content = begin(NAME, arguments, terminal)
+    if content is None:
+        return 2
+    content["results"] = []
+    for index, case in enumerate(DEFAULT_CASES):
+        terminal.progress(f"[{index + 1}/{len(DEFAULT_CASES)}] {' '.join(map(str, case))}")
+        content["results"].append(measure(case, arguments.repeats))
+    columns = ["", "dtypes", "active", "with gradient", "forward", "copy", "copy / with gradient"]
+    terminal.table("The kernel alone, medians", columns, list(lines(content["results"])))
+    if arguments.json:
+        results.write(arguments.json, content)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The loss from log-probabilities: a step with every metric read."""
