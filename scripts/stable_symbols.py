@@ -2,7 +2,7 @@
 
 `python scripts/stable_symbols.py TORCH` prints them for the torch package in folder TORCH, a CUDA
 build, so that both kinds are seen: "cuda" marks what only the CUDA libraries export.
-tests/torch_2_11_symbols.txt is this list for the oldest torch that we support.
+tests/builds/torch_2_11_symbols.txt is this list for the oldest torch that we support.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def main() -> None:
     print(
         "# declared in its shim headers and exported by its libraries; cuda: by CUDA builds only."
     )
-    print("# Generated: python scripts/stable_symbols.py TORCH > tests/torch_2_11_symbols.txt")
+    print(
+        "# Generated: python scripts/stable_symbols.py TORCH > tests/builds/torch_2_11_symbols.txt"
+    )
     for name, only_cuda in sorted(stable_symbols(torch).items()):
         print(f"{name} cuda" if only_cuda else name)
 

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from backends import Backend, parameters
+from tests.support.backends import Backend, parameters
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)

@@ -1,6 +1,6 @@
 """Breaks the real kernels, one way at a time in a scratch copy, and demands that the tests notice.
 
-`python tests/emulator/mutate.py [NAME ...]` exits 1 if the tests that a mutation names stay green,
+`python -m tests.emulator.mutate [NAME ...]` exits 1 if the tests that a mutation names stay green,
 or if they or the text that it replaces are no longer there. With `--one-in N` only every Nth is
 run, which ones changes from day to day; the texts and the tests of all are looked for.
 """
@@ -23,9 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from emulator import build, operators
+from tests.emulator import build, operators
 
 WORKERS = 2
 
@@ -35,12 +33,12 @@ def tests_in(file: str) -> Callable[..., tuple[str, ...]]:
     return lambda *names: tuple(f"tests/{file}::{name}" for name in names)
 
 
-from_logprobs = tests_in("test_ipo_loss.py")
-properties = tests_in("test_properties.py")
-mask_rules = tests_in("test_mask_rules.py")
-rollout_rule = tests_in("test_rollout_rule.py")
-from_logits = tests_in("test_logits.py")
-devices = tests_in("test_logits_variants.py")
+from_logprobs = tests_in("loss/test_from_logprobs.py")
+properties = tests_in("loss/test_properties.py")
+mask_rules = tests_in("loss/test_mask_rules.py")
+rollout_rule = tests_in("loss/test_rollout_rule.py")
+from_logits = tests_in("loss/test_from_logits.py")
+devices = tests_in("loss/test_logits_paths.py")
 
 AROUND_TILES = from_logprobs(
     "test_matches_the_reference_around_tiles",

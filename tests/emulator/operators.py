@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from emulator import build
+from tests.emulator import build
 
 NAMESPACE = "ipo_ext_emulated"
 TORCH = Path(torch.__file__).parent

@@ -1,6 +1,6 @@
 """Runs the CUDA kernels under the address and undefined-behaviour sanitizers, on nasty shapes.
 
-`python tests/emulator/sanitize.py` fails at the first report. The operators are built with
+`python -m tests.emulator.sanitize` fails at the first report. The operators are built with
 sanitizers and loaded into an ordinary Python, whose allocations the preloaded runtime watches; the
 tests with the markers below then run them.
 """
@@ -12,9 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from emulator import build, operators
+from tests.emulator import build, operators
 
 SELECTED = "emulated and (reaches_every_kernel or tempts_kernels_out_of_bounds)"
 
@@ -22,7 +20,7 @@ SELECTED = "emulated and (reaches_every_kernel or tempts_kernels_out_of_bounds)"
 def main() -> int:
     library = operators.build_operators(sanitize=build.ADDRESS_AND_UNDEFINED)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", SELECTED],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", SELECTED, "tests/loss"],
         cwd=build.ROOT,
         env=sanitized_environment(library),
     ).returncode

@@ -10,7 +10,7 @@ from unittest import mock
 import deepspeed
 import torch
 
-from host_casts import Policy, assert_casts_plain_arguments_alone, run_on_two_ranks
+from tests.support.host_casts import Policy, assert_casts_plain_arguments_alone, run_on_two_ranks
 
 
 def on_rank(rank: int, meeting: str) -> None:

@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from eager import token_losses
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import GRPOConfig, GRPOTrainer
 
 from ipo_ext import IPOConfig
 from ipo_ext.integrations.trl import IPOTrainer
+from tests.integrations.eager import token_losses
 
 SYMBOLS = ["<pad>", "<eos>", *"0123456789+="]
 AVERAGES = ("dapo", "bnpo", "dr_grpo", "grpo")

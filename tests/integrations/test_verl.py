@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from eager import token_losses
 from omegaconf import OmegaConf
 from verl.protocol import DataProto
 from verl.trainer.config import RolloutCorrectionConfig
@@ -25,6 +24,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from ipo_ext import IPOConfig
 from ipo_ext.integrations import verl as adapter
+from tests.integrations.eager import token_losses
 
 BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.1)
 MODES = (

@@ -1,0 +1,1 @@
+"""What a user meets: settings, errors, diagnosis, the demo."""

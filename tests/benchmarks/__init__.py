@@ -1,0 +1,1 @@
+"""The benchmarks compare equal work, count right and write what they say."""

@@ -1,0 +1,1 @@
+"""The source tree, the binary and the release: layers, ABI, version."""

@@ -1,0 +1,1 @@
+"""The adapters, and tests inside the real trainers."""

@@ -1,0 +1,303 @@
+"""prime-rl's interfaces, spoken by dataclasses of upstream's fields; prime-rl is not needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import ipo_ext
+from ipo_ext import IPOConfig, reference
+from ipo_ext.integrations import prime_rl
+
+SETTINGS = {"dppo_mask_low": 0.5, "dppo_mask_high": 2.0, "adv_tau": 0.9, "kl_tau": 0.01}
+LENGTHS = (5, 1, 9)
+UPSTREAM_METRICS = {
+    "mismatch_kl",
+    "masked_mismatch_kl",
+    "unmasked_mismatch_kl",
+    "is_masked",
+    "is_masked_low",
+    "is_masked_high",
+}
+
+
+@dataclasses.dataclass
+class LossInputs:
+    """Upstream's, of the version that has teacher log-probabilities."""
+
+    trainer_logprobs: torch.Tensor
+    inference_logprobs: torch.Tensor
+    teacher_logprobs: torch.Tensor | None
+    advantages: torch.Tensor
+    loss_mask: torch.Tensor
+
+
+@dataclasses.dataclass
+class LaterLossInputs:
+    """Upstream's, of the version whose loss has components."""
+
+    trainer_logprobs: torch.Tensor
+    inference_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor | None
+    advantages: torch.Tensor
+    loss_mask: torch.Tensor
+    loss_weights: torch.Tensor | None = None
+
+
+@dataclasses.dataclass
+class CustomLossConfig:
+    """Upstream's section ``trainer.loss`` with ``type = "custom"``."""
+
+    import_path: str = "ipo_ext.integrations.prime_rl.loss_fn"
+    kwargs: dict = dataclasses.field(default_factory=lambda: dict(SETTINGS))
+    type: str = "custom"
+
+
+def micro_batch() -> dict[str, torch.Tensor]:
+    """Per-token tensors of all sequences, as upstream's data loader packs them."""
+    tokens = sum(LENGTHS)
+    inference = -3 * torch.rand(tokens)
+    return {
+        "trainer_logprobs": (inference + torch.randn(tokens)).requires_grad_(),
+        "inference_logprobs": inference,
+        "advantages": torch.randn(tokens),
+        "loss_mask": torch.rand(tokens) < 0.7,
+    }
+
+
+def split(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensor.split(LENGTHS)
+
+
+def upstream_loop(loss_fn, batch, loss_scale, **optional):
+    """What upstream's compute_loss does around a custom loss, written out."""
+    columns = {name: split(tensor) for name, tensor in {**batch, **optional}.items()}
+    total, metrics = 0.0, {}
+    for values in zip(*columns.values(), strict=True):
+        inputs = LaterLossInputs(
+            **{"ref_logprobs": None, **dict(zip(columns, values, strict=True))}
+        )
+        result = loss_fn(inputs)
+        total = total + result.loss
+        for name, value in result.metrics.items():
+            metrics.setdefault(name, []).append(value)
+    return total / loss_scale, {name: torch.stack(values) for name, values in metrics.items()}
+
+
+def gradient(loss: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.autograd.grad(loss, batch["trainer_logprobs"])[0]
+
+
+def imported_loss_fn():
+    """As upstream resolves ``import_path``."""
+    module, name = CustomLossConfig().import_path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("kind", [LossInputs, LaterLossInputs])
+def test_loss_fn_is_the_loss_of_one_sequence(kind) -> None:
+    batch, teacher = micro_batch(), -torch.rand(sum(LENGTHS))
+    teacher_field = "teacher_logprobs" if kind is LossInputs else "ref_logprobs"
+    out = imported_loss_fn()(kind(**batch, **{teacher_field: teacher}), teacher_tau=0.1, **SETTINGS)
+    expected = reference.ipo_loss(
+        **batch,
+        teacher_logprobs=teacher,
+        config=IPOConfig(teacher_tau=0.1, **SETTINGS),
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(out.loss.double(), expected.loss)
+    torch.testing.assert_close(gradient(out.loss, batch), gradient(expected.loss, batch))
+    assert UPSTREAM_METRICS | {"teacher_kl"} <= set(out.metrics)
+    for name, value in out.metrics.items():
+        torch.testing.assert_close(value.double(), expected.metrics[name])
+
+
+def test_the_example_is_a_section_that_loads() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    example = Path(__file__).parents[2] / "examples" / "prime_rl.toml"
+    section = CustomLossConfig(**tomllib.loads(example.read_text())["trainer"]["loss"])
+    assert section.type == "custom"
+    assert prime_rl.setup_loss_fn(section).config == IPOConfig()
+
+
+def test_loss_weights_count() -> None:
+    batch = micro_batch()
+    weights = torch.rand(sum(LENGTHS))
+    inputs = LaterLossInputs(**batch, ref_logprobs=None, loss_weights=weights)
+    expected = reference.ipo_loss(**batch, loss_weights=weights)
+    torch.testing.assert_close(prime_rl.loss_fn(inputs).loss, expected.loss)
+
+
+def test_an_unknown_setting_is_an_error() -> None:
+    inputs = LossInputs(**micro_batch(), teacher_logprobs=None)
+    with pytest.raises(ValueError, match=r"clip_eps: expected one of the fields dppo_mask_low"):
+        prime_rl.loss_fn(inputs, clip_eps=0.2)
+
+
+def test_an_unknown_input_is_an_error() -> None:
+    inputs = LossInputs(**micro_batch(), teacher_logprobs=None)
+    inputs.echo_mask = None
+    prime_rl.loss_fn(inputs)
+    inputs.echo_mask = torch.ones(sum(LENGTHS), dtype=torch.bool)
+    with pytest.raises(ValueError, match="echo_mask: expected one of advantages"):
+        prime_rl.loss_fn(inputs)
+
+
+def test_compute_loss_is_upstreams_loop_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = micro_batch()
+    loss_fn = prime_rl.setup_loss_fn(CustomLossConfig())
+    expected, expected_metrics = upstream_loop(loss_fn, batch, loss_scale=7)
+
+    calls = []
+    monkeypatch.setattr(
+        prime_rl, "ipo_loss", lambda *a, **k: calls.append(1) or ipo_ext.ipo_loss(*a, **k)
+    )
+    loss, metrics = prime_rl.compute_loss(
+        **{name: split(tensor) for name, tensor in batch.items()},
+        teacher_logprobs=None,
+        loss_fn=loss_fn,
+        loss_scale=7,
+        sft_loss=False,
+    )
+    assert len(calls) == 1
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, batch), gradient(expected, batch))
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in metrics.items():
+        torch.testing.assert_close(value, expected_metrics[name])
+
+
+def test_compute_loss_drops_the_rollouts_that_the_loop_drops() -> None:
+    batch = micro_batch()
+    batch["inference_logprobs"] = batch["trainer_logprobs"].detach() - 0.1
+    batch["loss_mask"] = torch.ones_like(batch["loss_mask"])
+    batch["inference_logprobs"][-1] += 9  # the last sequence is broken
+    settings = {**SETTINGS, "rollout_min_ratio": 1e-3}
+    loss_fn = prime_rl.setup_loss_fn(CustomLossConfig(kwargs=settings))
+    expected, expected_metrics = upstream_loop(loss_fn, batch, loss_scale=7)
+    loss, metrics = prime_rl.compute_loss(
+        **{name: split(tensor) for name, tensor in batch.items()},
+        teacher_logprobs=None,
+        loss_fn=loss_fn,
+        loss_scale=7,
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, batch), gradient(expected, batch))
+    assert metrics["rollout_dropped"].tolist() == [0, 0, 1]
+    torch.testing.assert_close(metrics["is_masked"], expected_metrics["is_masked"])
+
+
+def test_compute_component_loss_drops_tokens_of_weight_zero() -> None:
+    batch = micro_batch()
+    weights = torch.rand(sum(LENGTHS)) * (torch.rand(sum(LENGTHS)) < 0.6)
+    loss_fn = prime_rl.setup_loss_fn(CustomLossConfig())
+    masked = {**batch, "loss_mask": batch["loss_mask"] & (weights != 0)}
+    expected, expected_metrics = upstream_loop(loss_fn, masked, 3, loss_weights=weights)
+    loss, metrics = prime_rl.compute_component_loss(
+        **{name: split(tensor) for name, tensor in batch.items()},
+        ref_logprobs=None,
+        rl_weights=split(weights),
+        ce_weights=None,
+        ref_kl_weights=None,
+        rl_loss_fn=loss_fn,
+        rl_scale=3,
+        ce_scale=1,
+        ref_kl_scale=1,
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient(loss, batch), gradient(expected, batch))
+    torch.testing.assert_close(metrics["is_masked"], expected_metrics["is_masked"])
+
+
+def test_a_micro_batch_without_loss_tokens_runs_backward() -> None:
+    batch = micro_batch()
+    batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
+    loss, _ = prime_rl.compute_loss(
+        **{name: split(tensor) for name, tensor in batch.items()},
+        teacher_logprobs=None,
+        loss_fn=prime_rl.setup_loss_fn(CustomLossConfig()),
+        loss_scale=1,
+    )
+    assert loss.item() == 0
+    assert not gradient(loss, batch).any()
+
+
+def test_what_is_not_this_loss_is_refused() -> None:
+    batch = {name: split(tensor) for name, tensor in micro_batch().items()}
+    loss_fn = prime_rl.setup_loss_fn(CustomLossConfig())
+    scales = {"rl_scale": 1, "ce_scale": 1, "ref_kl_scale": 1}
+    weights = {"rl_weights": None, "ce_weights": None, "ref_kl_weights": None}
+    with pytest.raises(ValueError, match="sft_loss: expected False"):
+        prime_rl.compute_loss(
+            **batch, teacher_logprobs=None, loss_fn=loss_fn, loss_scale=1, sft_loss=True
+        )
+    for name in ("ce_weights", "ref_kl_weights"):
+        with pytest.raises(ValueError, match=f"{name}: expected None"):
+            prime_rl.compute_component_loss(
+                **batch,
+                **{**weights, name: batch["advantages"]},
+                **scales,
+                ref_logprobs=None,
+                rl_loss_fn=loss_fn,
+            )
+    with pytest.raises(TypeError, match=r"loss_fn: expected what .*setup_loss_fn returns"):
+        prime_rl.compute_loss(**batch, teacher_logprobs=None, loss_fn=print, loss_scale=1)
+    with pytest.raises(ValueError, match=r'trainer\.loss: expected type = "custom"'):
+        prime_rl.setup_loss_fn(CustomLossConfig(import_path="elsewhere.loss"))
+
+
+class TestFusedOutputLinear:
+    hidden_size, vocab = 6, 11
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return {
+            "hidden_states": torch.randn(2, 3, self.hidden_size, requires_grad=True),
+            "labels": torch.randint(self.vocab, (2, 3)),
+            "temperature": 0.5 + torch.rand(2, 3),
+        }
+
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    def test_equals_the_logits_written_out(self, softcap: float | None) -> None:
+        head = prime_rl.FusedOutputLinear(
+            in_features=self.hidden_size, out_features=self.vocab, chunk_size=2, softcap=softcap
+        )
+        inputs = self.inputs()
+        out = head(**inputs)
+
+        logits = inputs["hidden_states"].double() @ head.weight.double().T
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        log_p = (logits / inputs["temperature"][..., None]).log_softmax(-1)
+        logprobs = log_p.gather(-1, inputs["labels"][..., None]).squeeze(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+
+        assert set(out) == {"logprobs", "entropy"}
+        assert out["logprobs"].dtype == torch.float32
+        torch.testing.assert_close(out["logprobs"].double(), logprobs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out["entropy"].double(), entropy, rtol=1e-5, atol=1e-6)
+        leaves = (inputs["hidden_states"], head.weight)
+        gradients = torch.autograd.grad((out["logprobs"] + out["entropy"]).sum(), leaves)
+        expected = torch.autograd.grad((logprobs + entropy).sum(), leaves)
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
+
+    def test_takes_the_weight_that_upstream_assigns(self) -> None:
+        head = prime_rl.FusedOutputLinear(
+            in_features=self.hidden_size, out_features=self.vocab, chunk_size=1
+        )
+        head.weight = torch.nn.Linear(self.hidden_size, self.vocab, bias=False).weight
+        assert set(dict(head.named_parameters())) == {"weight"}
+
+    @pytest.mark.parametrize("name", ["labels", "temperature"])
+    def test_needs_what_upstreams_needs(self, name: str) -> None:
+        head = prime_rl.FusedOutputLinear(self.hidden_size, self.vocab)
+        with pytest.raises(ValueError, match=rf"{name}: expected a tensor \[B, T\], got None"):
+            head(**{**self.inputs(), name: None})
+
+    def test_refuses_a_part_of_the_vocabulary(self) -> None:
+        head = prime_rl.FusedOutputLinear(self.hidden_size, self.vocab)
+        with pytest.raises(ValueError, match="sampling_mask: expected None"):
+            head(**self.inputs(), sampling_mask=torch.zeros(2, 3, 4, dtype=torch.int32))

@@ -1,0 +1,1 @@
+"""What the loss and the log-probabilities compute, on every backend."""

@@ -1,0 +1,1 @@
+"""What tests share: backends, the arguments of calls, and when two results are equal."""

@@ -1,0 +1,1 @@
+"""The operators under torch's machinery: compilers, autograd, checkpoints, shards."""
