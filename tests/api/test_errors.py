@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ipo_ext import _C, IPOConfig, _operators, ipo_loss
+from ipo_ext import _C, IPOConfig, ipo_loss
 from tests.support.backends import Backend
-from tests.support.cases import FLOAT_FIELDS, HOSTILE_CU_SEQLENS, Case, evaluate, random_case
+from tests.support.cases import LogprobsCase, evaluate
+from tests.support.logprobs import FLOAT_FIELDS, HOSTILE_CU_SEQLENS, random_case
+from tests.support.operators import operator, operator_arguments
 
 TOKENS = 100
 FLOATING = "torch.float16 or torch.bfloat16 or torch.float32 or torch.float64"
@@ -25,24 +27,24 @@ class Bad:
     """A call that breaks one rule, and the whole message that says so ("{device}": the batch's)."""
 
     field: str
-    change: Callable[[Case], Any]
+    change: Callable[[LogprobsCase], Any]
     error: type[Exception]
     message: str
 
-    def case(self, backend: Backend) -> Case:
+    def case(self, backend: Backend) -> LogprobsCase:
         return good_case(backend).with_(**{self.field: self.change(good_case(backend))})
 
 
-def good_case(backend: Backend) -> Case:
+def good_case(backend: Backend) -> LogprobsCase:
     case = random_case(TOKENS, teacher=True, weights=True, segments="sevens")
     return case.with_(normalizer=torch.tensor(70)).to(backend.device)
 
 
-def cu(*values: Any, dtype: torch.dtype = torch.int32) -> Callable[[Case], torch.Tensor]:
+def cu(*values: Any, dtype: torch.dtype = torch.int32) -> Callable[[LogprobsCase], torch.Tensor]:
     return lambda case: torch.tensor(values, dtype=dtype, device=case.loss_mask.device)
 
 
-def requiring_grad(field: str) -> Callable[[Case], torch.Tensor]:
+def requiring_grad(field: str) -> Callable[[LogprobsCase], torch.Tensor]:
     return lambda case: getattr(case, field).float().requires_grad_()
 
 
@@ -123,7 +125,7 @@ def test_bad_input_is_refused_in_words(backend: Backend, name: str) -> None:
     bad = BAD[name]
     case = bad.case(backend)
     device = good_case(backend).trainer_logprobs.device
-    message = message_of(bad, lambda: case.call(ipo_loss))
+    message = message_of(bad, lambda: case.call())
     assert message == bad.message.replace("{device}", str(device))
 
 
@@ -132,11 +134,9 @@ def test_tracing_says_the_same(backend: Backend, name: str) -> None:
     bad = BAD[name]
     case = bad.case(backend)
     with FakeTensorMode() as mode:
-        fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-        tensors = {k: v for k, v in fields.items() if isinstance(v, torch.Tensor)}
-        fake = case.with_(**{k: mode.from_tensor(v) for k, v in tensors.items()})
-        traced = message_of(bad, lambda: fake.call(ipo_loss))
-    assert traced == message_of(bad, lambda: case.call(ipo_loss))
+        fake = case.with_(**{k: mode.from_tensor(v) for k, v in case.tensors.items()})
+        traced = message_of(bad, lambda: fake.call())
+    assert traced == message_of(bad, lambda: case.call())
 
 
 @pytest.mark.parametrize("name", ["loss_mask-float", "advantages-shape", "normalizer--1.0"])
@@ -145,13 +145,13 @@ def test_compiling_says_the_same(backend: Backend, name: str) -> None:
     case = bad.case(backend)
     function = torch.compile(ipo_loss, dynamic=True, backend="eager")
     traced = message_of(bad, lambda: case.call(function))
-    assert traced == message_of(bad, lambda: case.call(ipo_loss))
+    assert traced == message_of(bad, lambda: case.call())
 
 
 def test_an_unknown_argument_is_refused(backend: Backend) -> None:
     case = good_case(backend)
     with pytest.raises(TypeError, match="unexpected keyword argument 'kl_tau'"):
-        case.call(ipo_loss, kl_tau=0.1)
+        case.call(kl_tau=0.1)
     with pytest.raises(TypeError, match="positional argument"):
         ipo_loss(*(getattr(case, name) for name in FLOAT_FIELDS))
 
@@ -200,10 +200,10 @@ def test_other_devices_are_refused(fakes: FakeTensorMode) -> None:
 # Values that only the kernel sees: raise on the CPU, poison on CUDA
 
 
-def poisons_or_raises(backend: Backend, case: Case, message: str) -> None:
+def poisons_or_raises(backend: Backend, case: LogprobsCase, message: str) -> None:
     if backend.faults_raise:
         with pytest.raises(RuntimeError) as caught:
-            case.call(ipo_loss)
+            case.call()
         assert str(caught.value).startswith(message)
     else:
         poisoned = evaluate(case)
@@ -223,7 +223,7 @@ def test_a_cu_seqlens_that_is_no_partition(backend: Backend, name: str, masked: 
 def test_the_first_wrong_entry_is_named() -> None:
     case = random_case(TOKENS).with_(cu_seqlens=torch.tensor([0, 60, 40, 100]).int())
     with pytest.raises(RuntimeError, match=r"got 40 at index 2 of 4$"):
-        case.call(ipo_loss)
+        case.call()
 
 
 @pytest.mark.parametrize("value", [-1.0, -math.inf, math.nan])
@@ -248,32 +248,24 @@ def test_a_negative_count(backend: Backend, dtype: torch.dtype) -> None:
 # The operators themselves: without Python's checks, memory safe still
 
 
-def operator_arguments(case: Case) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(case) if field.name != "config"]
-    rules = {"mask_rule": 0, "kl_active": False, "rollout_low": None, "low": -1.0, "high": 1.0}
-    taus = {"adv_tau": 1.0, "kl_tau": 0.1, "teacher_tau": 0.5}
-    arguments = {name: getattr(case, name) for name in names}
-    return {**arguments, **rules, **taus, "with_gradient": True}
-
-
 @pytest.mark.parametrize("field", [*FLOAT_FIELDS, "loss_mask"])
 @pytest.mark.parametrize("shape", [(0,), (1,), (TOKENS + 1,), (TOKENS, TOKENS)])
 def test_the_operator_checks_sizes(backend: Backend, field: str, shape: tuple[int, ...]) -> None:
     case = good_case(backend)
-    arguments = operator_arguments(case)
+    arguments = operator_arguments("ipo_loss", case)
     arguments[field] = getattr(case, field).new_empty(shape)
     with pytest.raises(RuntimeError, match=r"\w+: expected \d+ tokens, got \d+"):
-        _operators.library().ipo_loss(**arguments)
+        operator("ipo_loss")(**arguments)
 
 
 @pytest.mark.parametrize("field", [*FLOAT_FIELDS, "loss_mask"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.complex64])
 def test_the_operator_checks_dtypes(backend: Backend, field: str, dtype: torch.dtype) -> None:
     case = good_case(backend)
-    arguments = operator_arguments(case)
+    arguments = operator_arguments("ipo_loss", case)
     arguments[field] = getattr(case, field).to(dtype)
     with pytest.raises(RuntimeError, match=f"{field}: (expected|unsupported)"):
-        _operators.library().ipo_loss(**arguments)
+        operator("ipo_loss")(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -291,9 +283,9 @@ def test_the_operator_checks_dtypes(backend: Backend, field: str, dtype: torch.d
 )
 def test_the_operator_checks_the_rest(backend: Backend, field: str, change: Any) -> None:
     case = good_case(backend)
-    arguments = {**operator_arguments(case), field: change(case)}
+    arguments = {**operator_arguments("ipo_loss", case), field: change(case)}
     with pytest.raises(RuntimeError, match=f"{field}: (expected|unsupported)"):
-        _operators.library().ipo_loss(**arguments)
+        operator("ipo_loss")(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -319,9 +311,9 @@ def test_the_means_check_their_rows(
     }
     arguments[field] = torch.zeros(shape, dtype=dtype, device=backend.device)
     with pytest.raises(RuntimeError, match=f"{field}: expected float64"):
-        _operators.library().metric_means(**arguments, float64=False)
+        operator("metric_means")(**arguments, float64=False)
 
 
 def test_a_default_config_needs_no_teacher(backend: Backend) -> None:
     case = good_case(backend).with_(teacher_logprobs=None, config=IPOConfig())
-    assert case.call(ipo_loss).loss.isfinite()
+    assert case.call().loss.isfinite()

@@ -241,8 +241,8 @@ REFUSED: dict[str, tuple[Linear, type[Exception], str]] = {
         changed(replace_forward),
         TypeError,
         OWN_FORWARD + r"torch\.nn\.modules\.linear\.Linear\(in_features=16, .*\), whose forward is "
-        r"tests\.api\.test_lm_head\.replace_forward\.<locals>\.<lambda>, which may compute something else; "
-        "pass the plain linear, or use ipo_loss_from_logits on its output",
+        r"tests\.api\.test_lm_head\.replace_forward\.<locals>\.<lambda>, which may compute "
+        "something else; pass the plain linear, or use ipo_loss_from_logits on its output",
     ),
     "forward of another": (
         changed(lambda linear: setattr(linear, "forward", plain_linear().forward)),
@@ -258,9 +258,8 @@ REFUSED: dict[str, tuple[Linear, type[Exception], str]] = {
     "forward pre-hook": (
         changed(lambda linear: linear.register_forward_pre_hook(lambda _, args: (args[0] / 2,))),
         ValueError,
-        HOOKS
-        + r"forward pre-hook tests\.api\.test_lm_head\.<lambda>\.<locals>\.<lambda>, which the head would "
-        r"not run; remove it \(handle\.remove\(\),.*apply it to the head",
+        HOOKS + r"forward pre-hook tests\.api\.test_lm_head\.<lambda>\.<locals>\.<lambda>, "
+        r"which the head would not run; remove it \(handle\.remove\(\),.*apply it to the head",
     ),
     "forward pre-hook with keywords": (
         changed(
@@ -316,7 +315,8 @@ REFUSED: dict[str, tuple[Linear, type[Exception], str]] = {
     "quantized weight": (
         weight_as(lambda weight: nn.Parameter(weight.as_subclass(Quantized))),
         TypeError,
-        r"linear\.weight: expected a plain nn\.Parameter, got tests\.api\.test_lm_head\.Quantized in .*Linear\("
+        r"linear\.weight: expected a plain nn\.Parameter, "
+        r"got tests\.api\.test_lm_head\.Quantized in .*Linear\("
         ".*convert it to a plain tensor",
     ),
     "lazy": (

@@ -1,4 +1,4 @@
-"""The rooms of the source tree: includes and imports point one way; no file names a registry."""
+"""The layers of the source tree: includes and imports point one way; no file names a registry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "python" / "ipo_ext"
 
-# Room to the rooms it may include. A header in <> without a folder or an extension is standard.
+# A layer to those that it may include. A header in <> without a folder or extension is standard.
 MAY_INCLUDE = {
     "math": {"math"},
     "kernels": {"kernels", "math"},
@@ -38,8 +38,8 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 def objection(file: str, opening: str, header: str) -> str | None:
     """What is wrong with ``#include`` of ``header`` in ``csrc/<file>``, if anything is."""
     if opening == '"':
-        room = header.split("/")[0]
-        allowed = room in MAY_INCLUDE[file.split("/")[0]]
+        layer = header.split("/")[0]
+        allowed = layer in MAY_INCLUDE[file.split("/")[0]]
         if allowed and header.startswith("kernels/cuda/") and not file.startswith("kernels/cuda/"):
             return f"{file}: only kernels/cuda includes {header}"
         if allowed and header.startswith("kernels/cpu/") and not file.startswith("kernels/cpu/"):
@@ -94,7 +94,7 @@ def test_a_wrong_include_is_seen(file: str, opening: str, header: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Python's rooms
+# Python's layers
 
 
 def imports_of(module: str) -> set[str]:

@@ -38,7 +38,8 @@ properties = tests_in("loss/test_properties.py")
 mask_rules = tests_in("loss/test_mask_rules.py")
 rollout_rule = tests_in("loss/test_rollout_rule.py")
 from_logits = tests_in("loss/test_from_logits.py")
-devices = tests_in("loss/test_logits_paths.py")
+logits_paths = tests_in("loss/test_logits_paths.py")
+scale = tests_in("loss/test_scale.py")
 
 AROUND_TILES = from_logprobs(
     "test_matches_the_reference_around_tiles",
@@ -354,21 +355,21 @@ MUTATIONS = (
         SHARE,
         "thread < before ? thread : thread + whole;",
         "thread < before ? thread : thread + whole + 1;",
-        devices("test_rows_of_every_length"),
+        logits_paths("test_rows_of_every_length"),
     ),
     Mutation(
         "lost-group",
         SHARE,
         "min(first_group + share, groups) * kColumns",
         "min(first_group + share, groups - 1) * kColumns",
-        devices("test_rows_of_every_length"),
+        logits_paths("test_rows_of_every_length"),
     ),
     Mutation(
         "vectors-anywhere",
         SHARE,
         "reinterpret_cast<uintptr_t>(gradient + first) % kBytes == 0;",
         "true;",
-        devices("test_gradient_over_fp32_logits"),
+        logits_paths("test_gradient_over_fp32_logits"),
     ),
     Mutation(
         "label-of-half-the-groups",
@@ -382,70 +383,70 @@ MUTATIONS = (
         HELD,
         "        if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();",
         "",
-        devices("test_gradient_over_logits_on_every_device"),
+        logits_paths("test_gradient_over_logits_on_every_device"),
     ),
     Mutation(
         "stream-before-all-have-loaded",
         PASSES,
         "__syncthreads();\n#pragma unroll\n    for (int i = 0; i < kBatch; ++i) {\n      E values",
         "\n#pragma unroll\n    for (int i = 0; i < kBatch; ++i) {\n      E values",
-        devices("test_backward_over_logits"),
+        logits_paths("test_backward_over_logits"),
     ),
     Mutation(
         "steps-that-overlap",
         HELD,
         "shared[(step * kWords + i) * kWidth] = words[i]",
         "shared[(step + i) * kWidth] = words[i]",
-        devices("test_every_cluster"),
+        logits_paths("test_every_cluster"),
     ),
     Mutation(
         "nothing-but-minus-infinity",
         SUMS,
         "infinity() ? E(0) : largest",
         "infinity() ? largest : largest",
-        devices("test_rows_at_the_edge_on_every_device"),
+        logits_paths("test_rows_at_the_edge_on_every_device"),
     ),
     Mutation(
         "parts-without-their-maximum",
         PASSES,
         "shifted(parts[part].sums, below / temperature)",
         "shifted(parts[part].sums, 0 * below / temperature)",
-        devices("test_every_device"),
+        logits_paths("test_every_device"),
     ),
     Mutation(
         "parts-without-their-scale",
         LOGITS,
         "      storage.scale = scale_of<E>(args, index);\n      finish_row",
         "      finish_row",
-        devices("test_every_device[emulated-parts-torch.bfloat16-4099-None]"),
+        logits_paths("test_every_device[emulated-splits-torch.bfloat16-4099-None]"),
     ),
     Mutation(
         "rows-that-know-no-other-rule",
         ROWS,
         ": math::token_loss<math::Rules::kAny>(token, params)",
         ": math::token_loss<math::Rules::kDefault>(token, params)",
-        devices("test_every_rule_on_every_device"),
+        logits_paths("test_every_rule_on_every_device"),
     ),
     Mutation(
         "cluster-that-has-not-started",
         LOGITS,
         "  cluster.wait_for_all();\n",
         "",
-        devices("test_rows_in_turn"),
+        logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "nobody-waits-for-what-was-sent",
         CLUSTER,
         "  storage.arrivals.wait(phase);\n",
         "",
-        devices("test_rows_in_turn"),
+        logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "post-to-itself-alone",
         CLUSTER,
         "storage.arrivals.send(mine, value, lane)",
         "storage.arrivals.send(mine, value, cluster.rank)",
-        devices("test_rows_in_turn"),
+        logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "label-before-the-last-row-is-done",
@@ -453,14 +454,14 @@ MUTATIONS = (
         "  if (threadIdx.x == 0) storage.scale = scale_of<E>(args, index);\n  before_posting();",
         "  if (threadIdx.x == 0) {\n    storage.scale = scale_of<E>(args, index);\n"
         "    storage.label = static_cast<int>(label);\n  }\n  before_posting();",
-        devices("test_rows_in_turn"),
+        logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "phase-of-the-first-row",
         LOGITS,
         "share, cluster, turn++, held",
         "share, cluster, 0, held",
-        devices("test_rows_in_turn"),
+        logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "next-row-over-this-one",
@@ -468,21 +469,21 @@ MUTATIONS = (
         "    if (label >= 0) held.take();\n",
         "    if (next_label >= 0) Held::fetch(share_of(index + 1), storage);\n"
         "    if (label >= 0) held.take();\n",
-        devices("test_rows_in_turn"),
+        logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "entropy-in-bits",
         SUMS,
         "weighted_ * kUnit",
         "weighted_ * (kUnit > 0)",
-        devices("test_rows_of_every_length"),
+        logits_paths("test_rows_of_every_length"),
     ),
     Mutation(
         "scale-without-its-rest",
         SCALE,
         "blockIdx.x == 0 && rest < args.count",
         "blockIdx.x == 1 && rest < args.count",
-        from_logits(
+        scale(
             "test_scale_rounds_every_number_as_torch",
             "test_scale_into_a_narrower_dtype_rounds_once",
         ),

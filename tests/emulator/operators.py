@@ -52,11 +52,11 @@ def load() -> ctypes.CDLL:
     torch.ops.load_library(library)
     _operators.register(NAMESPACE)
     _linear.register(NAMESPACE)
-    harness = ctypes.CDLL(library)
-    harness.emulator_set_schedule.argtypes = [ctypes.c_uint64]
-    harness.emulator_launches.restype = ctypes.c_uint64
-    harness.emulator_guarded_alloc.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
-    harness.emulator_guarded_alloc.restype = ctypes.c_void_p
-    harness.emulator_guarded_free.argtypes = [ctypes.c_void_p]
-    harness.emulator_guarded_free.restype = ctypes.c_bool
-    return harness
+    emulator = ctypes.CDLL(library)
+    emulator.emulator_set_schedule.argtypes = [ctypes.c_uint64]
+    emulator.emulator_launches.restype = ctypes.c_uint64
+    emulator.emulator_guarded_alloc.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+    emulator.emulator_guarded_alloc.restype = ctypes.c_void_p
+    emulator.emulator_guarded_free.argtypes = [ctypes.c_void_p]
+    emulator.emulator_guarded_free.restype = ctypes.c_bool
+    return emulator

@@ -20,7 +20,7 @@ SELECTED = "emulated and (reaches_every_kernel or tempts_kernels_out_of_bounds)"
 def main() -> int:
     library = operators.build_operators(sanitize=build.ADDRESS_AND_UNDEFINED)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", SELECTED, "tests/loss"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", SELECTED, "tests/loss", "tests/api"],
         cwd=build.ROOT,
         env=sanitized_environment(library),
     ).returncode

@@ -1,40 +1,37 @@
-"""Tier 1 on every backend: loss, gradient and metrics against the reference in float64, and the
-equalities that hold in every bit."""
+"""The loss from log-probabilities on every backend: value, gradient and metrics against the
+reference in float64, and the equalities that hold in every bit."""
 
-import contextlib
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from ipo_ext import _C, IPOConfig, ipo_loss
+from ipo_ext import _C, IPOConfig
 from tests.emulator import operators as emulated
+from tests.support.against_reference import (
+    COUNTS,
+    assert_matches_reference,
+    assert_near_reference,
+    assert_sums_close,
+)
 from tests.support.backends import Backend
-from tests.support.cases import (
+from tests.support.cases import assert_same_bits, evaluate, same_bits
+from tests.support.layouts import misaligned, strided_within
+from tests.support.logprobs import (
     DTYPES,
     EDGE_SIZES,
     MEMORY_CASES,
     MOST_TOKENS,
     SEGMENTS,
     SMALL_SIZES,
-    assert_same_bits,
     cu_seqlens,
-    evaluate,
     kept,
-    misaligned,
     nasty_case,
-    operator_gradient,
     random_case,
-    same_bits,
-    strided,
 )
-from tests.support.closeness import (
-    COUNTS,
-    assert_matches_reference,
-    assert_near_reference,
-    assert_sums_close,
-)
+from tests.support.operators import operator_gradient
+from tests.support.schedules import schedules
 
 CONFIG = IPOConfig(kl_tau=0.05)
 
@@ -122,14 +119,14 @@ def test_any_shape_is_its_flat_tokens(backend, shape):
     shaped = evaluate(flat.map_tokens(lambda tensor: tensor.view(shape)))
     assert shaped.gradient.shape == shape
     result = evaluate(flat)
-    assert_same_bits(dataclasses.replace(shaped, gradient=shaped.gradient.flatten()), result)
+    assert_same_bits(dataclasses.replace(shaped, gradients=(shaped.gradient.flatten(),)), result)
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16", "every-dtype"])
 @pytest.mark.parametrize(
     "layout",
     [
-        lambda tensor: strided(tensor, 23),
+        lambda tensor: strided_within(tensor, 23),
         lambda tensor: tensor.view(45, 23).t(),
         lambda tensor: tensor[::3],
         lambda tensor: tensor[:45].view(45, 1).expand(45, 23),
@@ -252,7 +249,7 @@ def all_dropped(tokens):
 def test_a_batch_that_trains_nothing_runs_backward_to_zeros(backend, make, tokens, normalizer):
     case = make(tokens).with_(normalizer=normalizer)
     assert not kept(case).any()
-    result = evaluate(case.to(backend.device), scale=lambda loss: loss * 3)
+    result = evaluate(case.to(backend.device), grad_loss=3.0)
     assert_exact_zeros(result)
     assert result.gradient.shape == (tokens,)
     active = case.loss_mask.any()
@@ -274,11 +271,11 @@ def test_no_tokens_in_any_number_of_segments(backend, ends):
 def test_without_grad_the_forward_pass_is_the_same(backend):
     case = random_case(2100, teacher=True, weights=True, segments="at-tiles").to(backend.device)
     expected = evaluate(case)
-    out = case.call(ipo_loss)
+    out = case.call()
     assert not out.loss.requires_grad
     leaf = case.trainer_logprobs.detach().requires_grad_()
     with torch.no_grad():
-        ungraded = case.with_(trainer_logprobs=leaf).call(ipo_loss)
+        ungraded = case.with_(trainer_logprobs=leaf).call()
     assert ungraded.loss.grad_fn is None
     for loss, metrics, *_ in (out, ungraded):
         assert same_bits(loss, expected.loss)
@@ -294,7 +291,7 @@ def test_without_grad_the_forward_pass_is_the_same(backend):
 @pytest.mark.parametrize("factor", [3.0, 1 / 7, -1.0, 0.0])
 def test_gradient_scales_with_the_loss(backend, dtypes, factor):
     case = random_case(1030, dtypes=DTYPES[dtypes], normalizer=17.0).to(backend.device)
-    scaled = evaluate(case, scale=lambda loss: loss * factor)
+    scaled = evaluate(case, grad_loss=factor)
     expected = (operator_gradient(case) * factor).to(case.trainer_logprobs.dtype)
     assert same_bits(scaled.gradient, expected)
 
@@ -308,7 +305,7 @@ def test_gradient_is_the_derivative_of_the_loss(backend):
     assert 0 < kept(case).sum() < 12
 
     def loss(trainer_logprobs):
-        return case.with_(trainer_logprobs=trainer_logprobs).call(ipo_loss).loss
+        return case.with_(trainer_logprobs=trainer_logprobs).call().loss
 
     assert torch.autograd.gradcheck(loss, case.trainer_logprobs.requires_grad_(), nondet_tol=0.0)
 
@@ -358,34 +355,6 @@ def test_permuting_tokens_permutes_gradients(backend, dtypes):
     assert_sums_close(permuted.metrics, result.metrics, case)
 
 
-@contextlib.contextmanager
-def torch_threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def thread_order(seed):
-    emulated.load().emulator_set_schedule(seed)
-    try:
-        yield
-    finally:
-        emulated.load().emulator_set_schedule(0)
-
-
-def schedules(backend):
-    """Every way to run the same work: CPU threads, emulated's thread orders, on CUDA again."""
-    if backend.name == "cpu":
-        return [torch_threads(count) for count in (1, 2, 2, 3)]
-    if backend.name == "emulated":
-        return [thread_order(seed) for seed in range(12)]
-    return [contextlib.nullcontext() for _ in range(10)]
-
-
 @pytest.mark.parametrize("segments", [None, "at-tiles"])
 @pytest.mark.parametrize("dtypes", ["fp32", "fp64"])
 def test_same_bits_whatever_the_schedule(backend, dtypes, segments):
@@ -423,7 +392,7 @@ def test_mask_and_counts_are_the_same_bits_as_on_the_cpu(backend, dtypes, make):
 @pytest.mark.parametrize("segments", [None, "empty-around"])
 def test_at_most_two_launches_are_needed(tokens, segments):
     with Backend("emulated").active():
-        harness = emulated.load()
-        harness.emulator_reset_statistics()
+        emulator = emulated.load()
+        emulator.emulator_reset_statistics()
         evaluate(random_case(tokens, segments=segments, teacher=True))
-        assert harness.emulator_launches() <= 2
+        assert emulator.emulator_launches() <= 2

@@ -1,4 +1,4 @@
-"""Tier 2's gradient where the logits were: in their dtype, or narrower at each row's start."""
+"""The gradient where the logits were: in their dtype, or narrower at each row's start."""
 
 from __future__ import annotations
 
@@ -10,28 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from ipo_ext import IPOConfig, _operators
-from tests.loss.test_from_logits import DTYPES, LAYOUTS, MANY_ROWS, Case, bits, random_case
 from tests.support.backends import Backend
+from tests.support.cases import LogitsCase, bits, same_bits
+from tests.support.layouts import LAYOUTS, at_row_starts
+from tests.support.logits import DTYPES, MANY_ROWS, NARROWER, random_case
+from tests.support.operators import call_operator, chunk_of_loss, find_faults
 
 COLUMNS = (1, 2, 7, 33, 130, 511, 512, 1031)
-NARROWER = (torch.float16, torch.bfloat16)
-LOSS = dict(
-    zip(
-        (
-            "mask_rule",
-            "kl_active",
-            "rollout_low",
-            "low",
-            "high",
-            "adv_tau",
-            "kl_tau",
-            "teacher_tau",
-        ),
-        IPOConfig().settings(torch.float32),
-        strict=True,
-    )
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,86 +27,38 @@ class Result:
     loss: tuple[torch.Tensor, ...] = ()  # and what is made with it
 
 
-def rows_of(case: Case) -> dict[str, Any]:
-    """What every operator is told of the rows and how to read them."""
-    temperature = case.options.get("temperature")
-    if isinstance(temperature, float):
-        temperature = torch.tensor(temperature)
-    return {
-        "labels": case.labels,
-        "inference_logprobs": case.inference_logprobs,
-        "advantages": case.advantages,
-        "loss_mask": case.loss_mask,
-        "temperature": temperature,
-        "softcap": case.options.get("softcap") or 0.0,
-        "teacher_logprobs": None,
-        "loss_weights": None,
-        "normalizer": case.options.get("normalizer"),
-        **LOSS,
-    }
-
-
-def apart(case: Case) -> Result:
+def apart(case: LogitsCase) -> Result:
     """The gradient in memory of its own."""
-    loss, gradient, logprobs, entropy, *metrics = _operators.library().ipo_loss_from_logits(
-        case.logits, **rows_of(case), cu_seqlens=None, with_gradient=True
-    )
+    loss, gradient, logprobs, entropy, *metrics = call_operator("ipo_loss_from_logits", case)
     return Result(gradient, logprobs, entropy, (loss, *metrics))
 
 
-def over_logits(case: Case) -> Result:
-    loss, logprobs, entropy, *metrics = _operators.library().ipo_loss_from_logits_(
-        case.logits, **rows_of(case), cu_seqlens=None
-    )
+def over_logits(case: LogitsCase) -> Result:
+    loss, logprobs, entropy, *metrics = call_operator("ipo_loss_from_logits_", case)
     return Result(case.logits, logprobs, entropy, (loss, *metrics))
 
 
-def no_fault(case: Case) -> torch.Tensor:
-    rows = rows_of(case)
-    asked = {name: rows[name] for name in ("labels", "loss_mask", "temperature", "normalizer")}
-    return _operators.library().find_faults(
-        **asked, columns=case.logits.shape[-1], max_active=len(case.labels), cu_seqlens=None
-    )
+def into(
+    case: LogitsCase, gradient: torch.Tensor | None, fault: torch.Tensor | None = None
+) -> Result:
+    return Result(gradient, *chunk_of_loss(case, gradient, fault))
 
 
-def into(case: Case, gradient: torch.Tensor | None) -> Result:
-    logprobs, entropy = _operators.library().ipo_loss_rows(
-        case.logits, **rows_of(case), fault=no_fault(case), gradient=gradient
-    )
-    return Result(gradient, logprobs, entropy)
-
-
-def loss_of_rows(case: Case, rows: Result) -> tuple[torch.Tensor, ...]:
+def loss_and_metrics(case: LogitsCase, rows: Result) -> tuple[torch.Tensor, ...]:
     """Loss and metrics of log-probabilities and entropies that are there."""
-    what = ("inference_logprobs", "advantages", "loss_mask", "teacher_logprobs", "loss_weights")
-    inputs = {name: rows_of(case)[name] for name in (*what, "normalizer", *LOSS)}
-    loss, _, *metrics = _operators.library().ipo_loss_of_rows(
-        rows.logprobs,
-        rows.entropy,
-        **inputs,
-        cu_seqlens=None,
-        fault=no_fault(case),
-        with_gradient=False,
-        normalized=True,
-    )
+    made = {"logprobs": rows.logprobs, "entropy": rows.entropy, "fault": find_faults(case)}
+    how = {"with_gradient": False, "normalized": True}
+    loss, _, *metrics = call_operator("ipo_loss_of_rows", case, **made, **how)
     return loss, *metrics
 
 
-def at_row_starts(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same shape in a narrower dtype, each row at the address of that row of the logits."""
-    gradient = logits.view(dtype)[..., : logits.shape[-1]]
-    assert gradient.data_ptr() == logits.data_ptr()
-    return gradient
-
-
-def copy_of(case: Case, layout: str = "contiguous") -> Case:
+def copy_of(case: LogitsCase, layout: str = "contiguous") -> LogitsCase:
     return case.with_(logits=LAYOUTS[layout](case.logits.clone()))
 
 
 def assert_same(ours: Result, expected: Result) -> None:
-    assert torch.equal(bits(ours.gradient), bits(expected.gradient)), "gradient"
-    assert torch.equal(bits(ours.logprobs), bits(expected.logprobs)), "logprobs"
-    assert torch.equal(bits(ours.entropy), bits(expected.entropy)), "entropy"
+    for name in ("gradient", "logprobs", "entropy"):
+        assert same_bits(getattr(ours, name), getattr(expected, name)), name
 
 
 # -------------------------------------------------------------------------------------------------
@@ -138,8 +75,8 @@ def test_over_the_logits(
     case = random_case(9, columns, dtype, temperature=0.8, softcap=softcap).to(backend.device)
     ours = over_logits(copy_of(case, layout))
     assert_same(ours, into(copy_of(case, layout), copy_of(case, layout).logits))
-    for mine, theirs in zip(ours.loss, loss_of_rows(case, ours), strict=True):
-        assert torch.equal(bits(mine), bits(theirs))
+    for mine, theirs in zip(ours.loss, loss_and_metrics(case, ours), strict=True):
+        assert same_bits(mine, theirs)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -181,7 +118,7 @@ def test_slices_of_a_batch(backend: Backend) -> None:
     view.copy_(flat.logits.view(2, 3, 40))
     ours = into(flat.with_(logits=view), at_row_starts(view, torch.bfloat16))
     rounded = expected.gradient.bfloat16().view(2, 3, 40)
-    assert torch.equal(bits(ours.gradient), bits(rounded))
+    assert same_bits(ours.gradient, rounded)
     assert (batch[:, -1] == 7).all()
 
 
@@ -214,7 +151,7 @@ def test_rows_without_a_gradient_are_zeros(backend: Backend, dtype: torch.dtype)
     assert 2 < dropped.sum() < 40
     ours = into(case, at_row_starts(case.logits, dtype))
     assert not bits(ours.gradient[dropped]).any()
-    assert torch.equal(bits(ours.gradient), bits(expected.gradient.to(dtype)))
+    assert same_bits(ours.gradient, expected.gradient.to(dtype))
 
 
 def test_rows_in_chunks_make_the_whole(backend: Backend) -> None:
@@ -223,29 +160,25 @@ def test_rows_in_chunks_make_the_whole(backend: Backend) -> None:
     normalizer = torch.tensor(3.0, device=backend.device)
     case = random_case(rows, 65, normalizer=normalizer).to(backend.device)
     expected = apart(copy_of(case))
-    fault = no_fault(case)
+    fault = find_faults(case)
     buffer = torch.empty(chunk, 65, device=backend.device)
-    parts = []
+    results = []
     for begin in range(0, rows, chunk):
-        part = slice(begin, min(begin + chunk, rows))
-        logits = buffer[: part.stop - begin].copy_(case.logits[part])
-        tokens = ("labels", "inference_logprobs", "advantages", "loss_mask")
-        piece = case.with_(logits=logits, **{name: getattr(case, name)[part] for name in tokens})
+        rows_of_chunk = case.map_tokens(lambda tensor, begin=begin: tensor[begin : begin + chunk])
+        logits = buffer[: rows_of_chunk.tokens].copy_(rows_of_chunk.logits)
         gradient = at_row_starts(logits, torch.bfloat16)
-        logprobs, entropy = _operators.library().ipo_loss_rows(
-            logits, **rows_of(piece), fault=fault, gradient=gradient
-        )
-        parts.append(Result(gradient.clone(), logprobs, entropy))
+        result = into(rows_of_chunk.with_(logits=logits), gradient, fault)
+        results.append(dataclasses.replace(result, gradient=gradient.clone()))
     whole = Result(
         *(
-            torch.cat([getattr(part, name) for part in parts])
+            torch.cat([getattr(result, name) for result in results])
             for name in ("gradient", "logprobs", "entropy")
         )
     )
     rounded = expected.gradient.bfloat16()
     assert_same(whole, dataclasses.replace(expected, gradient=rounded))
-    for mine, theirs in zip(loss_of_rows(case, whole), expected.loss, strict=True):
-        assert torch.equal(bits(mine), bits(theirs))
+    for mine, theirs in zip(loss_and_metrics(case, whole), expected.loss, strict=True):
+        assert same_bits(mine, theirs)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -292,7 +225,9 @@ PRODUCERS = {
 }
 
 
-def step(case: Case, leaf: torch.Tensor, *, inplace: bool, producer: Any = None) -> torch.Tensor:
+def step(
+    case: LogitsCase, leaf: torch.Tensor, *, inplace: bool, producer: Any = None
+) -> torch.Tensor:
     """The loss of logits that a matrix product, or ``producer``, has made from ``leaf``."""
     logits = leaf @ torch.ones_like(leaf[:1]).t().expand(-1, 33) + case.logits
     logits = logits if producer is None else producer(logits)
@@ -313,7 +248,7 @@ def test_inplace_equals_apart(
         (run(case, leaf, inplace=inplace) * factor).backward()
         gradients.append(leaf.grad)
     assert gradients[0].any()
-    assert torch.equal(*map(bits, gradients))
+    assert same_bits(*gradients)
 
 
 def test_inplace_needs_no_second_matrix(backend: Backend) -> None:
@@ -322,7 +257,7 @@ def test_inplace_needs_no_second_matrix(backend: Backend) -> None:
     case.with_(logits=logits).call(inplace=True).loss.backward()
     expected = case.logits.clone().requires_grad_()
     case.with_(logits=expected).call().loss.backward()
-    assert torch.equal(bits(logits), bits(expected.grad))  # the logits hold their gradient
+    assert same_bits(logits, expected.grad)  # the logits hold their gradient
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,7 +1,8 @@
-"""Where tier 2 keeps a row and where its gradient goes: each variant of the CUDA kernels."""
+"""Each path of the CUDA kernels from logits: where a row resides, where its gradient goes."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -9,32 +10,26 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ipo_ext import IPOConfig, _operators
-from tests.emulator import operators as emulated
-from tests.loss.test_from_logits import (
-    MANY_ROWS,
-    Case,
-    assert_accurate,
-    assert_same_bits,
-    bits,
-    evaluate,
-    random_case,
-    strided,
-    unaligned,
-)
-from tests.loss.test_mask_rules import RULES
 from tests.support.backends import Backend, parameters
+from tests.support.cases import assert_same_bits, bits, evaluate, same_bits
+from tests.support.layouts import at_row_starts, misaligned, strided
+from tests.support.logits import MANY_ROWS, NARROWER, assert_accurate, random_case
+from tests.support.operators import chunk_of_loss, operator
+from tests.support.rules import RULES
+from tests.support.schedules import (
+    CAPABILITY_MAJOR,
+    MULTIPROCESSORS,
+    SHARED_TOGETHER,
+    imagined_device,
+    thread_order,
+)
 
-NARROWER = (torch.float16, torch.bfloat16)
-
-# cudaDeviceAttr, of the imagined device that the emulation runs on: sm_90 unless told otherwise.
-MULTIPROCESSORS, CAPABILITY_MAJOR, SHARED_TOGETHER = 16, 75, 81
 ALL_BUSY = {MULTIPROCESSORS: 1}
 DEVICES = {
     "clusters": ALL_BUSY,
     "blocks": {**ALL_BUSY, CAPABILITY_MAJOR: 8},
-    "blocks-without-room": {**ALL_BUSY, CAPABILITY_MAJOR: 7, SHARED_TOGETHER: 54 << 10},
-    "parts": {MULTIPROCESSORS: 60},
+    "blocks-of-little-memory": {**ALL_BUSY, CAPABILITY_MAJOR: 7, SHARED_TOGETHER: 54 << 10},
+    "splits": {MULTIPROCESSORS: 60},
 }
 
 
@@ -47,49 +42,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture(params=[0, 1, 2, 3], ids="seed{}".format)
 def schedule(request: pytest.FixtureRequest) -> Iterator[int]:
     """The order in which emulated threads run; a GPU has its own."""
-    harness = emulated.load()
-    harness.emulator_set_schedule(request.param)
-    yield request.param
-    harness.emulator_set_schedule(0)
+    with thread_order(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, backend: Backend) -> Iterator[str]:
     """A device on which the launcher chooses another variant; a GPU is the device that it is."""
-    harness = emulated.load()
-    for attribute, value in DEVICES[request.param].items():
-        harness.emulator_set_device_attribute(attribute, value)
-    yield request.param
-    for attribute in DEVICES[request.param]:
-        harness.emulator_set_device_attribute(attribute, -1)
-
-
-def loss_rows(case: Case, gradient: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies; the gradient goes where the caller wants it."""
-    operators = _operators.library()
-    temperature, softcap = case.options.get("temperature"), case.options.get("softcap")
-    if isinstance(temperature, float):
-        temperature = torch.tensor(temperature)
-    fault = operators.find_faults(
-        *(case.labels, case.loss_mask, temperature, case.logits.shape[-1]),
-        *(len(case.labels), None, None),
-    )
-    return operators.ipo_loss_rows(
-        *(case.logits, case.labels, case.inference_logprobs, case.advantages, case.loss_mask),
-        *(temperature, softcap or 0.0, None, None, None),
-        *IPOConfig().settings(torch.float32),
-        *(fault, gradient),
-    )
-
-
-def lying_over(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A gradient each of whose rows starts where that row of the logits does."""
-    step = logits.element_size() // dtype.itemsize
-    return logits.view(dtype).as_strided(logits.shape, (logits.stride(0) * step, 1))
+    with imagined_device(DEVICES[request.param]):
+        yield request.param
 
 
 # -------------------------------------------------------------------------------------------------
-# Where a row is held
+# Where a row resides
 
 
 # The rows of kClusterShapes, by columns: the last of one and the first of the next.
@@ -107,7 +72,7 @@ def test_every_cluster(backend: Backend, columns: int) -> None:
     [(torch.float32, 41_001), (torch.bfloat16, 82_001), (torch.float16, 164_001)],
     ids=str,
 )
-def test_rows_in_turn(
+def test_persistent_pipelined_rows(
     backend: Backend, schedule: int, device: str, dtype: torch.dtype, columns: int
 ) -> None:
     """A cluster works on some rows, each copied during the one before, inactive ones among them."""
@@ -116,10 +81,10 @@ def test_rows_in_turn(
     case = random_case(rows, columns, dtype, **of_rows)
     assert_accurate(case, backend, grad_loss=0.5)
     assert_accurate(random_case(rows, columns, dtype, masked=0, likely=True), backend)
-    case = case.with_(logits=unaligned(case.logits)).to(backend.device)
-    with_gradient = loss_rows(case, torch.empty_like(case.logits))
-    for ours, theirs in zip(loss_rows(case, None), with_gradient, strict=True):
-        assert torch.equal(bits(ours), bits(theirs))
+    case = case.with_(logits=misaligned(case.logits)).to(backend.device)
+    with_gradient = chunk_of_loss(case, torch.empty_like(case.logits))
+    for ours, theirs in zip(chunk_of_loss(case, None), with_gradient, strict=True):
+        assert same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -130,7 +95,7 @@ def test_every_device(
 ) -> None:
     case = random_case(3, columns, dtype, spread=1.0, token_temperature=True, softcap=softcap)
     assert_accurate(case, backend, grad_loss=0.5)
-    for layout in (strided, unaligned):
+    for layout in (strided, misaligned):
         assert_accurate(case.with_(logits=layout(case.logits)), backend)
 
 
@@ -158,16 +123,12 @@ def test_rows_of_every_length(backend: Backend, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_order_of_threads_does_not_matter(device: str, dtype: torch.dtype) -> None:
-    harness = emulated.load()
     case = random_case(3, 18001, dtype, masked=0, spread=1.0)
     with Backend("emulated").active():
         expected = evaluate(case)
-        try:
-            for seed in (1, 2):
-                harness.emulator_set_schedule(seed)
+        for seed in (1, 2):
+            with thread_order(seed):
                 assert_same_bits(evaluate(case), expected)
-        finally:
-            harness.emulator_set_schedule(0)
 
 
 @pytest.mark.reaches_every_kernel
@@ -193,9 +154,8 @@ def test_rows_at_the_edge_on_every_device(backend: Backend, device: str) -> None
     assert not bits(ours.gradient[4]).any()
     assert not ours.gradient[3, : columns // 2].any()
     kept = torch.tensor([3, 5, 6])
-    alone = {name: getattr(case, name)[kept] for name in ("labels", "inference_logprobs")}
-    alone |= {name: getattr(case, name)[kept] for name in ("logits", "advantages", "loss_mask")}
-    assert_accurate(case.with_(**alone, options={"normalizer": 6.0}), backend)
+    alone = case.map_tokens(lambda tensor: tensor[kept])
+    assert_accurate(alone.with_(normalizer=6.0), backend)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -208,16 +168,14 @@ def test_rows_at_the_edge_on_every_device(backend: Backend, device: str) -> None
 def test_gradient_over_logits_on_every_device(
     backend: Backend, device: str, dtype: torch.dtype, columns: int, softcap: float | None
 ) -> None:
-    harness = emulated.load()
     case = random_case(3, columns, softcap=softcap, spread=1.0).to(backend.device)
     apart = torch.full(case.logits.shape, math.nan, dtype=dtype, device=backend.device)
-    expected = loss_rows(case, apart)
-    gradient = lying_over(case.logits, dtype)
-    harness.emulator_set_schedule(5)
-    results = loss_rows(case, gradient)
-    harness.emulator_set_schedule(0)
-    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results, expected, strict=True))
-    assert torch.equal(bits(gradient), bits(apart))
+    expected = chunk_of_loss(case, apart)
+    gradient = at_row_starts(case.logits, dtype)
+    with thread_order(5):
+        results = chunk_of_loss(case, gradient)
+    assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
+    assert same_bits(gradient, apart)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -233,11 +191,11 @@ def test_gradient_over_fp32_logits(
         room[:, :columns] = case.logits.to(backend.device)
         over = case.to(backend.device).with_(logits=room[:, :columns])
         apart = torch.full_like(room, math.nan)[:, :columns]
-        expected = loss_rows(over, apart)
-        gradient = lying_over(over.logits, dtype)
-        results = loss_rows(over, gradient)
-        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results, expected, strict=True))
-        assert torch.equal(bits(gradient), bits(apart.to(dtype)))
+        expected = chunk_of_loss(over, apart)
+        gradient = at_row_starts(over.logits, dtype)
+        results = chunk_of_loss(over, gradient)
+        assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
+        assert same_bits(gradient, apart.to(dtype))
 
 
 @pytest.mark.parametrize("columns", [7, 1031, 5000])
@@ -247,26 +205,34 @@ def test_gradient_over_logits(
 ) -> None:
     case = random_case(4, columns, dtype, spread=1.0).to(backend.device)
     apart = torch.full_like(case.logits, math.nan)
-    expected = loss_rows(case, apart)
-    results = loss_rows(case, case.logits)
-    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results, expected, strict=True))
-    assert torch.equal(bits(case.logits), bits(apart))
+    expected = chunk_of_loss(case, apart)
+    results = chunk_of_loss(case, case.logits)
+    assert all(same_bits(a, b) for a, b in zip(results, expected, strict=True))
+    assert same_bits(case.logits, apart)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_backward_over_logits(backend: Backend, dtype: torch.dtype) -> None:
-    harness, operators = emulated.load(), _operators.library()
-    logits = torch.randn(3, 40011, device=backend.device)
-    labels = torch.tensor([0, 40010, 20000], device=backend.device)
-    rest = (labels, None, 2.0)
-    fault = operators.find_faults(labels, None, None, logits.shape[-1], len(labels), None, None)
-    _, entropy, softmax = operators.token_logprobs_rows(logits, *rest, fault)
-    upstream = torch.randn(2, 3, device=backend.device)
-    saved = (entropy, softmax, *upstream, fault)
-    apart = torch.full(logits.shape, math.nan, dtype=dtype, device=backend.device)
-    operators.token_logprobs_rows_backward(logits, *rest, *saved, apart)
-    gradient = lying_over(logits, dtype)
-    harness.emulator_set_schedule(5)
-    operators.token_logprobs_rows_backward(logits, *rest, *saved, gradient)
-    harness.emulator_set_schedule(0)
-    assert torch.equal(bits(gradient), bits(apart))
+    rows = {
+        "logits": torch.randn(3, 40011, device=backend.device),
+        "labels": torch.tensor([0, 40010, 20000], device=backend.device),
+        "temperature": None,
+        "softcap": 2.0,
+        "fault": torch.zeros(1, dtype=torch.int32, device=backend.device),
+    }
+    _, entropy, softmax_stats = operator("token_logprobs_rows")(**rows)
+    grad_logprobs, grad_entropy = torch.randn(2, 3, device=backend.device)
+    backward = functools.partial(
+        operator("token_logprobs_rows_backward"),
+        **rows,
+        entropy=entropy,
+        softmax=softmax_stats,
+        grad_logprobs=grad_logprobs,
+        grad_entropy=grad_entropy,
+    )
+    apart = torch.full((3, 40011), math.nan, dtype=dtype, device=backend.device)
+    backward(gradient=apart)
+    gradient = at_row_starts(rows["logits"], dtype)
+    with thread_order(5):
+        backward(gradient=gradient)
+    assert same_bits(gradient, apart)

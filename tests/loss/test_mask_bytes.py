@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from ipo_ext import IPOConfig, reference
-from tests.loss import test_from_hidden as test_hidden
-from tests.loss import test_from_logits as test_logits
-from tests.loss.test_from_logits import bits
-from tests.support import cases
+from tests.support import hidden, logits, logprobs
 from tests.support.backends import Backend
+from tests.support.cases import assert_same_bits, evaluate
 
 BYTES = (2, 16, 128, 255)
 CONFIGS = {
@@ -34,24 +32,18 @@ def with_true_bytes(mask: torch.Tensor, byte: int) -> torch.Tensor:
 def test_from_logprobs(
     backend: Backend, byte: int, tokens: int, dtype: torch.dtype, config: IPOConfig
 ) -> None:
-    case = cases.random_case(tokens, dtypes=(dtype,) * 5, config=config).to(backend.device)
+    case = logprobs.random_case(tokens, dtypes=(dtype,) * 5, config=config).to(backend.device)
     case.loss_mask[0] = True
-    expected = cases.evaluate(case)
-    ours = cases.evaluate(case.with_(loss_mask=with_true_bytes(case.loss_mask, byte)))
-    assert torch.equal(bits(ours.loss), bits(expected.loss))
-    assert torch.equal(bits(ours.gradient), bits(expected.gradient))
-    for name in ("means", "sums", "extremes"):
-        mine, theirs = getattr(ours.metrics, name), getattr(expected.metrics, name)
-        assert torch.equal(bits(mine), bits(theirs)), name
+    mask = with_true_bytes(case.loss_mask, byte)
+    assert_same_bits(evaluate(case.with_(loss_mask=mask)), evaluate(case))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
 @pytest.mark.parametrize("byte", [255, 0])
 def test_from_logits(backend: Backend, byte: int, config: IPOConfig) -> None:
-    case = test_logits.random_case(75, 33, config=config).to(backend.device)
+    case = logits.random_case(75, 33, config=config).to(backend.device)
     mask = with_true_bytes(case.loss_mask, byte)
-    expected = test_logits.evaluate(case)
-    test_logits.assert_same_bits(test_logits.evaluate(case.with_(loss_mask=mask)), expected)
+    assert_same_bits(evaluate(case.with_(loss_mask=mask)), evaluate(case))
 
 
 @pytest.mark.parametrize("num_active", [None, 60, 75])
@@ -60,17 +52,16 @@ def test_from_logits(backend: Backend, byte: int, config: IPOConfig) -> None:
 def test_from_hidden_states(
     backend: Backend, byte: int, config: IPOConfig, num_active: int | None
 ) -> None:
-    case = test_hidden.random_case(75, config=config, num_active=num_active).to(backend.device)
+    case = hidden.random_case(75, config=config, num_active=num_active).to(backend.device)
     assert 40 < case.loss_mask.sum() <= 60
     mask = with_true_bytes(case.loss_mask, byte)
-    expected = test_hidden.evaluate(case)
-    test_hidden.assert_same_bits(test_hidden.evaluate(case.with_(loss_mask=mask)), expected)
+    assert_same_bits(evaluate(case.with_(loss_mask=mask)), evaluate(case))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
 @pytest.mark.parametrize("byte", [255, 0])
 def test_the_reference(byte: int, config: IPOConfig) -> None:
-    case = test_logits.random_case(75, 33, config=config)
+    case = logits.random_case(75, 33, config=config)
     mask = with_true_bytes(case.loss_mask, byte)
     expected = case.call(reference.ipo_loss_from_logits)
     ours = case.with_(loss_mask=mask).call(reference.ipo_loss_from_logits)

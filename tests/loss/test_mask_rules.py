@@ -14,32 +14,31 @@ from hypothesis import strategies as st
 
 from ipo_ext import IPOConfig, ipo_loss, ipo_loss_from_hidden, ipo_loss_from_logits, reference
 from tests.support.backends import Backend
-from tests.support.cases import (
-    DTYPES,
-    Case,
-    assert_same_bits,
-    evaluate,
-    nasty_case,
-    random_case,
-    same_bits,
-    with_garbage,
-)
+from tests.support.cases import LogprobsCase, assert_same_bits, evaluate, same_bits
+from tests.support.logprobs import DTYPES, nasty_case, random_case, with_garbage
+from tests.support.rules import RULES
 
-RULES = {
-    "dppo": IPOConfig.dppo(kl_tau=0.05),
-    "dppo-lopsided": IPOConfig.dppo(0.05, 0.3, kl_tau=0.05),
-    "prob-diff": IPOConfig.prob_diff(kl_tau=0.05),
-    "kpop": IPOConfig.kpop(0.05, kl_tau=0.05),
-    "ratio-kl-active": IPOConfig(kl_scope="active", kl_tau=0.05),
-    "dppo-kl-kept": dataclasses.replace(IPOConfig.dppo(), kl_scope="kept", kl_tau=0.05),
-    "everything": IPOConfig.kpop(math.inf),
-    "nothing": IPOConfig.prob_diff(0.0),
-}
 rules = pytest.mark.parametrize("rule", RULES)
 fuzzed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def score(case: Case, dtype: torch.dtype) -> torch.Tensor:
+def case_of(
+    trainer: torch.Tensor,
+    inference: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    config: IPOConfig,
+) -> LogprobsCase:
+    return LogprobsCase(
+        trainer_logprobs=trainer,
+        inference_logprobs=inference,
+        advantages=advantages,
+        loss_mask=mask,
+        config=config,
+    )
+
+
+def score(case: LogprobsCase, dtype: torch.dtype) -> torch.Tensor:
     """What an exponential rule compares with its bounds, per token."""
     trainer, inference = case.trainer_logprobs.to(dtype), case.inference_logprobs.to(dtype)
     p, q = trainer.exp(), inference.exp()
@@ -48,14 +47,14 @@ def score(case: Case, dtype: torch.dtype) -> torch.Tensor:
     return p - q
 
 
-def rounding(case: Case) -> torch.Tensor:
+def rounding(case: LogprobsCase) -> torch.Tensor:
     """How far the compute dtype may be from ``score`` in float64."""
     p = case.trainer_logprobs.double().exp() + case.inference_logprobs.double().exp()
     steepness = 40.0 if case.config.mask_rule == "kpop" else 8.0
     return steepness * torch.finfo(case.compute_dtype).eps * (1 + p)
 
 
-def decidable(case: Case) -> Case:
+def decidable(case: LogprobsCase) -> LogprobsCase:
     """Without the tokens that rounding may drop or keep: those at a rule's edge."""
     if case.config.mask_rule == "ratio":
         return case
@@ -65,7 +64,7 @@ def decidable(case: Case) -> Case:
     return case.with_(loss_mask=case.loss_mask & ~(near[0] | near[1]))
 
 
-def assert_equals_reference(case: Case, backend: Backend) -> None:
+def assert_equals_reference(case: LogprobsCase, backend: Backend) -> None:
     """Loss, gradient and metrics; a token keeps its exact zero."""
     ours = evaluate(case.to(backend.device))
     wide = case.map_tokens(lambda t: t.double() if t.is_floating_point() else t)
@@ -111,7 +110,7 @@ def test_what_a_dropped_token_holds_is_harmless(backend: Backend, rule: str) -> 
 
 
 @st.composite
-def at_the_edge(draw: st.DrawFn) -> Case:
+def at_the_edge(draw: st.DrawFn) -> LogprobsCase:
     """Tokens whose score lies within a few roundings of a bound."""
     name = draw(st.sampled_from(["dppo", "prob-diff", "kpop"]))
     count = 64
@@ -121,17 +120,17 @@ def at_the_edge(draw: st.DrawFn) -> Case:
     low, p = q.clone(), torch.full_like(q, 0.999)  # the score rises from one to the other
     for _ in range(50):
         middle = (low + p) / 2
-        drift = Case(middle.log(), q.log(), q, q > 0, config=config)
+        drift = case_of(middle.log(), q.log(), q, q > 0, config)
         beyond = score(drift, torch.float64) > config.dppo_mask_high
         low, p = torch.where(beyond, low, middle), torch.where(beyond, middle, p)
     advantages = torch.randn(count, generator=generator)
     mask = torch.ones(count, dtype=torch.bool)
-    return Case(p.log().float(), q.log().float(), advantages, mask, config=config)
+    return case_of(p.log().float(), q.log().float(), advantages, mask, config)
 
 
 @fuzzed
 @given(case=at_the_edge())
-def test_a_flip_is_a_proven_crossing(backend: Backend, case: Case) -> None:
+def test_a_flip_is_a_proven_crossing(backend: Backend, case: LogprobsCase) -> None:
     ours = evaluate(case.with_(config=taxed(case.config, 0.0)).to(backend.device)).gradient.cpu()
     dropped, *_ = reference.mask_rule(
         case.config,
@@ -166,7 +165,7 @@ def taxed(config: IPOConfig, kl_tau: float) -> IPOConfig:
 def test_any_tokens_equal_the_reference(backend: Backend, logprobs: list, rule: str) -> None:
     trainer, inference, advantages, mask = zip(*logprobs, strict=True)
     floats = (torch.tensor(values) for values in (trainer, inference, advantages))
-    case = decidable(Case(*floats, torch.tensor(mask), config=RULES[rule]))
+    case = decidable(case_of(*floats, torch.tensor(mask), RULES[rule]))
     assert_equals_reference(case, backend)
 
 
@@ -174,7 +173,7 @@ def test_the_sides_of_dppo_are_those_of_the_advantage(backend: Backend) -> None:
     p = torch.tensor([0.9, 0.9, 0.9, 0.1, 0.1, 0.1])
     advantages = torch.tensor([1.0, 0.0, -1.0] * 2)
     active = torch.ones(6, dtype=torch.bool)
-    case = Case(p.log(), torch.full((6,), 0.5).log(), advantages, active, config=IPOConfig.dppo())
+    case = case_of(p.log(), torch.full((6,), 0.5).log(), advantages, active, IPOConfig.dppo())
     result = evaluate(case.with_(config=taxed(case.config, 0.0)).to(backend.device))
     assert (result.gradient != 0).tolist() == [False, False, True, True, False, False]
     counts = {name: float(result.metrics[name]) * 6 for name in ("is_masked_high", "is_masked_low")}

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from ipo_ext import IPOMetrics, ipo_loss, reference
+from ipo_ext import IPOMetrics, reference
 from tests.support.backends import Backend
-from tests.support.cases import DTYPES, SEGMENTS, Case, cu_seqlens, random_case, same_bits
+from tests.support.cases import LogprobsCase, same_bits
+from tests.support.logprobs import DTYPES, SEGMENTS, cu_seqlens, random_case
 
 TOKENS = 1100
 UPSTREAM = {
@@ -25,17 +26,17 @@ UPSTREAM = {
 }
 
 
-def metrics_of(case: Case) -> IPOMetrics:
-    metrics = case.call(ipo_loss).metrics
+def metrics_of(case: LogprobsCase) -> IPOMetrics:
+    metrics = case.call().metrics
     assert isinstance(metrics, IPOMetrics)
     return metrics
 
 
-def make(backend: Backend, tokens: int = TOKENS, **options: object) -> Case:
+def make(backend: Backend, tokens: int = TOKENS, **options: object) -> LogprobsCase:
     return random_case(tokens, dtypes=DTYPES["fp64"], **options).to(backend.device)
 
 
-def part(case: Case, begin: int, end: int) -> Case:
+def part(case: LogprobsCase, begin: int, end: int) -> LogprobsCase:
     return case.map_tokens(lambda tokens: tokens[begin:end])
 
 
@@ -203,7 +204,7 @@ def test_nothing_changes_no_sum(backend: Backend) -> None:
 RANK_SEGMENTS = ([300, 0, 100], [40, 5, 50, 130, 10])  # rank 1 trains on no token
 
 
-def rank_case(rank: int) -> Case:
+def rank_case(rank: int) -> LogprobsCase:
     lengths = RANK_SEGMENTS[rank]
     masked = (0.2, 1.0)[rank]
     case = random_case(sum(lengths), dtypes=DTYPES["fp64"], teacher=True, seed=rank, masked=masked)
@@ -229,14 +230,12 @@ def test_all_reduce_totals_the_union(backend: Backend, tmp_path: Path) -> None:
         IPOMetrics(*torch.load(tmp_path / f"{rank}.pt"), has_teacher=True) for rank in range(2)
     ]
     one, other = (rank_case(rank).to(backend.device) for rank in range(2))
-    union = Case(
-        *(
-            torch.cat([getattr(one, name), getattr(other, name)])
-            for name in ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
-        ),
-        teacher_logprobs=torch.cat([one.teacher_logprobs, other.teacher_logprobs]),
-        config=one.config,
-    )
+    both = {
+        name: torch.cat([tensor, other.tensors[name]])
+        for name, tensor in one.tensors.items()
+        if name != "cu_seqlens"
+    }
+    union = one.with_(**both, cu_seqlens=None)
     for reduced in ranks:
         assert_equal_metrics(reduced, metrics_of(union))
         assert same_bits(reduced.sums, ranks[0].sums)

@@ -1,4 +1,4 @@
-"""Tier 3's peak memory: no tensor of all the logits' size is ever alive."""
+"""Peak memory from hidden states: no tensor of the size of all logits is ever alive."""
 
 from __future__ import annotations
 

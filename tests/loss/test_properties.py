@@ -13,22 +13,18 @@ from hypothesis import strategies as st
 
 from ipo_ext import _C, IPOConfig, reference
 from tests.emulator import operators as emulated
-from tests.support.cases import (
+from tests.support.against_reference import assert_near_reference
+from tests.support.cases import Evaluation, LogprobsCase, assert_same_bits, evaluate, same_bits
+from tests.support.logprobs import (
     HOSTILE_CU_SEQLENS,
     MEMORY_CASES,
-    Case,
-    Evaluation,
-    assert_same_bits,
     cases,
     cu_seqlens,
-    evaluate,
     kept,
     nasty_case,
     random_case,
-    same_bits,
     with_garbage,
 )
-from tests.support.closeness import assert_near_reference
 
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 SUM_ROW = {name: row for row, name in enumerate(_C.SUM_ROWS)}
@@ -54,11 +50,11 @@ def test_any_case_matches_the_reference(backend, case):
 
 def of_log_ratios(x, config, advantage=-1.0):
     """A case with these log-ratios exactly, each token a segment of its own."""
-    return Case(
-        x,
-        torch.zeros_like(x),
-        torch.full_like(x, advantage),
-        torch.ones(len(x), dtype=torch.bool),
+    return LogprobsCase(
+        trainer_logprobs=x,
+        inference_logprobs=torch.zeros_like(x),
+        advantages=torch.full_like(x, advantage),
+        loss_mask=torch.ones(len(x), dtype=torch.bool),
         cu_seqlens=cu_seqlens([1] * len(x)),
         config=config,
     )
@@ -166,7 +162,7 @@ def test_no_band_drops_only_what_overflows(backend, dtype):
 @fuzzed
 @given(case=cases(make=nasty_case, tokens=st.integers(1, 2100)))
 def test_a_dropped_token_pays_an_exact_positive_zero(backend, case):
-    result = evaluate(case.to(backend.device), scale=lambda loss: -3 * loss)
+    result = evaluate(case.to(backend.device), grad_loss=-3.0)
     unscaled = evaluate(case.to(backend.device))
     dropped = ~kept(case).to(backend.device)
     assert same_bits(unscaled.gradient[dropped], torch.zeros_like(unscaled.gradient[dropped]))
@@ -231,7 +227,7 @@ def test_a_nonfinite_ratio_is_dropped_and_counted(backend, case, faults):
     assert_extremes(result, spoiled)
 
 
-def with_faults(case: Case, placed: dict[int, str]) -> tuple[Case, Case]:
+def with_faults(case: LogprobsCase, placed: dict[int, str]) -> tuple[LogprobsCase, LogprobsCase]:
     """The case with active faults, and with those positions masked."""
     trainer, inference = case.trainer_logprobs.clone(), case.inference_logprobs.clone()
     active, without = case.loss_mask.clone(), case.loss_mask.clone()
@@ -242,7 +238,7 @@ def with_faults(case: Case, placed: dict[int, str]) -> tuple[Case, Case]:
     return spoiled, spoiled.with_(loss_mask=without)
 
 
-def counts_of(case: Case, placed: dict[int, str]) -> torch.Tensor:
+def counts_of(case: LogprobsCase, placed: dict[int, str]) -> torch.Tensor:
     """What the faults add to `sums`."""
     ends = [0, case.tokens] if case.cu_seqlens is None else case.cu_seqlens.tolist()
     counts = torch.zeros(len(_C.SUM_ROWS), len(ends) - 1, dtype=torch.float64)
@@ -254,12 +250,12 @@ def counts_of(case: Case, placed: dict[int, str]) -> torch.Tensor:
     return counts if case.cu_seqlens is not None else counts[:, 0]
 
 
-def mean_row(sums: torch.Tensor, name: str, case: Case) -> torch.Tensor:
+def mean_row(sums: torch.Tensor, name: str, case: LogprobsCase) -> torch.Tensor:
     share = sums[SUM_ROW[name]] / sums[SUM_ROW["active"]].clamp(min=1)
     return share.to(case.compute_dtype)
 
 
-def assert_extremes(result: Evaluation, case: Case) -> None:
+def assert_extremes(result: Evaluation, case: LogprobsCase) -> None:
     """Those of the finite log-ratios, to which an overflowing ratio's belongs."""
     exact = case.call(reference.ipo_loss, dtype=torch.float64).metrics
     for name in ("log_ratio_min", "log_ratio_max"):
@@ -323,7 +319,7 @@ class GuardedMemory:
         flat = torch.frombuffer(memory, dtype=tensor.dtype)
         return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
-    def copy_case(self, case: Case) -> Case:
+    def copy_case(self, case: LogprobsCase) -> LogprobsCase:
         copied = case.map_tokens(self.copy)
         if case.cu_seqlens is not None:
             copied = copied.with_(cu_seqlens=self.copy(case.cu_seqlens))

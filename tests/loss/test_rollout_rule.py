@@ -1,12 +1,11 @@
-"""The rollout rule on every backend and tier: a token whose ratio is below the bound drops all of
-its sequence, to the last bit, and nothing else."""
+"""The rollout rule on every backend: a token whose ratio is below the bound drops all of its
+sequence, to the last bit, and nothing else; from log-probabilities, logits and hidden states."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -14,23 +13,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ipo_ext
-from ipo_ext import IPOConfig, _operators, ipo_loss, reference
+from ipo_ext import IPOConfig, ipo_loss, reference
 from tests.support.backends import Backend
-from tests.support.cases import (
+from tests.support.cases import HiddenCase, LogprobsCase, assert_same_bits, evaluate, same_bits
+from tests.support.hidden import CountsRows
+from tests.support.logprobs import (
     DTYPES,
     MOST_TOKENS,
     SEGMENTS,
-    Case,
-    assert_same_bits,
-    bits,
     cases,
     cu_seqlens,
-    evaluate,
     nasty_case,
     random_case,
-    same_bits,
     with_garbage,
 )
+from tests.support.operators import call_operator, opcheck
+from tests.support.schedules import torch_threads
 
 ICEPOP = IPOConfig.icepop(rollout_min_ratio=1e-3)
 CONFIGS = {
@@ -43,7 +41,7 @@ CONFIGS = {
 fuzzed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def broken(case: Case, *tokens: int, ratio: float = 1e-4) -> Case:
+def broken(case: LogprobsCase, *tokens: int, ratio: float = 1e-4) -> LogprobsCase:
     """The case with these tokens' ratios below the bound, and no other's."""
     inference = case.trainer_logprobs.clone()
     inference += torch.where(torch.arange(case.tokens) % 3 == 0, 0.3, -0.2).to(inference.dtype)
@@ -51,14 +49,14 @@ def broken(case: Case, *tokens: int, ratio: float = 1e-4) -> Case:
     return case.with_(inference_logprobs=inference)
 
 
-def gradient_of_the_rest(case: Case, dropped: torch.Tensor) -> torch.Tensor:
+def gradient_of_the_rest(case: LogprobsCase, dropped: torch.Tensor) -> torch.Tensor:
     """What the same loss without a rollout rule gives where the dropped tokens are not active."""
     config = dataclasses.replace(case.config, rollout_min_ratio=0.0)
     return evaluate(case.with_(config=config, loss_mask=case.loss_mask & ~dropped)).gradient
 
 
 # -------------------------------------------------------------------------------------------------
-# Tier 1
+# From log-probabilities
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -91,7 +89,7 @@ def test_only_the_broken_sequences_are_dropped(backend: Backend, segments: str) 
     assert same_bits(ours.gradient, gradient_of_the_rest(case, dropped.to(backend.device)))
     active = ipo_ext.IPOMetrics.SUM_ROWS.index("active")
     row = ipo_ext.IPOMetrics.SUM_ROWS.index("rollout_dropped")
-    sums = case.call(ipo_loss).metrics.sums
+    sums = case.call().metrics.sums
     whole = torch.zeros(len(ends) - 1, dtype=torch.bool).index_fill(0, sequence[list(hit)], True)
     assert torch.equal(sums[row].cpu(), torch.where(whole, sums[active].cpu(), 0))
     assert torch.equal(ours.metrics["rollout_dropped"].cpu() == 1, whole)
@@ -115,7 +113,13 @@ def test_the_bound_is_exact(backend: Backend, dtype: torch.dtype) -> None:
     trainer = torch.stack([x, torch.zeros_like(x)], 1)  # pairs: a suspect and a bystander
     inference, advantages = torch.zeros_like(trainer), torch.ones_like(trainer)
     config = IPOConfig(dppo_mask_low=0.0, rollout_min_ratio=1e-3)
-    case = Case(trainer, inference, advantages, trainer != 5, config=config)
+    case = LogprobsCase(
+        trainer_logprobs=trainer,
+        inference_logprobs=inference,
+        advantages=advantages,
+        loss_mask=trainer != 5,
+        config=config,
+    )
     gradient = evaluate(case.to(backend.device)).gradient.cpu()
     assert (gradient[:, 1] != 0).tolist() == [True, False, False, False, True]
     assert (gradient[:, 0] != 0).tolist() == [True, False, False, False, False]
@@ -139,7 +143,7 @@ def test_rows_are_sequences_without_cu_seqlens(backend: Backend) -> None:
     assert (ours.gradient != 0).any(-1).flatten().tolist() == [True, False, True, True, True, False]
     assert ours.metrics["rollout_dropped"].shape == ()
     assert float(ours.metrics["rollout_dropped"]) == pytest.approx(1 / 3)
-    total = packed.call(ipo_loss).metrics.total()
+    total = packed.call().metrics.total()
     for name, value in total.items():
         assert same_bits(ours.metrics[name], value)
 
@@ -165,7 +169,7 @@ def test_what_dropped_sequences_hold_is_harmless(backend: Backend) -> None:
 
 @fuzzed
 @given(case=cases(make=random_case), log_bound=st.sampled_from([-6.0, -1.0, -0.3, -0.01, 0.0, 0.5]))
-def test_any_case(backend: Backend, case: Case, log_bound: float) -> None:
+def test_any_case(backend: Backend, case: LogprobsCase, log_bound: float) -> None:
     """Dropping a sequence is taking its tokens out of the loss, in any batch."""
     config = dataclasses.replace(case.config, rollout_min_ratio=math.exp(log_bound))
     case = case.with_(config=config)
@@ -176,7 +180,7 @@ def test_any_case(backend: Backend, case: Case, log_bound: float) -> None:
     ours = evaluate(case)
     assert same_bits(ours.gradient, gradient_of_the_rest(case, dropped))
     share = (case.loss_mask & dropped).sum() / case.loss_mask.sum().clamp(min=1)
-    found = case.call(ipo_loss).metrics.total()["rollout_dropped"]
+    found = case.call().metrics.total()["rollout_dropped"]
     torch.testing.assert_close(found.double(), share.double(), rtol=1e-6, atol=0)
 
 
@@ -185,18 +189,17 @@ def test_threads_and_runs_change_no_bit(backend: Backend) -> None:
     case = case.to(backend.device)
     results = []
     for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        results.append(evaluate(case))
-    torch.set_num_threads(2)
+        with torch_threads(threads):
+            results.append(evaluate(case))
     assert_same_bits(results[0], results[1])
     assert_same_bits(results[1], results[2])
 
 
 # -------------------------------------------------------------------------------------------------
-# Tiers 2 and 3
+# From logits and from hidden states
 
 
-def head_case(dtype: torch.dtype, device: torch.device, vocabulary: int = 37) -> dict[str, Any]:
+def head_case(dtype: torch.dtype, device: torch.device, vocabulary: int = 37) -> HiddenCase:
     """Four sequences of 12 tokens, the second and the fourth with a token below the bound."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 12, 16, generator=generator).to(dtype)
@@ -209,15 +212,15 @@ def head_case(dtype: torch.dtype, device: torch.device, vocabulary: int = 37) ->
     inference[1, 3] += 9
     inference[3, 11] += 9
     inference[0, ~mask[0]] += 9
-    advantages = torch.randn(4, 12, generator=generator)
-    labels[~mask] = -100
-    named = locals()
-    names = ("hidden", "weight", "labels", "inference", "advantages", "mask")
-    return {name: named[name].to(device) for name in names}
-
-
-def constants(case: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    return case["labels"], case["inference"], case["advantages"], case["mask"]
+    return HiddenCase(
+        hidden=hidden,
+        weight=weight,
+        labels=labels.masked_fill(~mask, -100),
+        inference_logprobs=inference,
+        advantages=torch.randn(4, 12, generator=generator),
+        loss_mask=mask,
+        config=ICEPOP,
+    ).to(device)
 
 
 # Error budgets: what the products and the gradient's dtype round.
@@ -228,13 +231,12 @@ BUDGET = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("vocabulary", [37, 4096])
 def test_from_logits(backend: Backend, dtype: torch.dtype, inplace: bool, vocabulary: int) -> None:
-    case = head_case(dtype, backend.device, vocabulary)
-    logits = (case["hidden"] @ case["weight"].T).requires_grad_()
-    how = {"config": ICEPOP, "normalizer": 48.0, "temperature": 1.3}
-    ours = ipo_ext.ipo_loss_from_logits(logits * 1, *constants(case), inplace=inplace, **how)
-    theirs = reference.ipo_loss_from_logits(
-        logits.double(), *constants(case), dtype=torch.float64, **how
-    )
+    case = head_case(dtype, backend.device, vocabulary).from_logits()
+    case = case.with_(normalizer=48.0, temperature=1.3)
+    logits = case.logits.requires_grad_()
+    ours = case.with_(logits=logits * 1).call(inplace=inplace)
+    wide = case.with_(logits=logits.double())
+    theirs = wide.call(reference.ipo_loss_from_logits, dtype=torch.float64)
     assert_same_gradients(ours, theirs, [logits], dtype)
 
 
@@ -244,15 +246,12 @@ def test_from_logits(backend: Backend, dtype: torch.dtype, inplace: bool, vocabu
 def test_from_hidden(
     backend: Backend, dtype: torch.dtype, num_active: int | None, chunk_size: int | None
 ) -> None:
-    case = head_case(dtype, backend.device)
-    leaves = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
+    case = head_case(dtype, backend.device).with_(normalizer=48.0, softcap=20.0)
+    leaves = case.hidden.requires_grad_(), case.weight.requires_grad_()
     if num_active == 40:
-        num_active = int(case["mask"].sum())
-    how = {"config": ICEPOP, "normalizer": 48.0, "softcap": 20.0}
-    ours = ipo_ext.ipo_loss_from_hidden(
-        *leaves, *constants(case), num_active=num_active, chunk_size=chunk_size, **how
-    )
-    theirs = reference.ipo_loss_from_hidden(*leaves, *constants(case), dtype=torch.float64, **how)
+        num_active = int(case.loss_mask.sum())
+    ours = case.call(num_active=num_active, chunk_size=chunk_size)
+    theirs = case.call(reference.ipo_loss_from_hidden, dtype=torch.float64)
     assert_same_gradients(ours, theirs, leaves, dtype)
 
 
@@ -279,59 +278,39 @@ def test_products_are_made_for_tokens_that_pay_alone(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = head_case(torch.float32, backend.device)
-    leaves = case["hidden"].requires_grad_(), case["weight"].requires_grad_()
-    rows = []
-    logits = ipo_ext._chunks.Head.logits
-
-    def counted(head: Any, states: torch.Tensor) -> torch.Tensor:
-        rows.append(len(states))
-        return logits(head, states)
-
-    monkeypatch.setattr(ipo_ext._chunks.Head, "logits", counted)
-    out = ipo_ext.ipo_loss_from_hidden(*leaves, *constants(case), config=ICEPOP)
-    (gradient,) = torch.autograd.grad(out.loss, leaves[0])
-    paying = int((gradient != 0).any(-1).sum())
-    assert rows == [int(case["mask"].sum()), paying]
+    case.hidden.requires_grad_()
+    active = int(case.loss_mask.sum())
+    counts = CountsRows(monkeypatch)
+    paying = int((evaluate(case).grad_hidden != 0).any(-1).sum())
+    assert counts.rows == [active, paying]
+    counts.rows.clear()
     with torch.no_grad():
-        ipo_ext.ipo_loss_from_hidden(*leaves, *constants(case), config=ICEPOP)
-    assert rows[2:] == [int(case["mask"].sum())]
+        case.call()
+    assert counts.rows == [active]
 
 
-def test_tiers_agree(backend: Backend) -> None:
+def test_from_hidden_agrees_with_from_logprobs(backend: Backend) -> None:
     case = head_case(torch.float32, backend.device)
-    hidden = case["hidden"].requires_grad_()
-    from_hidden = ipo_ext.ipo_loss_from_hidden(
-        hidden, case["weight"], *constants(case), config=ICEPOP
-    )
-    from_logprobs = ipo_loss(
-        from_hidden.logprobs, case["inference"], case["advantages"], case["mask"], config=ICEPOP
-    )
+    from_hidden = case.call()
+    from_logprobs = case.from_logprobs(from_hidden.logprobs).call()
     assert same_bits(from_hidden.loss, from_logprobs.loss)
-    names = [name for name in from_hidden.metrics if name != "entropy"]
-    for name in names:
+    for name in from_logprobs.metrics:
         assert same_bits(from_hidden.metrics[name], from_logprobs.metrics[name]), name
+    assert set(from_hidden.metrics) - set(from_logprobs.metrics) == {"entropy"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_contract_fault_poisons_or_raises(backend: Backend, dtype: torch.dtype) -> None:
-    case = head_case(dtype, backend.device)
-    case["labels"][0, int(case["mask"][0].nonzero()[0])] = 1000
-    hidden = case["hidden"].requires_grad_()
-    logits = (case["hidden"] @ case["weight"].T).detach().requires_grad_()
-
-    def losses() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        how = {"config": ICEPOP, "normalizer": 2.0}
-        by_logits = ipo_ext.ipo_loss_from_logits(logits, *constants(case), **how)
-        by_hidden = ipo_ext.ipo_loss_from_hidden(hidden, case["weight"], *constants(case), **how)
-        return [(by_logits.loss, logits), (by_hidden.loss, hidden)]
-
-    if backend.faults_raise:
-        with pytest.raises(IndexError, match="labels: expected a token in"):
-            losses()
-        return
-    for loss, leaf in losses():
-        assert loss.isnan()
-        assert torch.autograd.grad(loss, leaf)[0].isnan().all()
+    case = head_case(dtype, backend.device).with_(normalizer=2.0)
+    case.labels[0, int(case.loss_mask[0].nonzero()[0])] = 1000
+    for call in (case.from_logits(), case):
+        if backend.faults_raise:
+            with pytest.raises(IndexError, match="labels: expected a token in"):
+                evaluate(call)
+        else:
+            result = evaluate(call)
+            assert result.loss.isnan()
+            assert result.gradients[0].isnan().all()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -340,51 +319,38 @@ def test_a_contract_fault_poisons_or_raises(backend: Backend, dtype: torch.dtype
 
 def test_compiles_as_one_graph(backend: Backend) -> None:
     flat = broken(random_case(6 * 50, masked=0.1).with_(config=ICEPOP), 70, 299)
-    case = flat.map_tokens(lambda tensor: tensor.view(6, 50)).to(backend.device)
+    rows = flat.map_tokens(lambda tensor: tensor.view(6, 50)).to(backend.device)
     function = torch.compile(ipo_loss, fullgraph=True, dynamic=True, backend="aot_eager")
-    compiled, eager = evaluate(case, function), evaluate(case)
-    assert_same_bits(compiled, eager)
+    assert_same_bits(evaluate(rows, function), evaluate(rows))
     head = head_case(torch.float32, backend.device)
-    hidden = head["hidden"].requires_grad_()
-    inputs = (hidden, head["weight"], *constants(head))
     from_hidden = torch.compile(ipo_ext.ipo_loss_from_hidden, fullgraph=True, backend="aot_eager")
-    gradients = [
-        torch.autograd.grad(run(*inputs, config=ICEPOP).loss, hidden)[0]
-        for run in (from_hidden, ipo_ext.ipo_loss_from_hidden)
-    ]
-    assert torch.equal(*map(bits, gradients))
+    assert_same_bits(evaluate(head, from_hidden), evaluate(head))
 
 
 def test_opcheck(backend: Backend) -> None:
-    operators = _operators.library()
-    case = random_case(40, segments="sevens").with_(config=ICEPOP).to(backend.device)
-    tokens = (case.trainer_logprobs.requires_grad_(), case.inference_logprobs, case.advantages)
-    rest = (None, None, case.cu_seqlens, None, *ICEPOP.settings(torch.float32))
-    torch.library.opcheck(operators.ipo_loss.default, (*tokens, case.loss_mask, *rest, True))
     head = head_case(torch.float32, backend.device)
-    leaves = head["hidden"].requires_grad_(), head["weight"].requires_grad_()
-    logits = (head["hidden"] @ head["weight"].T).detach().requires_grad_()
-    rest = (*constants(head), None, 0.0, None, None, None, None, *ICEPOP.settings(torch.float32))
-    torch.library.opcheck(operators.ipo_loss_from_logits.default, (logits, *rest, True))
-    torch.library.opcheck(
-        operators.ipo_loss_from_hidden.default, (*leaves, *rest, 16, None, True, True)
-    )
+    cases = {
+        "ipo_loss": random_case(40, segments="sevens").with_(config=ICEPOP).to(backend.device),
+        "ipo_loss_from_logits": head.from_logits(),
+        "ipo_loss_from_hidden": head.with_(chunk_size=16),
+    }
+    for name, case in cases.items():
+        leaves = {leaf: getattr(case, leaf).requires_grad_() for leaf in case.leaves}
+        opcheck(name, case, **leaves)
 
 
 def test_rows_of_a_chunk_know_no_rollouts(backend: Backend) -> None:
-    operators = _operators.library()
-    logits = torch.zeros(2, 3, device=backend.device)
-    tokens = logits[:, 0]
+    case = head_case(torch.float32, backend.device).from_logits()
+    case = case.map_tokens(lambda tensor: tensor.flatten(0, 1))
     fault = torch.zeros(1, dtype=torch.int32, device=backend.device)
-    inputs = (logits, tokens.long(), tokens, tokens, tokens == 0, None, 0.0, None, None, None)
     with pytest.raises(RuntimeError, match="rollout_low: expected None, got"):
-        operators.ipo_loss_rows(*inputs, *ICEPOP.settings(torch.float32), fault, None)
+        call_operator("ipo_loss_rows", case, fault=fault, gradient=None)
 
 
 def test_metrics_combine_only_with_their_like(backend: Backend) -> None:
     case = random_case(30).with_(config=ICEPOP).to(backend.device)
-    with_rule = case.call(ipo_loss).metrics
-    without = case.with_(config=IPOConfig()).call(ipo_loss).metrics
+    with_rule = case.call().metrics
+    without = case.with_(config=IPOConfig()).call().metrics
     assert "rollout_dropped" in with_rule
     assert "rollout_dropped" not in without
     assert "rollout_dropped" in with_rule + with_rule

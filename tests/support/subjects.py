@@ -9,7 +9,7 @@ import torch
 
 import ipo_ext
 
-VOCABULARY = 13
+TOKENS, VOCABULARY = 24, 13
 Constants = tuple[torch.Tensor, ...]
 
 
@@ -21,7 +21,9 @@ class Subject(NamedTuple):
     make: Callable[[int], tuple[torch.Tensor, Constants]]  # both, for a number of tokens
     multiplies: bool = False  # its first two inputs, which autocast then casts
 
-    def inputs(self, tokens: int, device: torch.device) -> tuple[torch.Tensor, Constants]:
+    def inputs(
+        self, device: torch.device | str, tokens: int = TOKENS
+    ) -> tuple[torch.Tensor, Constants]:
         torch.manual_seed(tokens)
         first, constants = self.make(tokens)
         return first.to(device), tuple(tensor.to(device) for tensor in constants)
@@ -62,6 +64,11 @@ def hidden(tokens: int) -> tuple[torch.Tensor, Constants]:
 def hidden_and_constants(tokens: int) -> tuple[torch.Tensor, Constants]:
     states, constants = logits_and_constants(tokens)
     return states, (torch.eye(VOCABULARY), *constants)
+
+
+def per_token(tensor: torch.Tensor) -> bool:
+    """Whether it has a row for each of TOKENS tokens, as all but weights have."""
+    return tensor.shape[0] == TOKENS
 
 
 def constants_of_loss(trainer: torch.Tensor) -> Constants:

@@ -1,153 +1,70 @@
-"""The operators under torch's transforms: opcheck, compile, export, torch.func; what is refused."""
+"""torch.compile: the same bits as in eager, one graph, few of them."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
+from torch._dynamo.utils import counters
 
-from ipo_ext import IPOConfig, IPOLoss, IPOMetrics, IPOOutput, _operators, ipo_loss, reference
+import ipo_ext
+from ipo_ext import IPOConfig, IPOLoss, IPOMetrics, IPOOutput, ipo_loss
+from tests.support import hidden, logits, subjects
 from tests.support.backends import Backend
-from tests.support.cases import (
-    DTYPES,
-    Case,
-    assert_same_bits,
-    cu_seqlens,
-    evaluate,
-    operator_gradient,
-    random_case,
-    same_bits,
-    strided,
+from tests.support.cases import HiddenCase, LogprobsCase, assert_same_bits, evaluate, same_bits
+from tests.support.forms import (
+    FORMS,
+    TOKENS,
+    assert_same_tree,
+    compiled,
+    forms,
+    leaf,
+    loss_of,
+    output_of,
+    token_arguments,
 )
+from tests.support.hidden import leaves_of
+from tests.support.logprobs import cu_seqlens, random_case
+from tests.support.operators import operator
+from tests.support.subjects import SUBJECTS, Subject
 
-TOKENS = 100
-
-FORMS: dict[str, Callable[[], Case]] = {
-    "plain": lambda: random_case(TOKENS),
-    "packed": lambda: random_case(TOKENS, segments="empty-between"),
-    "everything": lambda: random_case(
-        TOKENS, teacher=True, weights=True, segments="sevens", normalizer=torch.tensor(70)
-    ),
-    "bf16": lambda: random_case(TOKENS, dtypes=DTYPES["bf16"], normalizer=torch.tensor(7.5)),
-    "fp16": lambda: random_case(TOKENS, dtypes=DTYPES["fp16"], weights=True),
-    "fp64-inference": lambda: random_case(TOKENS, dtypes=DTYPES["fp64-inference"], teacher=True),
-    "strided": lambda: random_case(TOKENS, weights=True).map_tokens(lambda t: strided(t, 10)),
-    "all-masked": lambda: random_case(TOKENS, masked=1.0),
-    "empty": lambda: random_case(0, segments="one"),
-}
-forms = pytest.mark.parametrize("form", FORMS)
+# -------------------------------------------------------------------------------------------------
+# Every public function
 
 
-@pytest.fixture
-def case(backend: Backend) -> Case:
-    return FORMS["everything"]().to(backend.device)
+def test_every_public_function_is_a_subject() -> None:
+    functions = {name for name in ipo_ext.__all__ if "loss" in name or "logprobs" in name}
+    assert set(SUBJECTS) == functions
 
 
-def output_of(case: Case) -> Callable[..., IPOOutput]:
-    """``ipo_loss`` as a function of the trainer's log-probabilities; compilers trace it."""
-    arguments = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-
-    def output(trainer: torch.Tensor, **changes: Any) -> IPOOutput:
-        return ipo_loss(**{**arguments, "trainer_logprobs": trainer, **changes})
-
-    return output
-
-
-def loss_of(case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
-    output = output_of(case)
-    return lambda trainer: output(trainer).loss
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_every_function_compiled_equals_eager(
+    backend: Backend, subject: Subject, mode: str
+) -> None:
+    first, constants = subject.inputs(backend.device)
+    traced = subject._replace(function=torch.compile(subject.function, fullgraph=True, mode=mode))
+    expected = subject.gradient(first, *constants)
+    for _ in range(3):  # CUDA graphs: warm-up, capture, replay
+        torch.compiler.cudagraph_mark_step_begin()
+        assert same_bits(traced.gradient(first, *constants), expected)
 
 
-def token_arguments(case: Case) -> tuple[torch.Tensor, ...]:
-    return case.trainer_logprobs, case.inference_logprobs, case.advantages, case.loss_mask
+def test_a_new_length_recompiles_once(backend: Backend, subject: Subject) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    traced = subject._replace(function=torch.compile(subject.function, backend=counter))
+    for tokens in (subjects.TOKENS, 40, 7, 100, 33):  # the second makes the size dynamic
+        first, constants = subject.inputs(backend.device, tokens)
+        assert same_bits(traced.gradient(first, *constants), subject.gradient(first, *constants))
+    assert counter.frame_count == 2
+    assert not counters["graph_break"]
 
 
-def leaf(case: Case) -> torch.Tensor:
-    return case.trainer_logprobs.detach().requires_grad_()
-
-
-def compiled(function: Any = ipo_loss, backend: Any = "inductor") -> Any:
-    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
-
-
-def operator_arguments(case: Case, trainer: torch.Tensor, with_gradient: bool = True) -> list[Any]:
-    """What the API passes to the operator."""
-    config = case.config
-    return [
-        trainer,
-        case.inference_logprobs,
-        case.advantages,
-        case.loss_mask,
-        case.teacher_logprobs,
-        case.loss_weights,
-        case.cu_seqlens,
-        case.normalizer,
-        *config.settings(case.compute_dtype),
-        with_gradient,
-    ]
-
-
-def tensors_of(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def assert_same_tree(a: Any, b: Any) -> None:
-    """Same structure (types included) and the same bits in every tensor."""
-    assert pytree.tree_structure(a) == pytree.tree_structure(b)
-    assert all(same_bits(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
-
-
-# ---------------------------------------------------------------------------------------------
-# The operators themselves
-
-
-@forms
-@pytest.mark.parametrize("mode", ["differentiated", "gradient", "loss-only"])
-def test_opcheck_of_the_loss(backend: Backend, form: str, mode: str) -> None:
-    case = FORMS[form]().to(backend.device)
-    trainer = leaf(case) if mode == "differentiated" else case.trainer_logprobs
-    arguments = operator_arguments(case, trainer, with_gradient=mode != "loss-only")
-    torch.library.opcheck(_operators.library().ipo_loss, arguments)
-
-
-@forms
-@pytest.mark.parametrize("float64", [False, True])
-def test_opcheck_of_the_means(backend: Backend, form: str, float64: bool) -> None:
-    metrics = FORMS[form]().to(backend.device).call(ipo_loss).metrics
-    arguments = (metrics.sums, metrics.extremes, float64)
-    torch.library.opcheck(_operators.library().metric_means, arguments)
-
-
-@forms
-def test_a_direct_call_differentiates_as_the_api(backend: Backend, form: str) -> None:
-    case = FORMS[form]().to(backend.device)
-    trainer = leaf(case)
-    loss = _operators.library().ipo_loss(*operator_arguments(case, trainer))[0]
-    (gradient,) = torch.autograd.grad(loss * 3, trainer)
-    assert same_bits(gradient, evaluate(case, scale=lambda loss: loss * 3).gradient)
-
-
-def test_backward_needs_the_gradient(case: Case) -> None:
-    trainer = leaf(case)
-    outputs = _operators.library().ipo_loss(*operator_arguments(case, trainer, with_gradient=False))
-    assert outputs[1].numel() == 0
-    with pytest.raises(RuntimeError, match="expected with_gradient=True to run backward"):
-        outputs[0].backward()
-
-
-# ---------------------------------------------------------------------------------------------
-# torch.compile
+# -------------------------------------------------------------------------------------------------
+# From log-probabilities
 
 
 @forms
@@ -159,20 +76,20 @@ def test_compiled_equals_eager(backend: Backend, form: str) -> None:
 @forms
 def test_compiled_without_gradient_equals_eager(backend: Backend, form: str) -> None:
     case = FORMS[form]().to(backend.device)
-    assert_same_tree(case.call(compiled(backend="aot_eager")), case.call(ipo_loss))
+    assert_same_tree(case.call(compiled(backend="aot_eager")), case.call())
 
 
-def test_a_compiled_module_equals_eager(case: Case) -> None:
+def test_a_compiled_module_equals_eager(case: LogprobsCase) -> None:
     module = IPOLoss(IPOConfig(teacher_tau=0.5, kl_tau=0.1))
     case = case.with_(config=module.config, trainer_logprobs=leaf(case))
 
     def forward(*tokens: torch.Tensor, config: IPOConfig, **optional: Any) -> IPOOutput:
         return module(*tokens, **optional)
 
-    assert_same_tree(case.call(compiled(forward)), case.call(ipo_loss))
+    assert_same_tree(case.call(compiled(forward)), case.call())
 
 
-def test_a_config_may_be_made_inside_the_compiled_function(case: Case) -> None:
+def test_a_config_may_be_made_inside_the_compiled_function(case: LogprobsCase) -> None:
     output = output_of(case)
 
     def loss(trainer: torch.Tensor) -> torch.Tensor:
@@ -199,7 +116,7 @@ def test_several_losses_in_one_graph(backend: Backend) -> None:
     assert same_bits(*gradients)
 
 
-def test_metrics_leave_a_compiled_function(case: Case) -> None:
+def test_metrics_leave_a_compiled_function(case: LogprobsCase) -> None:
     output = output_of(case)
 
     def read(trainer: torch.Tensor) -> Any:
@@ -222,7 +139,7 @@ def test_float_normalizers_compile_at_most_twice(backend: Backend, requires_grad
     function = compiled(backend=counter)
     for step in range(20):
         case = case.with_(normalizer=3.5 + 11 * step)
-        assert same_bits(case.call(function).loss, case.call(ipo_loss).loss)
+        assert same_bits(case.call(function).loss, case.call().loss)
     assert counter.frame_count <= 2
 
 
@@ -236,7 +153,7 @@ def test_new_lengths_recompile_at_most_once(backend: Backend) -> None:
     assert counter.frame_count <= 2
 
 
-def test_compiled_backward_runs_twice_where_asked(case: Case) -> None:
+def test_compiled_backward_runs_twice_where_asked(case: LogprobsCase) -> None:
     trainer = leaf(case)
     with torch._functorch.config.patch(donated_buffer=False):  # torch's condition for it
         loss = case.with_(trainer_logprobs=trainer).call(compiled(backend="aot_eager")).loss
@@ -259,214 +176,6 @@ def test_a_compiled_producer_trains_as_in_eager(backend: Backend) -> None:
     torch.testing.assert_close(traced, eager)
 
 
-# ---------------------------------------------------------------------------------------------
-# Other tracers
-
-
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-def test_make_fx_traces_loss_and_gradient(backend: Backend, mode: str) -> None:
-    case = random_case(TOKENS).to(backend.device)
-
-    def both(*tokens: torch.Tensor) -> list[torch.Tensor]:
-        loss = ipo_loss(*tokens).loss
-        return [loss.detach(), *torch.autograd.grad(loss, tokens[0])]
-
-    arguments = (leaf(case), *token_arguments(case)[1:])
-    graph = make_fx(both, tracing_mode=mode)(*arguments)
-    assert_same_tree(graph(*arguments), both(*arguments))
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_export(backend: Backend, strict: bool) -> None:
-    tokens = torch.export.Dim("tokens")
-    names = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
-    arguments = token_arguments(random_case(TOKENS).to(backend.device))
-    program = torch.export.export(
-        IPOLoss(), arguments, dynamic_shapes={key: {0: tokens} for key in names}, strict=strict
-    )
-    other = token_arguments(random_case(37, seed=1).to(backend.device))
-    assert_same_tree(program.module()(*other), ipo_loss(*other))
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_program_can_be_saved(backend: Backend, strict: bool) -> None:
-    case = FORMS["packed"]().to(backend.device)
-    optional = {"cu_seqlens": case.cu_seqlens}
-    arguments = token_arguments(case)
-    program = torch.export.export(IPOLoss(), arguments, optional, strict=strict)
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    assert_same_tree(loaded(*arguments, **optional), ipo_loss(*arguments, **optional))
-
-
-def test_an_output_is_a_pytree(case: Case) -> None:
-    output = case.call(ipo_loss)
-    doubled = pytree.tree_map_only(torch.Tensor, lambda t: t * 2, output)
-    assert isinstance(doubled, IPOOutput)
-    assert isinstance(doubled.metrics, IPOMetrics)
-    assert same_bits(doubled.loss, output.loss * 2)
-    assert same_bits(doubled.metrics["is_masked"], output.metrics["is_masked"] * 2)
-    assert list(doubled.metrics) == list(output.metrics)
-
-
-# ---------------------------------------------------------------------------------------------
-# Reverse mode
-
-
-@forms
-def test_func_grad_equals_autograd(backend: Backend, form: str) -> None:
-    case = FORMS[form]().to(backend.device)
-    expected = evaluate(case).gradient
-    for transform in (torch.func.grad, torch.func.jacrev):
-        assert same_bits(transform(loss_of(case))(case.trainer_logprobs), expected)
-
-
-def test_a_retained_graph_gives_the_same_gradient(case: Case) -> None:
-    trainer = leaf(case)
-    loss = loss_of(case)(trainer)
-    loss.backward(retain_graph=True)
-    first = trainer.grad.clone()
-    loss.backward()
-    assert same_bits(trainer.grad, first * 2)
-
-
-def test_a_changed_gradient_is_not_handed_out_again(case: Case) -> None:
-    trainer = leaf(case)
-    loss = loss_of(case)(trainer)
-    (first,) = torch.autograd.grad(loss, trainer, retain_graph=True)
-    expected = first.clone()
-    (half,) = torch.autograd.grad(loss, trainer, loss.new_tensor(0.5), retain_graph=True)
-    assert same_bits(half, expected * 0.5)
-    first.zero_()
-    with contextlib.suppress(RuntimeError):  # torch's words for a saved tensor that has changed
-        (second,) = torch.autograd.grad(loss, trainer)
-        assert same_bits(second, expected)
-
-
-def test_several_incoming_gradients_at_once(case: Case) -> None:
-    trainer = leaf(case)
-    loss = loss_of(case)(trainer)
-    factors = loss.new_tensor([1.0, 0.5])
-    (gradients,) = torch.autograd.grad(loss, trainer, factors, is_grads_batched=True)
-    (expected,) = torch.autograd.grad(loss_of(case)(trainer), trainer)
-    assert same_bits(gradients, torch.stack([expected, expected * 0.5]))
-
-
-def test_fakes_run_a_whole_step(case: Case) -> None:
-    with FakeTensorMode() as mode:
-        fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, vars(case))
-        fake = Case(**fake)
-        trainer = leaf(fake)
-        (gradient,) = torch.autograd.grad(loss_of(fake)(trainer), trainer)
-    assert gradient.shape == trainer.shape
-
-
-def test_gradients_accumulate_over_micro_batches(backend: Backend) -> None:
-    case = random_case(TOKENS).to(backend.device)
-    trainer = leaf(case)
-    for part in (slice(0, 31), slice(31, 77), slice(77, TOKENS)):
-        whole = case.with_(trainer_logprobs=trainer, normalizer=13.0)
-        whole.map_tokens(lambda t, part=part: t[part]).call(ipo_loss).loss.backward()
-    assert same_bits(trainer.grad, evaluate(case.with_(normalizer=13.0)).gradient)
-
-
-def test_the_gradient_follows_the_factor(case: Case) -> None:
-    expected = operator_gradient(case)
-    gradient = evaluate(case, scale=lambda loss: loss * -4).gradient
-    assert same_bits(gradient, (expected * -4).to(gradient.dtype))
-
-
-# ---------------------------------------------------------------------------------------------
-# What is refused, in words
-
-
-def squared(case: Case, trainer: torch.Tensor) -> torch.Tensor:
-    (first,) = torch.autograd.grad(loss_of(case)(trainer) ** 2, trainer, create_graph=True)
-    return torch.autograd.grad(first.sum(), trainer)[0]
-
-
-def penalised(case: Case, trainer: torch.Tensor) -> torch.Tensor:
-    """A gradient penalty, whose own gradient would be silently 0 if the first were a constant."""
-    loss = loss_of(case)(trainer)
-    (first,) = torch.autograd.grad(loss, trainer, create_graph=True)
-    return torch.autograd.grad(loss + first.norm(), trainer)[0]
-
-
-def by_the_operator(case: Case, trainer: torch.Tensor) -> torch.Tensor:
-    loss = _operators.library().ipo_loss(*operator_arguments(case, trainer))[0]
-    (first,) = torch.autograd.grad(loss, trainer, create_graph=True)
-    return torch.autograd.grad(first.sum(), trainer)[0]
-
-
-def grad_of_grad(case: Case, trainer: torch.Tensor) -> torch.Tensor:
-    first = torch.func.grad(loss_of(case))
-    return torch.func.grad(lambda x: first(x).sum())(trainer.detach())
-
-
-def jacrev_of_jacrev(case: Case, trainer: torch.Tensor) -> torch.Tensor:
-    return torch.func.jacrev(torch.func.jacrev(loss_of(case)))(trainer.detach())
-
-
-@pytest.mark.parametrize(
-    "second", [squared, penalised, by_the_operator, grad_of_grad, jacrev_of_jacrev]
-)
-def test_a_second_derivative_is_refused(
-    case: Case, second: Callable[[Case, torch.Tensor], torch.Tensor]
-) -> None:
-    with pytest.raises(NotImplementedError, match="the loss cannot be differentiated twice"):
-        second(case, leaf(case))
-
-
-def jvp(case: Case, trainer: torch.Tensor) -> Any:
-    return torch.func.jvp(loss_of(case), (trainer.detach(),), (torch.ones_like(trainer),))
-
-
-def jvp_to_a_constant(case: Case, trainer: torch.Tensor) -> Any:
-    def loss(inference: torch.Tensor) -> torch.Tensor:
-        return case.with_(inference_logprobs=inference).call(ipo_loss).loss
-
-    return torch.func.jvp(loss, (case.inference_logprobs,), (torch.ones_like(trainer),))
-
-
-def dual(case: Case, trainer: torch.Tensor) -> Any:
-    with forward_ad.dual_level():
-        return loss_of(case)(forward_ad.make_dual(trainer, torch.ones_like(trainer)))
-
-
-def dual_without_grad(case: Case, trainer: torch.Tensor) -> Any:
-    with torch.no_grad():
-        return dual(case, trainer)
-
-
-def hessian(case: Case, trainer: torch.Tensor) -> Any:
-    return torch.func.hessian(loss_of(case))(trainer.detach())
-
-
-@pytest.mark.parametrize("forward", [jvp, jvp_to_a_constant, dual, dual_without_grad, hessian])
-def test_forward_mode_is_refused(case: Case, forward: Callable[[Case, torch.Tensor], Any]) -> None:
-    with pytest.raises(NotImplementedError, match="the loss has no forward-mode derivative"):
-        forward(case, leaf(case))
-
-
-def test_the_reference_has_what_is_refused() -> None:
-    case = random_case(10, dtypes=DTYPES["fp64"])
-
-    def loss(trainer: torch.Tensor) -> torch.Tensor:
-        return case.with_(trainer_logprobs=trainer).call(reference.ipo_loss).loss
-
-    direction = torch.ones(10, dtype=torch.float64)
-    _, tangent = torch.func.jvp(loss, (case.trainer_logprobs,), (direction,))
-    torch.testing.assert_close(tangent, evaluate(case).gradient.sum())
-    trainer = leaf(case)
-    (first,) = torch.autograd.grad(loss(trainer), trainer, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), trainer)
-    step = 1e-6
-    nearby = evaluate(case.with_(trainer_logprobs=case.trainer_logprobs + step)).gradient
-    torch.testing.assert_close(second, (nearby - first) / step, rtol=1e-4, atol=1e-4)
-
-
 def test_a_poisoned_loss_stays_poisoned_when_compiled(backend: Backend) -> None:
     case = random_case(TOKENS, segments="sevens").to(backend.device)
     case = case.with_(cu_seqlens=case.cu_seqlens.flip(0))
@@ -478,3 +187,96 @@ def test_a_poisoned_loss_stays_poisoned_when_compiled(backend: Backend) -> None:
         poisoned = evaluate(case, function)
         assert math.isnan(poisoned.loss)
         assert poisoned.gradient.isnan().all()
+
+
+# -------------------------------------------------------------------------------------------------
+# From logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("grad_loss", [1.0, 0.3])
+def test_compiled_from_logits_equals_eager(
+    backend: Backend, dtype: torch.dtype, grad_loss: float
+) -> None:
+    traced = compiled(ipo_ext.ipo_loss_from_logits)
+    for rows in (5, 8):
+        options = {"temperature": 0.8, "softcap": 9.0, "normalizer": 3.0 + rows}
+        case = logits.random_case(rows, 3 * rows, dtype, **options).to(backend.device)
+        eager = evaluate(case, grad_loss=grad_loss)
+        assert_same_bits(evaluate(case, traced, grad_loss=grad_loss), eager)
+
+
+def test_compiled_token_logprobs(backend: Backend) -> None:
+    def gradient(function: Any, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logprobs, entropy = function(scores, labels, temperature=0.7)
+        return torch.autograd.grad((logprobs * 2 + entropy).sum(), scores)[0]
+
+    traced = compiled(ipo_ext.token_logprobs)
+    for rows in (4, 6):
+        scores = torch.randn(rows, 21, device=backend.device, requires_grad=True)
+        labels = torch.arange(rows, device=backend.device)
+        ours = gradient(traced, scores, labels)
+        assert torch.equal(ours, gradient(ipo_ext.token_logprobs, scores, labels))
+
+
+# -------------------------------------------------------------------------------------------------
+# From hidden states
+
+
+@pytest.mark.parametrize("grad_loss", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_compiled_from_hidden_equals_eager(
+    backend: Backend, dtype: torch.dtype, grad_loss: float
+) -> None:
+    traced = compiled(ipo_ext.ipo_loss_from_hidden)
+    for tokens in (20, 31):
+        case = hidden.random_case(tokens, dtype=dtype, normalizer=3.0 + tokens).to(backend.device)
+        eager = evaluate(case, grad_loss=grad_loss)
+        assert_same_bits(evaluate(case, traced, grad_loss=grad_loss), eager)
+
+
+def test_counts_do_not_recompile(backend: Backend) -> None:
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    traced = torch.compile(ipo_ext.ipo_loss_from_hidden, fullgraph=True, backend=graphs)
+    case = hidden.random_case().to(backend.device)
+    least = int(case.loss_mask.sum())
+    for step in range(20):
+        evaluate(case, traced, num_active=least + step, normalizer=3.0 + step)
+    assert graphs.frame_count <= 2
+
+
+def test_the_graph_holds_one_node_and_no_logits(backend: Backend) -> None:
+    nodes: list[torch.fx.Node] = []
+
+    def inspect(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nodes.extend(graph.graph.nodes)
+        return graph.forward
+
+    compiler = aot_autograd(fw_compiler=inspect)
+    traced = torch.compile(ipo_ext.ipo_loss_from_hidden, fullgraph=True, backend=compiler)
+    evaluate(hidden.random_case(64).to(backend.device), traced)
+    assert sum(node.target is operator("ipo_loss_from_hidden") for node in nodes) == 1
+    sizes = [
+        value.numel()
+        for node in nodes
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(value, torch.Tensor)
+    ]
+    assert max(sizes) < 64 * hidden.VOCABULARY
+
+
+def test_compiled_linear_token_logprobs(backend: Backend) -> None:
+    def gradients(function: Any, case: HiddenCase) -> tuple[torch.Tensor, ...]:
+        leaves = leaves_of(case)
+        logprobs, entropy = function(*leaves, case.labels, temperature=0.7)
+        return torch.autograd.grad((logprobs * 2 + entropy).sum(), leaves)
+
+    traced = compiled(ipo_ext.linear_token_logprobs)
+    for tokens in (20, 31):
+        case = hidden.random_case(tokens).to(backend.device)
+        for ours, eager in zip(
+            gradients(traced, case),
+            gradients(ipo_ext.linear_token_logprobs, case),
+            strict=True,
+        ):
+            assert torch.equal(ours, eager)

@@ -20,7 +20,6 @@ from tests.support.cases import same_bits
 from tests.support.host_casts import CONFIG
 from tests.support.subjects import SUBJECTS, Subject
 
-TOKENS = 24
 LOSSES = [name for name in SUBJECTS if "loss" in name]
 
 
@@ -38,7 +37,7 @@ def warned() -> Iterator[Callable[[], list[str]]]:
 
 
 def rounded(subject: Subject, dtype: torch.dtype) -> tuple[Any, ...]:
-    first, constants = subject.inputs(TOKENS, torch.device("cpu"))
+    first, constants = subject.inputs("cpu")
     *others, inference, advantages, mask = constants
     return (first, *others, inference.to(dtype), advantages, mask)
 

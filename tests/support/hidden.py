@@ -1,0 +1,140 @@
+"""Inputs of the loss from hidden states, and the judgement whether a result is accurate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ipo_ext
+from ipo_ext import _chunks, reference
+from tests.support.backends import Backend
+from tests.support.cases import HiddenCase, evaluate
+from tests.support.closeness import assert_close
+from tests.support.logits import distinct_log_ratios
+
+TOKENS, WIDTH, VOCABULARY = 37, 16, 53
+
+
+def random_case(
+    tokens: int = TOKENS,
+    width: int = WIDTH,
+    vocabulary: int = VOCABULARY,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    masked: float = 0.4,
+    inference_dtype: torch.dtype = torch.float32,
+    token_temperature: bool = False,
+    **options: Any,
+) -> HiddenCase:
+    """No token is near the band's ends."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype)
+    weight = torch.randn(vocabulary, width, generator=generator).to(dtype) / width**0.5
+    mask = torch.rand(tokens, generator=generator) >= masked
+    labels = torch.randint(vocabulary, (tokens,), generator=generator).masked_fill(~mask, -100)
+    if token_temperature:
+        options["temperature"] = torch.rand(tokens, generator=generator) + 0.5
+    how = {name: options.get(name) for name in ("temperature", "softcap")}
+    exact, _ = reference.linear_token_logprobs(hidden, weight, labels, **how, dtype=torch.float64)
+    return HiddenCase(
+        hidden=hidden,
+        weight=weight,
+        labels=labels,
+        inference_logprobs=(exact - distinct_log_ratios(tokens, generator)).to(inference_dtype),
+        advantages=torch.randn(tokens, generator=generator),
+        loss_mask=mask,
+        **options,
+    )
+
+
+def leaves_of(case: HiddenCase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and weight, each a new leaf."""
+    return case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()
+
+
+class CountsRows:
+    """Counts the rows of logits that matrix products make, by standing in for ``Head.logits``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []
+        logits = _chunks.Head.logits
+
+        def counted(head: Any, hidden: torch.Tensor) -> torch.Tensor:
+            self.rows.append(hidden.shape[0])
+            return logits(head, hidden)
+
+        monkeypatch.setattr(_chunks.Head, "logits", counted)
+
+
+# ---------------------------------------------------------------------------------------------
+# Accuracy
+
+
+class WideLinear(torch.autograd.Function):
+    """hidden @ weight.T with results in float32 from operands of any precision, forward and back.
+
+    What eager torch has as ``mm(..., out_dtype=float32)``: the naive peer of the same products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.to(wide) @ weight.to(wide).t()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        hidden, weight = ctx.saved_tensors
+        rounded = gradient.to(weight.dtype).to(gradient.dtype)
+        grad_hidden = rounded @ weight.to(gradient.dtype)
+        grad_weight = rounded.t() @ hidden.to(gradient.dtype)
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
+
+
+def naive_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, *constants: Any, **options: Any
+) -> ipo_ext.IPOOutput:
+    logits: Any = WideLinear.apply(hidden, weight)
+    return reference.ipo_loss_from_logits(logits, *constants, **options)
+
+
+def assert_accurate(case: HiddenCase, backend: Backend, grad_loss: float = 1.0, **how: Any) -> None:
+    """Ours is about as close to float64 as eager torch over all of the fp32 logits is."""
+    ours = evaluate(case.to(backend.device), grad_loss=grad_loss, **how)
+    naive = evaluate(case, naive_loss, grad_loss=grad_loss)
+    wide = case.with_(hidden=case.hidden.double(), weight=case.weight.double())
+    sizes = {}
+
+    def exact_loss(hidden: torch.Tensor, weight: torch.Tensor, *constants: Any, **options: Any):
+        logits = hidden @ weight.t()
+        logits.register_hook(lambda gradient: sizes.update(grad_logits=gradient.abs()))
+        return reference.ipo_loss_from_logits(logits, *constants, **options, dtype=torch.float64)
+
+    exact = evaluate(wide, exact_loss, grad_loss=grad_loss)
+    temperature = torch.as_tensor(1.0 if case.temperature is None else case.temperature).double()
+    arguments = (wide.hidden.abs() @ wide.weight.abs().t()).amax(-1) / temperature
+    in_float64 = case.hidden.dtype == torch.float64  # naive is exact then, and ours alone
+    for name in ("logprobs", "entropy"):
+        mine, theirs, truth = (getattr(e.output, name) for e in (ours, naive, exact))
+        size = truth.abs() + case.loss_mask * (1 + arguments)
+        assert_close(mine, theirs, truth, scale=size, floor=8, name=name)
+    assert ours.loss.item() == pytest.approx(
+        exact.loss.item(), rel=1e-5, abs=1e-5 * len(case.labels)
+    )
+    for name, value in exact.metrics.items():
+        assert ours.metrics[name].item() == pytest.approx(value.item(), rel=3e-5, abs=3e-5)
+    grad_logits = sizes["grad_logits"]
+    relative = 1 if case.hidden.dtype.itemsize == 2 else 8 + arguments.max().item()
+    tiny = 1e-30
+    scales = {
+        "grad_hidden": grad_logits @ wide.weight.abs()
+        + (grad_logits.amax(-1, keepdim=True) > 0) * tiny,
+        "grad_weight": grad_logits.t() @ wide.hidden.abs() + tiny,
+    }
+    for name, scale in scales.items():
+        mine, theirs, truth = (getattr(e, name) for e in (ours, naive, exact))
+        floor = relative * (8 if in_float64 else 1)
+        assert_close(mine, theirs, truth, scale=scale, floor=floor, name=name)

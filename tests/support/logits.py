@@ -1,0 +1,146 @@
+"""Inputs of the loss from logits, and the judgement whether a result is accurate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ipo_ext import IPOConfig, reference
+from tests.support.backends import Backend
+from tests.support.cases import LogitsCase, evaluate
+from tests.support.closeness import assert_close
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NARROWER = (torch.float16, torch.bfloat16)
+# Enough to keep any GPU busy. Of fewer rows, those longer than 1024 columns are each summed by
+# several blocks, in another order, unless the gradient is narrower than the logits.
+MANY_ROWS = 200
+WIDE_BAND = IPOConfig(dppo_mask_low=0.0, dppo_mask_high=math.inf)
+
+
+def random_case(
+    rows: int = 9,
+    columns: int = 33,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    masked: float = 0.3,
+    inference_dtype: torch.dtype = torch.float32,
+    token_temperature: bool = False,
+    spread: float = 2.0,
+    likely: bool = False,
+    **options: Any,
+) -> LogitsCase:
+    """No token is near the band's ends. ``likely``: labels have a probability of about a third,
+    however many columns there are."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, columns, generator=generator) * spread).to(dtype)
+    mask = torch.rand(rows, generator=generator) >= masked
+    labels = torch.randint(columns, (rows,), generator=generator)
+    if likely:
+        logits[torch.arange(rows), labels] += math.log(columns)
+    if token_temperature:
+        options["temperature"] = torch.rand(rows, generator=generator) + 0.5
+    how = {name: options.get(name) for name in ("temperature", "softcap")}
+    exact, _ = reference.token_logprobs(logits, labels, **how, dtype=torch.float64)
+    return LogitsCase(
+        logits=logits,
+        labels=labels.masked_fill(~mask, -100),
+        inference_logprobs=(exact - distinct_log_ratios(rows, generator)).to(inference_dtype),
+        advantages=torch.randn(rows, generator=generator),
+        loss_mask=mask,
+        **options,
+    )
+
+
+def distinct_log_ratios(tokens: int, generator: torch.Generator) -> torch.Tensor:
+    """About -3, -0.5, 0.5 or 3: none is near an end of the default band."""
+    ratios = torch.tensor([-3.0, -0.5, 0.5, 3.0])
+    x = ratios[torch.randint(4, (tokens,), generator=generator)]
+    return x + 0.1 * torch.randn(tokens, generator=generator)
+
+
+# ---------------------------------------------------------------------------------------------
+# Accuracy
+
+
+def assert_accurate(case: LogitsCase, backend: Backend, grad_loss: float = 1.0) -> None:
+    """Ours is about as close to float64 as eager torch in the compute dtype is."""
+    ours = evaluate(case.to(backend.device), grad_loss=grad_loss)
+    naive = evaluate(case, reference.ipo_loss_from_logits, grad_loss=grad_loss)
+    wide = case.with_(logits=case.logits.double())
+    more = {"dtype": torch.float64}
+    exact = evaluate(wide, reference.ipo_loss_from_logits, grad_loss=grad_loss, **more)
+    truths = {name: getattr(exact.output, name) for name in ("logprobs", "entropy")}
+    if case.logits.dtype == torch.float64:
+        truths = in_long_double(case)
+    for name, truth in truths.items():
+        mine, theirs = (getattr(e.output, name) for e in (ours, naive))
+        log_size = truth.abs() + case.loss_mask * largest_argument(case)
+        assert_close(mine, theirs, truth, scale=log_size, floor=6, name=name)
+    assert ours.loss.item() == pytest.approx(
+        exact.loss.item(), rel=1e-5, abs=1e-5 * len(case.labels)
+    )
+    assert_close(
+        ours.gradient,
+        naive.gradient,
+        exact.gradient,
+        scale=gradient_scale(case, exact.gradient),
+        floor=rounding_of_p(case),
+        name="gradient",
+    )
+    for name, value in exact.metrics.items():
+        assert ours.metrics[name].item() == pytest.approx(value.item(), rel=2e-5, abs=2e-5)
+
+
+def gradient_scale(case: LogitsCase, exact: torch.Tensor) -> torch.Tensor:
+    """Sizes of the terms of each derivative: at the label, 1 and p are subtracted."""
+    how = {"temperature": case.temperature, "softcap": case.softcap}
+    log_p, _ = reference.token_logprobs(case.logits, case.labels, **how, dtype=torch.float64)
+    p = log_p.exp()[:, None]
+    label = torch.where(case.loss_mask, case.labels, 0)[:, None].long()
+    at_label = exact.gather(-1, label).abs() * (1 + p) / (1 - p)
+    size = exact.abs().scatter(-1, label, at_label.nan_to_num(0, 0, 0))
+    return torch.where(size > 0, size.clamp(min=1e-30), 0)  # subnormal exponentials count as 0
+
+
+def rounding_of_p(case: LogitsCase) -> float:
+    """Ulp of a probability that rounding the largest argument can move: exp(s) moves by s."""
+    if case.logits.dtype.itemsize == 2:
+        return 1.0
+    in_float64 = case.logits.dtype == torch.float64  # then naive is exact, and ours would be alone
+    return (4 if in_float64 else 1) * (8.0 + largest_argument(case))
+
+
+def largest_argument(case: LogitsCase) -> float:
+    """Bounds the softmax's arguments, whose rounding every log-probability inherits."""
+    coldest = 1.0 if case.temperature is None else torch.as_tensor(case.temperature).min().item()
+    finite = case.logits[case.logits.isfinite()]
+    return 1.0 + min(finite.abs().max().item(), case.softcap or math.inf) / coldest
+
+
+def in_long_double(case: LogitsCase) -> dict[str, torch.Tensor]:
+    """For float64 logits, of which eager torch knows no more than we do: its sums lose bits."""
+    scaled = case.logits.cpu().numpy().astype(np.longdouble)
+    if case.softcap:
+        scaled = case.softcap * np.tanh(scaled / case.softcap)
+    temperature = 1.0 if case.temperature is None else case.temperature
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.cpu().numpy()[..., None]
+    active = case.loss_mask.cpu().numpy()
+    with np.errstate(all="ignore"):  # of rows that are not finite
+        scaled = scaled / np.asarray(temperature, dtype=np.longdouble)
+        below = scaled - scaled.max(-1, keepdims=True)
+        log_p = below - np.log(np.exp(below).sum(-1, keepdims=True))
+        p = np.exp(log_p)
+        entropy = -np.where(p == 0, 0, p * log_p).sum(-1)
+    labels = np.where(active, case.labels.cpu().numpy(), 0)
+    logprobs = np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    return {
+        name: torch.from_numpy(np.where(active, values, 0).astype(np.float64))
+        for name, values in (("logprobs", logprobs), ("entropy", entropy))
+    }

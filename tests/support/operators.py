@@ -1,0 +1,81 @@
+"""The operators behind the public functions, called by the names of their schemas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ipo_ext import IPOConfig, _operators
+from tests.support.cases import Case, LogitsCase, LogprobsCase
+
+SETTINGS = (
+    "mask_rule",
+    "kl_active",
+    "rollout_low",
+    "low",
+    "high",
+    "adv_tau",
+    "kl_tau",
+    "teacher_tau",
+)
+
+
+def operator(name: str) -> Any:
+    return getattr(_operators.library(), name).default
+
+
+def names_of(name: str) -> list[str]:
+    """An operator's arguments."""
+    return [argument.name for argument in operator(name)._schema.arguments]
+
+
+def settings_of(config: IPOConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """A config as operators take it."""
+    return dict(zip(SETTINGS, config.settings(dtype), strict=True))
+
+
+def operator_arguments(name: str, case: Case, **others: Any) -> dict[str, Any]:
+    """What the public function passes to an operator, by name; ``others`` go before the case's."""
+    known = {
+        **case.arguments,
+        "temperature": as_scalar(getattr(case, "temperature", None)),
+        "softcap": getattr(case, "softcap", None) or 0.0,
+        "normalizer": as_scalar(case.normalizer),
+        **settings_of(case.config, case.compute_dtype),
+        **dict.fromkeys(("with_gradient", "hidden_gradient", "weight_gradient"), True),
+        **others,
+    }
+    return {argument: known[argument] for argument in names_of(name)}
+
+
+def as_scalar(number: float | torch.Tensor | None) -> torch.Tensor | None:
+    if number is None or isinstance(number, torch.Tensor):
+        return number
+    return torch.tensor(number, dtype=torch.float64)
+
+
+def call_operator(name: str, case: Case, **others: Any) -> Any:
+    return operator(name)(**operator_arguments(name, case, **others))
+
+
+def opcheck(name: str, case: Case, **others: Any) -> None:
+    torch.library.opcheck(operator(name), tuple(operator_arguments(name, case, **others).values()))
+
+
+def find_faults(case: LogitsCase) -> torch.Tensor:
+    sizes = {"columns": case.logits.shape[-1], "max_active": len(case.labels)}
+    return call_operator("find_faults", case, **sizes)
+
+
+def chunk_of_loss(
+    case: LogitsCase, gradient: torch.Tensor | None, fault: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies; the gradient goes where the caller wants it."""
+    fault = find_faults(case) if fault is None else fault
+    return call_operator("ipo_loss_rows", case, fault=fault, gradient=gradient)
+
+
+def operator_gradient(case: LogprobsCase) -> torch.Tensor:
+    """The gradient from log-probabilities as the operator makes it, in the compute dtype."""
+    return call_operator("ipo_loss", case)[1]

@@ -1,0 +1,147 @@
+"""The operators themselves: opcheck, direct calls, what they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ipo_ext import _C, IPOConfig
+from ipo_ext.diagnosis import info
+from tests.support import hidden, logits
+from tests.support.backends import Backend
+from tests.support.cases import LogprobsCase, evaluate, same_bits
+from tests.support.forms import FORMS, forms, leaf
+from tests.support.operators import call_operator, names_of, opcheck, operator
+from tests.support.subjects import SUBJECTS, TOKENS, VOCABULARY
+
+# -------------------------------------------------------------------------------------------------
+# Every operator, from a value for each name in the schemas
+
+
+def values(name: str, device: torch.device) -> dict[str, Any]:
+    """A value for every name in the operators' schemas."""
+    rows = TOKENS, VOCABULARY
+    per_token = torch.rand(TOKENS)
+    tensors = {
+        "trainer_logprobs": -per_token,
+        "logits": torch.randn(rows),
+        "hidden": torch.randn(rows),
+        "weight": torch.randn(VOCABULARY, VOCABULARY),
+        "labels": torch.randint(VOCABULARY, (TOKENS,)),
+        "inference_logprobs": -torch.rand(TOKENS),
+        "advantages": torch.randn(TOKENS),
+        "loss_mask": per_token < 0.8,
+        "temperature": per_token + 0.5,
+        "teacher_logprobs": -per_token,
+        "loss_weights": per_token,
+        "cu_seqlens": torch.tensor([0, 5, 5, TOKENS], dtype=torch.int32),
+        "normalizer": torch.tensor(7.0),
+        "logprobs": -per_token,
+        "entropy": per_token,
+        "softmax": torch.rand((TOKENS, 2) if name.startswith("linear") else (2, TOKENS)),
+        "grad_logprobs": torch.randn(TOKENS),
+        "grad_entropy": torch.randn(TOKENS),
+        "fault": torch.zeros(1, dtype=torch.int32),
+        "gradient": torch.randn(rows),
+        "out": torch.empty(rows, dtype=torch.bfloat16),
+        "factor": torch.tensor(0.3),
+        "sums": torch.rand(len(_C.SUM_ROWS), 3, dtype=torch.float64),
+        "extremes": torch.rand(len(_C.EXTREME_ROWS), 3, dtype=torch.float64),
+    }
+    numbers = dict(
+        zip(("low", "high"), IPOConfig().log_bounds(torch.float32), strict=True),
+        **dict.fromkeys(("num_active", "max_active"), TOKENS),
+        **dict.fromkeys(("with_gradient", "hidden_gradient", "weight_gradient"), True),
+        mask_rule=1, kl_active=True, adv_tau=1.0, kl_tau=1e-3, teacher_tau=0.3, softcap=4.0,
+        rollout_low=None, chunk_size=8, columns=VOCABULARY, float64=False, normalized=True,
+    )  # fmt: skip
+    return {key: tensor.to(device) for key, tensor in tensors.items()} | numbers
+
+
+@pytest.mark.parametrize("name", [name.removeprefix("ipo_ext::") for name in info.operators()])
+def test_opcheck(backend: Backend, name: str) -> None:
+    known = values(name, backend.device)
+    arguments = [known[argument] for argument in names_of(name)]
+    arguments[0].requires_grad_(name in SUBJECTS)
+    results = torch.library.opcheck(operator(name), arguments)
+    assert set(results.values()) == {"SUCCESS"}
+    assert len(results) == 4
+
+
+# -------------------------------------------------------------------------------------------------
+# In every form
+
+
+@forms
+@pytest.mark.parametrize("mode", ["differentiated", "gradient", "loss-only"])
+def test_opcheck_of_the_loss(backend: Backend, form: str, mode: str) -> None:
+    case = FORMS[form]().to(backend.device)
+    trainer = leaf(case) if mode == "differentiated" else case.trainer_logprobs
+    opcheck("ipo_loss", case, trainer_logprobs=trainer, with_gradient=mode != "loss-only")
+
+
+@forms
+@pytest.mark.parametrize("float64", [False, True])
+def test_opcheck_of_the_means(backend: Backend, form: str, float64: bool) -> None:
+    metrics = FORMS[form]().to(backend.device).call().metrics
+    arguments = (metrics.sums, metrics.extremes, float64)
+    torch.library.opcheck(operator("metric_means"), arguments)
+
+
+@forms
+def test_a_direct_call_differentiates_as_the_api(backend: Backend, form: str) -> None:
+    case = FORMS[form]().to(backend.device)
+    trainer = leaf(case)
+    loss = call_operator("ipo_loss", case, trainer_logprobs=trainer)[0]
+    (gradient,) = torch.autograd.grad(loss * 3, trainer)
+    assert same_bits(gradient, evaluate(case, grad_loss=3.0).gradient)
+
+
+def test_backward_needs_the_gradient(case: LogprobsCase) -> None:
+    outputs = call_operator("ipo_loss", case, trainer_logprobs=leaf(case), with_gradient=False)
+    assert outputs[1].numel() == 0
+    with pytest.raises(RuntimeError, match="expected with_gradient=True to run backward"):
+        outputs[0].backward()
+
+
+# -------------------------------------------------------------------------------------------------
+# From logits and from hidden states
+
+
+def test_opcheck_from_logits(backend: Backend) -> None:
+    normalizer = torch.tensor(3.0, device=backend.device)
+    case = logits.random_case(token_temperature=True, normalizer=normalizer).to(backend.device)
+    case.logits.requires_grad_()
+    for name, softcap in (("ipo_loss_from_logits", 0.0), ("token_logprobs", 3.0)):
+        opcheck(name, case, softcap=softcap)
+    gradient = torch.randn(5, device=backend.device)
+    torch.library.opcheck(operator("scale_"), (gradient, normalizer))
+    narrower = torch.empty(5, dtype=torch.float16, device=backend.device)
+    torch.library.opcheck(operator("scale_into"), (gradient, normalizer, narrower))
+
+
+def test_opcheck_from_hidden(backend: Backend) -> None:
+    case = hidden.random_case(token_temperature=True, chunk_size=16).to(backend.device)
+    for tensor in (case.hidden, case.weight):
+        tensor.requires_grad_()
+    for num_active in (None, hidden.TOKENS - 2):
+        opcheck("ipo_loss_from_hidden", case, num_active=num_active)
+    opcheck("linear_token_logprobs", case, softcap=3.0)
+
+
+def test_the_operator_says_what_it_was_not_told_to_make(backend: Backend) -> None:
+    case = hidden.random_case(chunk_size=16).to(backend.device)
+    states = case.hidden.requires_grad_()
+
+    def loss(**needed: bool) -> torch.Tensor:
+        return call_operator("ipo_loss_from_hidden", case, **needed)[0]
+
+    with pytest.raises(RuntimeError, match="expected hidden_gradient=True"):
+        loss(hidden_gradient=False, weight_gradient=True).backward()
+    needed = {"hidden_gradient": True, "weight_gradient": False}
+    with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+        torch.autograd.grad(loss(**needed), states, create_graph=True)
+    (ours,) = torch.autograd.grad(2 * loss(**needed), states)
+    torch.testing.assert_close(ours, evaluate(case, grad_loss=2.0).grad_hidden)
