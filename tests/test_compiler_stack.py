@@ -76,7 +76,7 @@ def values(operator: str, device: torch.device) -> dict[str, Any]:
         "normalizer": torch.tensor(7.0),
         "logprobs": -per_token,
         "entropy": per_token,
-        "softmax": torch.rand((TOKENS, 2) if operator.startswith("linear") else (2, TOKENS)),
+        "softmax_stats": torch.rand(2, TOKENS),
         "grad_logprobs": torch.randn(TOKENS),
         "grad_entropy": torch.randn(TOKENS),
         "fault": torch.zeros(1, dtype=torch.int32),
@@ -89,11 +89,13 @@ def values(operator: str, device: torch.device) -> dict[str, Any]:
     numbers = dict(
         zip(("low", "high"), IPOConfig().log_bounds(torch.float32), strict=True),
         **dict.fromkeys(("num_active", "max_active"), TOKENS),
-        **dict.fromkeys(("with_gradient", "hidden_gradient", "weight_gradient"), True),
+        **dict.fromkeys(("with_gradient", "needs_grad_hidden", "needs_grad_weight"), True),
         mask_rule=1, kl_active=True, adv_tau=1.0, kl_tau=1e-3, teacher_tau=0.3, softcap=4.0,
         rollout_low=None, chunk_size=8, columns=VOCABULARY, float64=False, normalized=True,
     )  # fmt: skip
-    return {name: tensor.to(device) for name, tensor in tensors.items()} | numbers
+    known = {name: tensor.to(device) for name, tensor in tensors.items()} | numbers
+    # A chunk of rows is not packed.
+    return known | {"cu_seqlens": None} if operator.startswith("chunk") else known
 
 
 @pytest.mark.parametrize("name", [name.removeprefix("ipo_ext::") for name in info.operators()])

@@ -250,10 +250,9 @@ def test_a_negative_count(backend: Backend, dtype: torch.dtype) -> None:
 
 def operator_arguments(case: Case) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(case) if field.name != "config"]
-    rules = {"mask_rule": 0, "kl_active": False, "rollout_low": None, "low": -1.0, "high": 1.0}
-    taus = {"adv_tau": 1.0, "kl_tau": 0.1, "teacher_tau": 0.5}
+    settings = IPOConfig(kl_tau=0.1, teacher_tau=0.5).settings(torch.float32)
     arguments = {name: getattr(case, name) for name in names}
-    return {**arguments, **rules, **taus, "with_gradient": True}
+    return {**arguments, **settings._asdict(), "with_gradient": True}
 
 
 @pytest.mark.parametrize("field", [*FLOAT_FIELDS, "loss_mask"])

@@ -22,6 +22,7 @@ import ipo_ext
 from backends import Backend
 from closeness import assert_close, assert_flips_proven
 from ipo_ext import IPOConfig, _chunks, _operators, reference
+from ipo_ext._ops.arguments import LossInputs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOKENS, WIDTH, VOCABULARY = 37, 16, 53
@@ -831,10 +832,10 @@ def test_the_operator_says_what_it_was_not_told_to_make(backend: Backend) -> Non
     case = random_case().to(backend.device)
     hidden = case.hidden.requires_grad_()
     settings = IPOConfig().settings(torch.float32)
-    constants = (case.labels, case.inference_logprobs, case.advantages, case.loss_mask)
+    constants = LossInputs(case.inference_logprobs, case.advantages, case.loss_mask)
     run = _operators.library().ipo_loss_from_hidden
-    inputs = (hidden, case.weight, *constants, None, 0.0, None, None, None, None, *settings, 16)
-    with pytest.raises(RuntimeError, match="expected hidden_gradient=True"):
+    inputs = (hidden, case.weight, case.labels, None, 0.0, *constants, *settings, 16)
+    with pytest.raises(RuntimeError, match="expected needs_grad_hidden=True"):
         run(*inputs, None, False, True)[0].backward()
     loss = run(*inputs, None, True, False)[0]
     with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
@@ -1005,13 +1006,13 @@ def test_opcheck(backend: Backend) -> None:
     leaves = (case.hidden.requires_grad_(), case.weight.requires_grad_())
     temperature = case.options["temperature"]
     settings = IPOConfig().settings(torch.float32)
-    constants = (case.labels, case.inference_logprobs, case.advantages, case.loss_mask)
+    constants = LossInputs(case.inference_logprobs, case.advantages, case.loss_mask)
     operators = _operators.library()
     for num_active in (None, TOKENS - 2):
         torch.library.opcheck(
             operators.ipo_loss_from_hidden.default,
             (
-                *(*leaves, *constants, temperature, 0.0, None, None, None, None),
+                *(*leaves, case.labels, temperature, 0.0, *constants),
                 *(*settings, 16, num_active, True, True),
             ),
         )

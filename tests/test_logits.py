@@ -21,6 +21,7 @@ from backends import Backend
 from closeness import assert_close
 from emulator import operators as emulated
 from ipo_ext import IPOConfig, _operators, reference
+from ipo_ext._ops.arguments import LossInputs
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COLUMNS = (1, 2, 7, 33, 130, 1031)
@@ -802,12 +803,13 @@ def test_opcheck(backend: Backend) -> None:
     leaf = case.logits.requires_grad_()
     temperature = case.options["temperature"]
     settings = IPOConfig().settings(torch.float32)
-    constants = (case.labels, case.inference_logprobs, case.advantages, case.loss_mask)
     operators = _operators.library()
     normalizer = torch.tensor(3.0, device=backend.device)
+    inputs = LossInputs(case.inference_logprobs, case.advantages, case.loss_mask)
+    inputs = inputs._replace(normalizer=normalizer)
     torch.library.opcheck(
         operators.ipo_loss_from_logits.default,
-        (leaf, *constants, temperature, 0.0, None, None, None, normalizer, *settings, True),
+        (leaf, case.labels, temperature, 0.0, *inputs, *settings, True),
     )
     torch.library.opcheck(operators.token_logprobs.default, (leaf, case.labels, temperature, 3.0))
     gradient, factor = torch.randn(5, device=backend.device), normalizer

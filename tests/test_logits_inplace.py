@@ -1,4 +1,4 @@
-"""Tier 2's gradient where the logits were: in their dtype, or narrower at each row's start."""
+"""The gradient where the logits were: in their dtype, or narrower at each row's start."""
 
 from __future__ import annotations
 
@@ -12,26 +12,12 @@ import torch
 
 from backends import Backend
 from ipo_ext import IPOConfig, _operators
+from ipo_ext._ops.arguments import LossInputs
 from test_logits import DTYPES, LAYOUTS, MANY_ROWS, Case, bits, random_case
 
 COLUMNS = (1, 2, 7, 33, 130, 511, 512, 1031)
 NARROWER = (torch.float16, torch.bfloat16)
-LOSS = dict(
-    zip(
-        (
-            "mask_rule",
-            "kl_active",
-            "rollout_low",
-            "low",
-            "high",
-            "adv_tau",
-            "kl_tau",
-            "teacher_tau",
-        ),
-        IPOConfig().settings(torch.float32),
-        strict=True,
-    )
-)
+LOSS = IPOConfig().settings(torch.float32)._asdict()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +42,7 @@ def rows_of(case: Case) -> dict[str, Any]:
         "softcap": case.options.get("softcap") or 0.0,
         "teacher_logprobs": None,
         "loss_weights": None,
+        "cu_seqlens": None,
         "normalizer": case.options.get("normalizer"),
         **LOSS,
     }
@@ -64,14 +51,14 @@ def rows_of(case: Case) -> dict[str, Any]:
 def apart(case: Case) -> Result:
     """The gradient in memory of its own."""
     loss, gradient, logprobs, entropy, *metrics = _operators.library().ipo_loss_from_logits(
-        case.logits, **rows_of(case), cu_seqlens=None, with_gradient=True
+        case.logits, **rows_of(case), with_gradient=True
     )
     return Result(gradient, logprobs, entropy, (loss, *metrics))
 
 
 def over_logits(case: Case) -> Result:
     loss, logprobs, entropy, *metrics = _operators.library().ipo_loss_from_logits_(
-        case.logits, **rows_of(case), cu_seqlens=None
+        case.logits, **rows_of(case)
     )
     return Result(case.logits, logprobs, entropy, (loss, *metrics))
 
@@ -85,7 +72,7 @@ def no_fault(case: Case) -> torch.Tensor:
 
 
 def into(case: Case, gradient: torch.Tensor | None) -> Result:
-    logprobs, entropy = _operators.library().ipo_loss_rows(
+    logprobs, entropy = _operators.library().chunk_logprobs_and_gradient(
         case.logits, **rows_of(case), fault=no_fault(case), gradient=gradient
     )
     return Result(gradient, logprobs, entropy)
@@ -93,13 +80,12 @@ def into(case: Case, gradient: torch.Tensor | None) -> Result:
 
 def loss_of_rows(case: Case, rows: Result) -> tuple[torch.Tensor, ...]:
     """Loss and metrics of log-probabilities and entropies that are there."""
-    what = ("inference_logprobs", "advantages", "loss_mask", "teacher_logprobs", "loss_weights")
-    inputs = {name: rows_of(case)[name] for name in (*what, "normalizer", *LOSS)}
-    loss, _, *metrics = _operators.library().ipo_loss_of_rows(
+    what = (*LossInputs._fields, *LOSS)
+    inputs = {name: rows_of(case)[name] for name in what}
+    loss, _, *metrics = _operators.library().loss_and_metrics(
         rows.logprobs,
         rows.entropy,
         **inputs,
-        cu_seqlens=None,
         fault=no_fault(case),
         with_gradient=False,
         normalized=True,
@@ -232,7 +218,7 @@ def test_rows_in_chunks_make_the_whole(backend: Backend) -> None:
         tokens = ("labels", "inference_logprobs", "advantages", "loss_mask")
         piece = case.with_(logits=logits, **{name: getattr(case, name)[part] for name in tokens})
         gradient = at_row_starts(logits, torch.bfloat16)
-        logprobs, entropy = _operators.library().ipo_loss_rows(
+        logprobs, entropy = _operators.library().chunk_logprobs_and_gradient(
             logits, **rows_of(piece), fault=fault, gradient=gradient
         )
         parts.append(Result(gradient.clone(), logprobs, entropy))

@@ -12,6 +12,7 @@ import torch
 from backends import Backend, parameters
 from emulator import operators as emulated
 from ipo_ext import IPOConfig, _operators
+from ipo_ext._ops.arguments import LossInputs
 from test_logits import (
     MANY_ROWS,
     Case,
@@ -71,12 +72,12 @@ def loss_rows(case: Case, gradient: torch.Tensor | None) -> tuple[torch.Tensor, 
     if isinstance(temperature, float):
         temperature = torch.tensor(temperature)
     fault = operators.find_faults(
-        *(case.labels, case.loss_mask, temperature, case.logits.shape[-1]),
-        *(len(case.labels), None, None),
+        *(case.labels, temperature, case.loss_mask, None, None),
+        *(case.logits.shape[-1], len(case.labels)),
     )
-    return operators.ipo_loss_rows(
-        *(case.logits, case.labels, case.inference_logprobs, case.advantages, case.loss_mask),
-        *(temperature, softcap or 0.0, None, None, None),
+    return operators.chunk_logprobs_and_gradient(
+        *(case.logits, case.labels, temperature, softcap or 0.0),
+        *LossInputs(case.inference_logprobs, case.advantages, case.loss_mask),
         *IPOConfig().settings(torch.float32),
         *(fault, gradient),
     )
@@ -259,14 +260,14 @@ def test_backward_over_logits(backend: Backend, dtype: torch.dtype) -> None:
     logits = torch.randn(3, 40011, device=backend.device)
     labels = torch.tensor([0, 40010, 20000], device=backend.device)
     rest = (labels, None, 2.0)
-    fault = operators.find_faults(labels, None, None, logits.shape[-1], len(labels), None, None)
-    _, entropy, softmax = operators.token_logprobs_rows(logits, *rest, fault)
+    fault = operators.find_faults(labels, None, None, None, None, logits.shape[-1], len(labels))
+    _, *saved = operators.chunk_logprobs(logits, *rest, fault)
     upstream = torch.randn(2, 3, device=backend.device)
-    saved = (entropy, softmax, *upstream, fault)
+    saved += [*upstream, fault]
     apart = torch.full(logits.shape, math.nan, dtype=dtype, device=backend.device)
-    operators.token_logprobs_rows_backward(logits, *rest, *saved, apart)
+    operators.chunk_logprobs_backward(logits, *rest, *saved, apart)
     gradient = lying_over(logits, dtype)
     harness.emulator_set_schedule(5)
-    operators.token_logprobs_rows_backward(logits, *rest, *saved, gradient)
+    operators.chunk_logprobs_backward(logits, *rest, *saved, gradient)
     harness.emulator_set_schedule(0)
     assert torch.equal(bits(gradient), bits(apart))

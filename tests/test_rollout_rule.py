@@ -31,6 +31,7 @@ from cases import (
     with_garbage,
 )
 from ipo_ext import IPOConfig, _operators, ipo_loss, reference
+from ipo_ext._ops.arguments import LossInputs
 
 ICEPOP = IPOConfig.icepop(rollout_min_ratio=1e-3)
 CONFIGS = {
@@ -364,7 +365,8 @@ def test_opcheck(backend: Backend) -> None:
     head = head_case(torch.float32, backend.device)
     leaves = head["hidden"].requires_grad_(), head["weight"].requires_grad_()
     logits = (head["hidden"] @ head["weight"].T).detach().requires_grad_()
-    rest = (*constants(head), None, 0.0, None, None, None, None, *ICEPOP.settings(torch.float32))
+    labels, *inputs = constants(head)
+    rest = (labels, None, 0.0, *LossInputs(*inputs), *ICEPOP.settings(torch.float32))
     torch.library.opcheck(operators.ipo_loss_from_logits.default, (logits, *rest, True))
     torch.library.opcheck(
         operators.ipo_loss_from_hidden.default, (*leaves, *rest, 16, None, True, True)
@@ -376,9 +378,9 @@ def test_rows_of_a_chunk_know_no_rollouts(backend: Backend) -> None:
     logits = torch.zeros(2, 3, device=backend.device)
     tokens = logits[:, 0]
     fault = torch.zeros(1, dtype=torch.int32, device=backend.device)
-    inputs = (logits, tokens.long(), tokens, tokens, tokens == 0, None, 0.0, None, None, None)
+    inputs = (logits, tokens.long(), None, 0.0, *LossInputs(tokens, tokens, tokens == 0))
     with pytest.raises(RuntimeError, match="rollout_low: expected None, got"):
-        operators.ipo_loss_rows(*inputs, *ICEPOP.settings(torch.float32), fault, None)
+        operators.chunk_logprobs_and_gradient(*inputs, *ICEPOP.settings(torch.float32), fault, None)
 
 
 def test_metrics_combine_only_with_their_like(backend: Backend) -> None:
