@@ -13,6 +13,7 @@ from benchmarks.harness.command import base_parser, begin
 from benchmarks.harness.terminal import Terminal
 from benchmarks.logits.batch import CONFIG, DTYPES, make_batch
 from ipo_ext import _operators
+from ipo_ext._ops.arguments import LossInputs
 
 NAME = "logits.kernel"
 AHEAD = 400_000  # cycles that the device is kept busy, so that launches wait for it
@@ -59,12 +60,12 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     mask = torch.rand(case.rows, device="cuda") * 100 < case.active
     gradient = torch.empty_like(logits, dtype=DTYPES[case.gradient])
     operators = _operators.library()
-    fault = operators.find_faults(labels, mask, None, case.columns, case.rows, None, None)
+    fault = operators.find_faults(labels, None, mask, None, None, case.columns, case.rows)
 
     def rows(into: torch.Tensor | None) -> object:
-        return operators.ipo_loss_rows(
-            *(logits, labels, inference_logprobs, advantages, mask),
-            *(None, 0.0, None, None, None),
+        return operators.chunk_logprobs_and_gradient(
+            *(logits, labels, None, 0.0),
+            *LossInputs(inference_logprobs, advantages, mask),
             *CONFIG.settings(torch.float32),
             *(fault, into),
         )

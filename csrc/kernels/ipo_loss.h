@@ -48,7 +48,7 @@ struct Workspace {
                              // sequence; only where there is a rollout rule
 
   static size_t bytes(const IpoLossArgs& args, const Segments& segments) {
-    const size_t flags = args.params.has_rollout_rule ? segments.num_slots() : 0;
+    const size_t flags = args.params.has_rollout_rule() ? segments.num_slots() : 0;
     return segments.num_slots() * sizeof(math::TileSums<E>) +
            segments.num_tiles() * sizeof(double) + flags * sizeof(bool);
   }
@@ -74,18 +74,9 @@ struct MetricMeansArgs {
 
 template <typename E>
 IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
-  const math::LossParams<double>& params = args.params;
-  return {static_cast<E>(params.low),
-          static_cast<E>(params.high),
-          static_cast<E>(params.adv_tau),
-          static_cast<E>(params.kl_tau),
-          static_cast<E>(params.teacher_tau),
+  return {math::settings_as<E>(args.params),
           static_cast<E>(math::inverse_normalizer(load_scalar(args.normalizer))),
-          params.rule,
-          params.kl_active,
-          params.has_rollout_rule,
-          static_cast<E>(params.rollout_low),
-          params.rollout_dropped};
+          args.params.rollout_dropped};
 }
 
 // The same for a gradient that may be wanted without 1 / normalizer.

@@ -8,29 +8,20 @@
 #include "math/exponential.h"
 #include "math/lanes.h"
 #include "math/mask_rules.h"
+#include "math/settings.h"
 
 namespace ipo_ext::math {
 
-// Settings of the loss, E the compute dtype's scalar. Bounds mean what the rule says; those of the
-// ratio are logarithms, rounded and clamped by the caller so that no x between them is infinite or
-// has an infinite exp (docs/math.md, "The band").
+// The settings, and what a call adds to them. E is the compute dtype's scalar.
 template <typename E>
-struct LossParams {
-  E low;
-  E high;
-  E adv_tau;
-  E kl_tau;
-  E teacher_tau;
-  E inv_normalizer;  // see inverse_normalizer
-  MaskRule rule;
-  bool kl_active;         // the KL is paid by every active token, not by kept ones alone
-  bool has_rollout_rule;  // an active token below rollout_low drops its whole sequence
-  E rollout_low;          // a logarithm
-  bool rollout_dropped;   // whether that has happened to the tokens at hand: the kernels' to fill
+struct LossParams : LossSettings<E> {
+  E inv_normalizer = 0;          // see inverse_normalizer
+  bool rollout_dropped = false;  // whether the rollout rule has dropped the tokens at hand
 
   IPO_HOST_DEVICE Rules rules() const {
-    return rule == MaskRule::kRatio && !kl_active && !has_rollout_rule ? Rules::kDefault
-                                                                       : Rules::kAny;
+    const bool is_default =
+        this->mask_rule == MaskRule::kRatio && !this->kl_active && !this->has_rollout_rule();
+    return is_default ? Rules::kDefault : Rules::kAny;
   }
 };
 
@@ -87,7 +78,7 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
   const Mask<T> finite = (x >= -std::numeric_limits<E>::max()) & (x <= kMaxLog<E>);
   const Verdict<T> verdict = verdict_of<kRules, T>(
       {token.trainer_logprob, token.inference_logprob, x, token.advantage, token.active, finite},
-      params.rule, params.low, params.high);
+      params.mask_rule, params.low, params.high);
   Mask<T> kept = verdict.kept;
   Mask<T> pays_kl = kept;
   if constexpr (kRules == Rules::kAny) {

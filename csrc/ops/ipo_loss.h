@@ -1,45 +1,14 @@
-// Tier 1's operators: allocation, dtypes and launch, the same text for every backend.
+// The operators from log-probabilities: allocation, dtypes and launch, the same for every backend.
 #pragma once
 
-#include <limits>
 #include <tuple>
 
+#include "ops/arguments.h"
 #include "ops/backend.h"
 
 namespace ipo_ext {
 
-// To a rollout rule, without cu_seqlens all tokens are one sequence.
-inline constexpr const char* kIpoLossSchema =
-    "ipo_loss(Tensor trainer_logprobs, Tensor inference_logprobs, Tensor advantages, Tensor "
-    "loss_mask, "
-    "Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, "
-    "int mask_rule, bool kl_active, float? rollout_low, float low, float high, float adv_tau, "
-    "float kl_tau, float teacher_tau, bool with_gradient) "
-    "-> (Tensor loss, Tensor gradient, Tensor means, Tensor sums, Tensor extremes)";
-
-inline constexpr const char* kMetricMeansSchema =
-    "metric_means(Tensor sums, Tensor extremes, bool float64) -> Tensor";
-
 inline bool is_float64(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
-
-inline math::LossParams<double> loss_params(int64_t mask_rule, bool kl_active,
-                                            std::optional<double> rollout_low, double low,
-                                            double high, double adv_tau, double kl_tau,
-                                            double teacher_tau) {
-  IPO_EXT_CHECK(mask_rule >= 0 && mask_rule < static_cast<int64_t>(math::MaskRule::kCount),
-                "mask_rule: expected the index of a rule, got ", mask_rule);
-  math::LossParams<double> params = {};
-  params.rule = static_cast<math::MaskRule>(mask_rule);
-  params.low = low;
-  params.high = high;
-  params.adv_tau = adv_tau;
-  params.kl_tau = kl_tau;
-  params.teacher_tau = teacher_tau;
-  params.kl_active = kl_active;
-  params.has_rollout_rule = rollout_low.has_value();
-  params.rollout_low = rollout_low.value_or(-std::numeric_limits<double>::infinity());
-  return params;
-}
 
 // CPU only: reads the values.
 inline void check_partition(const Segments& segments) {
@@ -56,25 +25,22 @@ inline void check_normalizer(const ScalarInput& normalizer) {
   IPO_EXT_CHECK(value >= 0, "normalizer: expected a count of tokens, at least 0, got ", value);
 }
 
-// One call of tier 1's kernels: checks the inputs, owns the copies that they needed and the
-// results. Tier 2 makes its log-probabilities and entropies first, and takes a per-token gradient
-// under a rollout rule alone.
+// One call of the loss's kernels: checks the inputs, owns the copies that they needed and the
+// results. The operators from logits make its log-probabilities and entropies first, and take a
+// per-token gradient under a rollout rule alone.
 class __attribute__((visibility("hidden"))) IpoLossCall {
  public:
-  IpoLossCall(const Tensor& trainer_logprobs, const Tensor& inference_logprobs,
-              const Tensor& advantages, const Tensor& loss_mask,
-              const std::optional<Tensor>& teacher_logprobs,
-              const std::optional<Tensor>& loss_weights, const std::optional<Tensor>& cu_seqlens,
-              const std::optional<Tensor>& normalizer, const std::optional<Tensor>& entropy,
-              const math::LossParams<double>& params, bool with_gradient)
+  IpoLossCall(const Tensor& trainer_logprobs, const LossInputs& inputs,
+              const std::optional<Tensor>& entropy, const LossSettings& settings,
+              bool with_gradient)
       : like_(trainer_logprobs),
         trainer_(trainer_logprobs, like_, "trainer_logprobs"),
-        inference_(inference_logprobs, like_, "inference_logprobs"),
-        advantage_(advantages, like_, "advantages"),
-        teacher_(teacher_logprobs, like_, "teacher_logprobs"),
-        weight_(loss_weights, like_, "loss_weights"),
+        inference_(inputs.inference_logprobs, like_, "inference_logprobs"),
+        advantage_(inputs.advantages, like_, "advantages"),
+        teacher_(inputs.teacher_logprobs, like_, "teacher_logprobs"),
+        weight_(inputs.loss_weights, like_, "loss_weights"),
         entropy_(entropy, like_, "entropy") {
-    const bool float64 = is_float64(trainer_logprobs) || is_float64(inference_logprobs);
+    const bool float64 = is_float64(trainer_logprobs) || is_float64(inputs.inference_logprobs);
     args.compute_dtype = float64 ? DType::kFloat64 : DType::kFloat32;
     args.trainer_logprobs = trainer_.input();
     args.inference_logprobs = inference_.input();
@@ -82,11 +48,11 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     args.teacher_logprobs = teacher_.input();
     args.loss_weights = weight_.input();
     args.entropy = entropy_.input();
-    args.normalizer = scalar_input(normalizer, like_, "normalizer");
-    args.params = params;
-    take_mask(loss_mask);
-    take_segments(cu_seqlens);
-    allocate(cu_seqlens.has_value(), with_gradient);
+    args.normalizer = scalar_input(inputs.normalizer, like_, "normalizer");
+    args.params = {settings};
+    take_mask(inputs.loss_mask);
+    take_segments(inputs.cu_seqlens);
+    allocate(inputs.cu_seqlens.has_value(), with_gradient);
   }
 
   // Only what a fault can hide in, for tokens whose log-probabilities do not exist yet.
@@ -162,18 +128,11 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
 };
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss(
-    const Tensor& trainer_logprobs, const Tensor& inference_logprobs, const Tensor& advantages,
-    const Tensor& loss_mask, std::optional<Tensor> teacher_logprobs,
-    std::optional<Tensor> loss_weights, std::optional<Tensor> cu_seqlens,
-    std::optional<Tensor> normalizer, int64_t mask_rule, bool kl_active,
-    std::optional<double> rollout_low, double low, double high, double adv_tau, double kl_tau,
-    double teacher_tau, bool with_gradient) {
-  IpoLossCall call(
-      trainer_logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights,
-      cu_seqlens, normalizer, std::nullopt,
-      loss_params(mask_rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau),
-      with_gradient);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss(const Tensor& trainer_logprobs,
+                                                            const LossInputs& inputs,
+                                                            const LossSettings& settings,
+                                                            bool with_gradient) {
+  IpoLossCall call(trainer_logprobs, inputs, std::nullopt, settings, with_gradient);
   call.check_values<Backend>();
   call.run<Backend>();
   return {call.loss, call.gradient, call.means, call.sums, call.extremes};

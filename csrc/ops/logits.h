@@ -1,7 +1,7 @@
-// Tier 2's operators: from a tensor of logits to the kernels' matrix, and tier 1's call on the
-// log-probabilities that come out. Tier 3 runs the same steps (faults, rows, loss; under a
-// rollout rule faults, log-probabilities, loss, gradient) one by one, those over rows for each
-// chunk.
+// The operators from logits: from a tensor of logits to the kernels' matrix, and the loss of the
+// log-probabilities that come out. The loss from hidden states runs the same steps (faults, rows,
+// loss; under a rollout rule faults, log-probabilities, loss, gradient) one by one, those over rows
+// for each chunk.
 #pragma once
 
 #include <tuple>
@@ -10,74 +10,6 @@
 #include "ops/ipo_loss.h"
 
 namespace ipo_ext {
-
-inline constexpr const char* kIpoLossFromLogitsSchema =
-    "ipo_loss_from_logits(Tensor logits, Tensor labels, Tensor inference_logprobs, Tensor "
-    "advantages, Tensor loss_mask, Tensor? temperature, float softcap, "
-    "Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, "
-    "int mask_rule, bool kl_active, float? rollout_low, float low, float high, float adv_tau, "
-    "float kl_tau, float teacher_tau, bool with_gradient) "
-    "-> (Tensor loss, Tensor gradient, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, "
-    "Tensor extremes)";
-
-// The same, the gradient written over the logits.
-inline constexpr const char* kIpoLossFromLogitsInplaceSchema =
-    "ipo_loss_from_logits_(Tensor(a!) logits, Tensor labels, Tensor inference_logprobs, Tensor "
-    "advantages, Tensor loss_mask, Tensor? temperature, float softcap, "
-    "Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, "
-    "int mask_rule, bool kl_active, float? rollout_low, float low, float high, float adv_tau, "
-    "float kl_tau, float teacher_tau) "
-    "-> (Tensor loss, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, Tensor extremes)";
-
-// 0 in the one element of `fault` where all is well. On the CPU a fault raises instead.
-inline constexpr const char* kFindFaultsSchema =
-    "find_faults(Tensor labels, Tensor? loss_mask, Tensor? temperature, SymInt columns, "
-    "SymInt max_active, Tensor? cu_seqlens, Tensor? normalizer) -> Tensor fault";
-
-// Log-probabilities and entropies of rows whose faults have been looked for, and their share of the
-// loss's gradient, which may be narrower than the logits and lie over them. No rollout rule: it
-// would have to see all rows first.
-inline constexpr const char* kIpoLossRowsSchema =
-    "ipo_loss_rows(Tensor logits, Tensor labels, Tensor inference_logprobs, Tensor advantages, "
-    "Tensor loss_mask, Tensor? temperature, float softcap, Tensor? teacher_logprobs, "
-    "Tensor? loss_weights, Tensor? normalizer, int mask_rule, bool kl_active, float? rollout_low, "
-    "float low, float high, float adv_tau, float kl_tau, float teacher_tau, Tensor fault, "
-    "Tensor(a!)? gradient) "
-    "-> (Tensor logprobs, Tensor entropy)";
-
-// Loss and metrics of all rows, and the derivatives by their log-probabilities where wanted.
-inline constexpr const char* kIpoLossOfRowsSchema =
-    "ipo_loss_of_rows(Tensor logprobs, Tensor entropy, Tensor inference_logprobs, Tensor "
-    "advantages, Tensor loss_mask, Tensor? teacher_logprobs, Tensor? loss_weights, Tensor? "
-    "cu_seqlens, Tensor? normalizer, int mask_rule, bool kl_active, float? rollout_low, float low, "
-    "float high, float adv_tau, float kl_tau, float teacher_tau, Tensor fault, bool with_gradient, "
-    "bool normalized) -> (Tensor loss, Tensor gradient, Tensor means, Tensor sums, Tensor "
-    "extremes)";
-
-inline constexpr const char* kTokenLogprobsSchema =
-    "token_logprobs(Tensor logits, Tensor labels, Tensor? temperature, float softcap) "
-    "-> (Tensor logprobs, Tensor entropy, Tensor softmax)";
-
-inline constexpr const char* kTokenLogprobsBackwardSchema =
-    "token_logprobs_backward(Tensor logits, Tensor labels, Tensor? temperature, float softcap, "
-    "Tensor entropy, Tensor softmax, Tensor grad_logprobs, Tensor grad_entropy) -> Tensor";
-
-// The two of a chunk, whose faults have been looked for: `gradient` may be narrower than the logits
-// and lie over them.
-inline constexpr const char* kTokenLogprobsRowsSchema =
-    "token_logprobs_rows(Tensor logits, Tensor labels, Tensor? temperature, float softcap, Tensor "
-    "fault) -> (Tensor logprobs, Tensor entropy, Tensor softmax)";
-
-inline constexpr const char* kTokenLogprobsRowsBackwardSchema =
-    "token_logprobs_rows_backward(Tensor logits, Tensor labels, Tensor? temperature, float "
-    "softcap, Tensor entropy, Tensor softmax, Tensor grad_logprobs, Tensor grad_entropy, Tensor "
-    "fault, Tensor(a!) gradient) -> ()";
-
-inline constexpr const char* kScaleSchema = "scale_(Tensor(a!) gradient, Tensor factor) -> ()";
-
-// The same to `out`, which may be fp16 or bf16 for an fp32 gradient: rounded once.
-inline constexpr const char* kScaleIntoSchema =
-    "scale_into(Tensor gradient, Tensor factor, Tensor(a!) out) -> ()";
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
@@ -223,15 +155,15 @@ class __attribute__((visibility("hidden"))) RowsCall {
   std::optional<PerToken> temperatures_;
 };
 
-// One call of tier 2's kernels: checks the inputs that all operators share and owns what they need.
+// One call of the kernels over logits: checks the inputs that all operators share and owns what
+// they need.
 class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
  public:
-  LogitsCall(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& temperature,
-             double softcap)
-      : RowsCall(labels, logits.size(-1), temperature), on_(logits), logits_(logits) {
+  LogitsCall(const Tensor& logits, const Tensor& labels, const LogitScaling& scaling)
+      : RowsCall(labels, logits.size(-1), scaling.temperature), on_(logits), logits_(logits) {
     args.logits = logits_.matrix();
     args.compute_dtype = is_float64(logits) ? DType::kFloat64 : DType::kFloat32;
-    args.softcap = softcap;
+    args.softcap = scaling.softcap;
     IPO_EXT_CHECK(labels.numel() == args.logits.rows && same_device(labels, logits),
                   "labels: expected ", args.logits.rows, " tokens on the device of logits, got ",
                   labels.numel());
@@ -243,7 +175,7 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
     return new_output({count, args.logits.rows}, data);
   }
 
-  // An input that this tier's own operators have made: [rows] or [2, rows], in the compute dtype.
+  // What an operator from logits has made before: [rows] or [2, rows], in the compute dtype.
   void* saved(const Tensor& tensor, int64_t count, const char* name) {
     IPO_EXT_CHECK(
         tensor.scalar_type() == compute() && tensor.numel() == count && same_device(tensor, on_),
@@ -317,8 +249,8 @@ template <typename Backend>
 void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss) {
   const LogitsMatrix gradient = std::exchange(rows.args.gradient, {});
   rows.args.loss = {};
-  std::optional<Tensor> softmax;
-  if (gradient.data != nullptr) softmax = rows.per_token(2, rows.args.softmax);
+  std::optional<Tensor> softmax_stats;
+  if (gradient.data != nullptr) softmax_stats = rows.per_token(2, rows.args.softmax);
   rows.run<Backend>();
   loss.run<Backend>();
   if (gradient.data == nullptr) return;
@@ -329,20 +261,17 @@ void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss) {
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logits(
-    LogitsCall& rows, const Tensor& inference_logprobs, const Tensor& advantages,
-    const Tensor& loss_mask, const std::optional<Tensor>& teacher_logprobs,
-    const std::optional<Tensor>& loss_weights, const std::optional<Tensor>& cu_seqlens,
-    const std::optional<Tensor>& normalizer, const math::LossParams<double>& params) {
+    LogitsCall& rows, const LossInputs& inputs, const LossSettings& settings) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
-  const bool with_slopes = params.has_rollout_rule && rows.args.gradient.data != nullptr;
-  IpoLossCall loss(logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs,
-                   loss_weights, cu_seqlens, normalizer, entropy, params, with_slopes);
+  const bool needs_grad_logprobs =
+      settings.has_rollout_rule() && rows.args.gradient.data != nullptr;
+  IpoLossCall loss(logprobs, inputs, entropy, settings, needs_grad_logprobs);
   loss.check_values<Backend>();
   rows.take_loss(loss);
   rows.find_faults<Backend>();
   loss.args.fault = rows.args.fault;
-  if (params.has_rollout_rule) {
+  if (settings.has_rollout_rule()) {
     run_in_two_passes<Backend>(rows, loss);
   } else {
     rows.run<Backend>();
@@ -353,42 +282,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logits(
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits(
-    const Tensor& logits, const Tensor& labels, const Tensor& inference_logprobs,
-    const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> temperature,
-    double softcap, std::optional<Tensor> teacher_logprobs, std::optional<Tensor> loss_weights,
-    std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer, int64_t mask_rule,
-    bool kl_active, std::optional<double> rollout_low, double low, double high, double adv_tau,
-    double kl_tau, double teacher_tau, bool with_gradient) {
-  LogitsCall rows(logits, labels, temperature, softcap);
+    const Tensor& logits, const Tensor& labels, const LogitScaling& scaling,
+    const LossInputs& inputs, const LossSettings& settings, bool with_gradient) {
+  LogitsCall rows(logits, labels, scaling);
   const Tensor gradient =
       with_gradient ? rows.new_gradient() : empty({0}, logits.scalar_type(), logits);
-  const auto [loss, logprobs, entropy, means, sums, extremes] = loss_of_logits<Backend>(
-      rows, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights, cu_seqlens,
-      normalizer,
-      loss_params(mask_rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau));
+  const auto [loss, logprobs, entropy, means, sums, extremes] =
+      loss_of_logits<Backend>(rows, inputs, settings);
   return {loss, gradient, logprobs, entropy, means, sums, extremes};
 }
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits_(
-    const Tensor& logits, const Tensor& labels, const Tensor& inference_logprobs,
-    const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> temperature,
-    double softcap, std::optional<Tensor> teacher_logprobs, std::optional<Tensor> loss_weights,
-    std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer, int64_t mask_rule,
-    bool kl_active, std::optional<double> rollout_low, double low, double high, double adv_tau,
-    double kl_tau, double teacher_tau) {
-  LogitsCall rows(logits, labels, temperature, softcap);
+    const Tensor& logits, const Tensor& labels, const LogitScaling& scaling,
+    const LossInputs& inputs, const LossSettings& settings) {
+  LogitsCall rows(logits, labels, scaling);
   rows.write_gradient_over_logits();
-  return loss_of_logits<Backend>(
-      rows, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights, cu_seqlens,
-      normalizer,
-      loss_params(mask_rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau));
+  return loss_of_logits<Backend>(rows, inputs, settings);
 }
 
 template <typename Backend>
-Tensor find_faults(const Tensor& labels, std::optional<Tensor> loss_mask,
-                   std::optional<Tensor> temperature, int64_t columns, int64_t max_active,
-                   std::optional<Tensor> cu_seqlens, std::optional<Tensor> normalizer) {
+Tensor find_faults(const Tensor& labels, const std::optional<Tensor>& temperature,
+                   const std::optional<Tensor>& loss_mask, const std::optional<Tensor>& cu_seqlens,
+                   const std::optional<Tensor>& normalizer, int64_t columns, int64_t max_active) {
   RowsCall rows(labels, columns, temperature);
   rows.args.max_active = max_active;
   std::optional<IpoLossCall> loss;
@@ -403,44 +319,33 @@ Tensor find_faults(const Tensor& labels, std::optional<Tensor> loss_mask,
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> ipo_loss_rows(
-    const Tensor& logits, const Tensor& labels, const Tensor& inference_logprobs,
-    const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> temperature,
-    double softcap, std::optional<Tensor> teacher_logprobs, std::optional<Tensor> loss_weights,
-    std::optional<Tensor> normalizer, int64_t mask_rule, bool kl_active,
-    std::optional<double> rollout_low, double low, double high, double adv_tau, double kl_tau,
-    double teacher_tau, const Tensor& fault, std::optional<Tensor> gradient) {
-  LogitsCall rows(logits, labels, temperature, softcap);
+std::tuple<Tensor, Tensor> chunk_logprobs_and_gradient(const Tensor& logits, const Tensor& labels,
+                                                       const LogitScaling& scaling,
+                                                       const LossInputs& inputs,
+                                                       const LossSettings& settings,
+                                                       const Tensor& fault,
+                                                       const std::optional<Tensor>& gradient) {
+  IPO_EXT_CHECK(!inputs.cu_seqlens.has_value(), "cu_seqlens: expected None, got a tensor");
+  IPO_EXT_CHECK(!settings.has_rollout_rule(), "rollout_low: expected None, got ",
+                settings.rollout_low.value);
+  LogitsCall rows(logits, labels, scaling);
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
   if (gradient.has_value()) rows.write_gradient_to(*gradient);
   rows.args.fault = fault_flag(fault, logits);
-  IPO_EXT_CHECK(!rollout_low.has_value(), "rollout_low: expected None, got ", *rollout_low);
-  IpoLossCall loss(
-      logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights,
-      std::nullopt, normalizer, std::nullopt,
-      loss_params(mask_rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau),
-      false);
+  IpoLossCall loss(logprobs, inputs, std::nullopt, settings, false);
   rows.take_loss(loss);
   rows.run<Backend>();
   return {logprobs, entropy};
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_of_rows(
-    const Tensor& logprobs, const Tensor& entropy, const Tensor& inference_logprobs,
-    const Tensor& advantages, const Tensor& loss_mask, std::optional<Tensor> teacher_logprobs,
-    std::optional<Tensor> loss_weights, std::optional<Tensor> cu_seqlens,
-    std::optional<Tensor> normalizer, int64_t mask_rule, bool kl_active,
-    std::optional<double> rollout_low, double low, double high, double adv_tau, double kl_tau,
-    double teacher_tau, const Tensor& fault, bool with_gradient, bool normalized) {
-  IpoLossCall loss(
-      logprobs, inference_logprobs, advantages, loss_mask, teacher_logprobs, loss_weights,
-      cu_seqlens, normalizer, entropy,
-      loss_params(mask_rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau),
-      with_gradient);
-  IPO_EXT_CHECK(normalized || rollout_low.has_value(),
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_metrics(
+    const Tensor& logprobs, const Tensor& entropy, const LossInputs& inputs,
+    const LossSettings& settings, const Tensor& fault, bool with_gradient, bool normalized) {
+  IPO_EXT_CHECK(normalized || settings.has_rollout_rule(),
                 "normalized: expected True without a rollout rule, got False");
+  IpoLossCall loss(logprobs, inputs, entropy, settings, with_gradient);
   loss.args.normalized = normalized;
   loss.args.fault = fault_flag(fault, logprobs);
   loss.run<Backend>();
@@ -451,35 +356,34 @@ template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor> forward_rows(LogitsCall& rows) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
-  const Tensor softmax = rows.per_token(2, rows.args.softmax);
+  const Tensor softmax_stats = rows.per_token(2, rows.args.softmax);
   rows.run<Backend>();
-  return {logprobs, entropy, softmax};
+  return {logprobs, entropy, softmax_stats};
 }
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels,
-                                                  std::optional<Tensor> temperature,
-                                                  double softcap) {
-  LogitsCall rows(logits, labels, temperature, softcap);
+                                                  const LogitScaling& scaling) {
+  LogitsCall rows(logits, labels, scaling);
   rows.find_faults<Backend>();
   return forward_rows<Backend>(rows);
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> token_logprobs_rows(const Tensor& logits, const Tensor& labels,
-                                                       std::optional<Tensor> temperature,
-                                                       double softcap, const Tensor& fault) {
-  LogitsCall rows(logits, labels, temperature, softcap);
+std::tuple<Tensor, Tensor, Tensor> chunk_logprobs(const Tensor& logits, const Tensor& labels,
+                                                  const LogitScaling& scaling,
+                                                  const Tensor& fault) {
+  LogitsCall rows(logits, labels, scaling);
   rows.args.fault = fault_flag(fault, logits);
   return forward_rows<Backend>(rows);
 }
 
 template <typename Backend>
-void backward_rows(LogitsCall& rows, const Tensor& entropy, const Tensor& softmax,
+void backward_rows(LogitsCall& rows, const Tensor& entropy, const Tensor& softmax_stats,
                    const Tensor& grad_logprobs, const Tensor& grad_entropy) {
   const int64_t count = rows.args.logits.rows;
   rows.args.entropy = rows.saved(entropy, count, "entropy");
-  rows.args.softmax = rows.saved(softmax, 2 * count, "softmax");
+  rows.args.softmax = rows.saved(softmax_stats, 2 * count, "softmax_stats");
   const DType compute = rows.args.compute_dtype;
   rows.args.grad_logprobs = {rows.saved(grad_logprobs, count, "grad_logprobs"), compute};
   rows.args.grad_entropy = {rows.saved(grad_entropy, count, "grad_entropy"), compute};
@@ -488,47 +392,26 @@ void backward_rows(LogitsCall& rows, const Tensor& entropy, const Tensor& softma
 
 template <typename Backend>
 Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
-                               std::optional<Tensor> temperature, double softcap,
-                               const Tensor& entropy, const Tensor& softmax,
-                               const Tensor& grad_logprobs, const Tensor& grad_entropy) {
-  LogitsCall rows(logits, labels, temperature, softcap);
+                               const LogitScaling& scaling, const Tensor& entropy,
+                               const Tensor& softmax_stats, const Tensor& grad_logprobs,
+                               const Tensor& grad_entropy) {
+  LogitsCall rows(logits, labels, scaling);
   const Tensor gradient = rows.new_gradient();
   rows.find_faults<Backend>();
-  backward_rows<Backend>(rows, entropy, softmax, grad_logprobs, grad_entropy);
+  backward_rows<Backend>(rows, entropy, softmax_stats, grad_logprobs, grad_entropy);
   return gradient;
 }
 
 template <typename Backend>
-void token_logprobs_rows_backward(const Tensor& logits, const Tensor& labels,
-                                  std::optional<Tensor> temperature, double softcap,
-                                  const Tensor& entropy, const Tensor& softmax,
-                                  const Tensor& grad_logprobs, const Tensor& grad_entropy,
-                                  const Tensor& fault, const Tensor& gradient) {
-  LogitsCall rows(logits, labels, temperature, softcap);
+void chunk_logprobs_backward(const Tensor& logits, const Tensor& labels,
+                             const LogitScaling& scaling, const Tensor& entropy,
+                             const Tensor& softmax_stats, const Tensor& grad_logprobs,
+                             const Tensor& grad_entropy, const Tensor& fault,
+                             const Tensor& gradient) {
+  LogitsCall rows(logits, labels, scaling);
   rows.write_gradient_to(gradient);
   rows.args.fault = fault_flag(fault, logits);
-  backward_rows<Backend>(rows, entropy, softmax, grad_logprobs, grad_entropy);
-}
-
-template <typename Backend>
-void scale_into(const Tensor& gradient, const Tensor& factor, const Tensor& out) {
-  IPO_EXT_CHECK(gradient.is_contiguous(), "gradient: expected a contiguous tensor");
-  IPO_EXT_CHECK(out.is_contiguous() && out.numel() == gradient.numel(), "out: expected ",
-                gradient.numel(), " contiguous elements");
-  IPO_EXT_CHECK(same_device(out, gradient), "out: expected the device of gradient");
-  const DType dtype = dtype_of(gradient, "gradient");
-  const DType out_dtype = dtype_of(out, "out");
-  IPO_EXT_CHECK(is_floating(dtype), "gradient: expected a floating dtype");
-  IPO_EXT_CHECK(out_dtype == dtype || (dtype == DType::kFloat32 && is_half(out_dtype)),
-                "out: expected the dtype of gradient, or for float32 also float16 or bfloat16");
-  Backend::scale({gradient.const_data_ptr(), dtype, out.mutable_data_ptr(), out_dtype,
-                  gradient.numel(), scalar_input(factor, gradient, "factor")},
-                 gradient);
-}
-
-template <typename Backend>
-void scale_(const Tensor& gradient, const Tensor& factor) {
-  scale_into<Backend>(gradient, factor, gradient);
+  backward_rows<Backend>(rows, entropy, softmax_stats, grad_logprobs, grad_entropy);
 }
 
 }  // namespace ipo_ext

@@ -1,9 +1,13 @@
-// Registers the operators with torch: the schemas once, a kernel for each backend that this build
-// has.
+// Registers the operators with torch: a row each, for each backend that this build has.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+#include "ops/box.h"
 #include "ops/ipo_loss.h"
 #include "ops/logits.h"
+#include "ops/scale.h"
+#include "ops/schemas.h"
 
 // Tests build this file once more, with the CUDA kernels emulated on the CPU under a namespace of
 // their own.
@@ -15,44 +19,65 @@
 #define IPO_EXT_WITH_CPU
 #endif
 
-STABLE_TORCH_LIBRARY(IPO_EXT_NAMESPACE, m) {
-  m.def(ipo_ext::kIpoLossSchema);
-  m.def(ipo_ext::kMetricMeansSchema);
-  m.def(ipo_ext::kIpoLossFromLogitsSchema);
-  m.def(ipo_ext::kIpoLossFromLogitsInplaceSchema);
-  m.def(ipo_ext::kFindFaultsSchema);
-  m.def(ipo_ext::kIpoLossRowsSchema);
-  m.def(ipo_ext::kIpoLossOfRowsSchema);
-  m.def(ipo_ext::kTokenLogprobsSchema);
-  m.def(ipo_ext::kTokenLogprobsBackwardSchema);
-  m.def(ipo_ext::kTokenLogprobsRowsSchema);
-  m.def(ipo_ext::kTokenLogprobsRowsBackwardSchema);
-  m.def(ipo_ext::kScaleSchema);
-  m.def(ipo_ext::kScaleIntoSchema);
+namespace ipo_ext {
+namespace {
+
+struct Operator {
+  std::string name;
+  const char* schema;
+  BoxedFunction function;
+};
+
+#define IPO_EXT_OPERATOR(name) {#name, schemas::name, box<&name<Backend>>}
+
+template <typename Backend>
+const std::vector<Operator>& operators() {
+  static const std::vector<Operator> all = {
+      IPO_EXT_OPERATOR(ipo_loss),
+      IPO_EXT_OPERATOR(metric_means),
+      IPO_EXT_OPERATOR(ipo_loss_from_logits),
+      IPO_EXT_OPERATOR(ipo_loss_from_logits_),
+      IPO_EXT_OPERATOR(token_logprobs),
+      IPO_EXT_OPERATOR(token_logprobs_backward),
+      IPO_EXT_OPERATOR(find_faults),
+      IPO_EXT_OPERATOR(chunk_logprobs_and_gradient),
+      IPO_EXT_OPERATOR(loss_and_metrics),
+      IPO_EXT_OPERATOR(chunk_logprobs),
+      IPO_EXT_OPERATOR(chunk_logprobs_backward),
+      IPO_EXT_OPERATOR(scale_),
+      IPO_EXT_OPERATOR(scale_into),
+  };
+  return all;
 }
 
-#define IPO_EXT_IMPL(op, Backend) m.impl(#op, TORCH_BOX(&ipo_ext::op<Backend>));
-
-#define IPO_EXT_REGISTER(key, Backend)                   \
-  STABLE_TORCH_LIBRARY_IMPL(IPO_EXT_NAMESPACE, key, m) { \
-    IPO_EXT_IMPL(ipo_loss, Backend)                      \
-    IPO_EXT_IMPL(metric_means, Backend)                  \
-    IPO_EXT_IMPL(ipo_loss_from_logits, Backend)          \
-    IPO_EXT_IMPL(ipo_loss_from_logits_, Backend)         \
-    IPO_EXT_IMPL(find_faults, Backend)                   \
-    IPO_EXT_IMPL(ipo_loss_rows, Backend)                 \
-    IPO_EXT_IMPL(ipo_loss_of_rows, Backend)              \
-    IPO_EXT_IMPL(token_logprobs, Backend)                \
-    IPO_EXT_IMPL(token_logprobs_backward, Backend)       \
-    IPO_EXT_IMPL(token_logprobs_rows, Backend)           \
-    IPO_EXT_IMPL(token_logprobs_rows_backward, Backend)  \
-    IPO_EXT_IMPL(scale_, Backend)                        \
-    IPO_EXT_IMPL(scale_into, Backend)                    \
-  }
+#undef IPO_EXT_OPERATOR
 
 #ifdef IPO_EXT_WITH_CPU
-IPO_EXT_REGISTER(CPU, ipo_ext::CpuBackend)
+using AnyBackend = CpuBackend;
+#else
+using AnyBackend = CudaBackend;
+#endif
+
+}  // namespace
+}  // namespace ipo_ext
+
+STABLE_TORCH_LIBRARY(IPO_EXT_NAMESPACE, library) {
+  for (const auto& row : ipo_ext::operators<ipo_ext::AnyBackend>()) {
+    library.def((row.name + row.schema).c_str());
+  }
+}
+
+#ifdef IPO_EXT_WITH_CPU
+STABLE_TORCH_LIBRARY_IMPL(IPO_EXT_NAMESPACE, CPU, library) {
+  for (const auto& row : ipo_ext::operators<ipo_ext::CpuBackend>()) {
+    library.impl(row.name.c_str(), row.function);
+  }
+}
 #endif
 #ifdef IPO_EXT_WITH_CUDA
-IPO_EXT_REGISTER(IPO_EXT_CUDA_DISPATCH_KEY, ipo_ext::CudaBackend)
+STABLE_TORCH_LIBRARY_IMPL(IPO_EXT_NAMESPACE, IPO_EXT_CUDA_DISPATCH_KEY, library) {
+  for (const auto& row : ipo_ext::operators<ipo_ext::CudaBackend>()) {
+    library.impl(row.name.c_str(), row.function);
+  }
+}
 #endif

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ipo_ext import _C
+from ipo_ext._ops.arguments import TOKEN_INPUTS, HeadInputs, LossInputs
 from ipo_ext._precision import warn_if_rounded
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -28,46 +29,29 @@ def compute_dtype(trainer_logprobs: torch.Tensor, inference_logprobs: torch.Tens
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
-    """What a tier computes in that sees tensors of ``dtype``: float64 or float32."""
+    """What is computed in from tensors of ``dtype``: float64 or float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
-class LossConstants(NamedTuple):
-    """What every tier's loss takes besides the policy. No gradient flows to any of it."""
-
-    inference_logprobs: torch.Tensor
-    advantages: torch.Tensor
-    loss_mask: torch.Tensor
-    teacher_logprobs: torch.Tensor | None
-    loss_weights: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-    normalizer: torch.Tensor | None
-
-    @classmethod
-    def of(cls, inputs: Any) -> LossConstants:
-        """Those among the arguments of an operator, by their names."""
-        return cls(*(getattr(inputs, name) for name in cls._fields))
-
-
 def check_per_token_loss(
-    trainer_logprobs: torch.Tensor, constants: LossConstants, teacher_tau: float
+    trainer_logprobs: torch.Tensor, inputs: LossInputs, teacher_tau: float
 ) -> None:
-    """Raises unless the arguments of tier 1 agree."""
+    """Raises unless the arguments of the loss from log-probabilities agree."""
     _check_tensor("trainer_logprobs", trainer_logprobs, FLOATING)
     check_device_supported("trainer_logprobs", trainer_logprobs)
-    _check_constants_of_loss(_Like("trainer_logprobs", trainer_logprobs), constants, teacher_tau)
+    _check_inputs_of_loss(_Like("trainer_logprobs", trainer_logprobs), inputs, teacher_tau)
 
 
 def check_logits_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     temperature: torch.Tensor | None,
-    constants: LossConstants,
+    inputs: LossInputs,
     teacher_tau: float,
 ) -> None:
-    """Raises unless the arguments of tier 2 agree."""
+    """Raises unless the arguments of the loss from logits agree."""
     check_logits(logits, labels, temperature)
-    _check_constants_of_loss(_Like("labels", labels), constants, teacher_tau)
+    _check_inputs_of_loss(_Like("labels", labels), inputs, teacher_tau)
 
 
 def check_logits(
@@ -96,29 +80,18 @@ def _check_labels(labels: torch.Tensor, rows: _Like, temperature: torch.Tensor |
         _check_scalar("temperature", temperature, FLOATING, rows)
 
 
-def check_hidden_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: torch.Tensor | None,
-    constants: LossConstants,
-    teacher_tau: float,
-) -> None:
-    """Raises unless the arguments of tier 3 agree."""
-    check_hidden(hidden, weight, labels, temperature)
-    _check_constants_of_loss(_Like("labels", labels), constants, teacher_tau)
+def check_hidden_loss(head: HeadInputs, inputs: LossInputs, teacher_tau: float) -> None:
+    """Raises unless the arguments of the loss from hidden states agree."""
+    check_hidden(head)
+    _check_inputs_of_loss(_Like("labels", head.labels), inputs, teacher_tau)
 
 
-def check_hidden(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: torch.Tensor | None,
-) -> None:
+def check_hidden(head: HeadInputs) -> None:
     """Raises unless hidden states, weight, labels and temperature agree.
 
     Their dtypes may differ, for autocast: see ``product_dtype``.
     """
+    hidden, weight, labels, scaling = head
     _check_tensor("hidden", hidden, FLOATING)
     check_device_supported("hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
@@ -132,7 +105,7 @@ def check_hidden(
             f"{_shape(hidden)}, got {_shape(weight)}"
         )
     _check_device("weight", weight, _Like("hidden", hidden))
-    _check_labels(labels, _Like("hidden", hidden), temperature)
+    _check_labels(labels, _Like("hidden", hidden), scaling.temperature)
 
 
 def product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -164,21 +137,19 @@ def _check_not_distributed(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_constants_of_loss(like: _Like, constants: LossConstants, teacher_tau: float) -> None:
-    """Raises unless ``constants`` agree with ``like``."""
-    _check_per_token("inference_logprobs", constants.inference_logprobs, FLOATING, like)
-    warn_if_rounded(constants.inference_logprobs)
-    _check_per_token("advantages", constants.advantages, FLOATING, like)
-    _check_per_token("loss_mask", constants.loss_mask, BOOLEAN, like)
-    if constants.teacher_logprobs is not None:
-        _check_per_token("teacher_logprobs", constants.teacher_logprobs, FLOATING, like)
-    if constants.loss_weights is not None:
-        _check_per_token("loss_weights", constants.loss_weights, FLOATING, like)
-    if constants.cu_seqlens is not None:
-        _check_cu_seqlens(constants.cu_seqlens, like)
-    if constants.normalizer is not None:
-        _check_scalar("normalizer", constants.normalizer, NORMALIZER, like)
-    if teacher_tau > 0 and constants.teacher_logprobs is None:
+def _check_inputs_of_loss(like: _Like, inputs: LossInputs, teacher_tau: float) -> None:
+    """Raises unless ``inputs`` agree with ``like``."""
+    for name in TOKEN_INPUTS:
+        tensor = getattr(inputs, name)
+        if tensor is not None or name not in LossInputs._field_defaults:
+            dtypes = BOOLEAN if name == "loss_mask" else FLOATING
+            _check_per_token(name, tensor, dtypes, like)
+    warn_if_rounded(inputs.inference_logprobs)
+    if inputs.cu_seqlens is not None:
+        _check_cu_seqlens(inputs.cu_seqlens, like)
+    if inputs.normalizer is not None:
+        _check_scalar("normalizer", inputs.normalizer, NORMALIZER, like)
+    if teacher_tau > 0 and inputs.teacher_logprobs is None:
         raise ValueError(
             f"teacher_logprobs: expected a tensor because config.teacher_tau is {teacher_tau!r}, "
             "got None; pass the teacher's log-probabilities or set teacher_tau to 0"
@@ -205,13 +176,11 @@ def _check_scalar(
         _check_device(name, tensor, like)
 
 
-def check_no_gradient(
-    constants: LossConstants | None, temperature: torch.Tensor | None = None
-) -> None:
+def check_no_gradient(inputs: LossInputs | None, temperature: torch.Tensor | None = None) -> None:
     """Raises if a tensor to which no gradient flows asks for one."""
     named = [("temperature", temperature)]
-    if constants is not None:
-        named += zip(constants._fields, constants, strict=True)
+    if inputs is not None:
+        named += zip(inputs._fields, inputs, strict=True)
     for name, tensor in named:
         if tensor is not None and tensor.requires_grad:
             raise ValueError(

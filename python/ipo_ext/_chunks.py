@@ -1,4 +1,4 @@
-"""The rows that tier 3 works on, a chunk at a time, and the matrix products that it makes of them.
+"""The rows of the loss from hidden states, a chunk at a time, and the matrix products made of them.
 
 Nothing here waits for a device unless it must count, and nothing as large as all logits exists.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 
 from ipo_ext import _checks
+from ipo_ext._ops.arguments import NeedsGrad
 
 # Bytes of a chunk's logits: enough rows to keep the matrix products at full speed, which on a GPU
 # takes thousands and on a CPU hundreds.
@@ -157,33 +158,33 @@ def _row_length(weight: torch.Tensor) -> int:
     return math.ceil(weight.shape[0] / multiple) * multiple
 
 
-class Wanted(NamedTuple):
-    """Which gradients a call makes."""
-
-    by_hidden: bool
-    by_weight: bool
-
-
 class Gradients:
-    """Derivatives by the hidden states and by the weight, as far as wanted, a chunk at a time."""
+    """Gradients of hidden states and weight, as far as they are needed, a chunk at a time."""
 
     def __init__(
-        self, head: Head, hidden: torch.Tensor, rows: Rows, fill: torch.Tensor, wanted: Wanted
+        self,
+        head: Head,
+        hidden: torch.Tensor,
+        rows: Rows,
+        fill: torch.Tensor,
+        needs_grad: NeedsGrad,
     ) -> None:
-        self._head, self._rows, self._fill, self._wanted = head, rows, fill, wanted
+        self._head, self._rows, self._fill = head, rows, fill
+        self._needs_hidden, self._needs_weight = needs_grad
         width = hidden.shape[-1]
-        self._by_hidden = (
+        self._grad_hidden = (
             rows.new_output((rows.tokens, width), fill.to(hidden.dtype))
-            if wanted.by_hidden
+            if self._needs_hidden
             else hidden.new_empty((0, width))
         )
-        vocabulary = head.weight.shape[0] if wanted.by_weight else 0
-        self._by_weight = fill.new_empty((vocabulary, width))
+        vocabulary = head.weight.shape[0] if self._needs_weight else 0
+        self._grad_weight = fill.new_empty((vocabulary, width))
         self._is_first = True
 
     def over(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Where the gradient by the logits goes; None where nothing is wanted of it."""
-        return self._head.gradient_over(logits) if any(self._wanted) else None
+        """Where the gradient by the logits goes; None where nothing needs it."""
+        needs_any = self._needs_hidden or self._needs_weight
+        return self._head.gradient_over(logits) if needs_any else None
 
     def add(
         self,
@@ -195,18 +196,18 @@ class Gradients:
         if gradient is None:
             return
         gradient = gradient.to(self._head.weight.dtype)
-        if self._wanted.by_hidden:
-            by_states = self._fill.new_empty(states.shape)
-            product(gradient, self._head.weight, by_states)
-            self._rows.put(self._by_hidden, chunk, by_states)
-        if self._wanted.by_weight:
+        if self._needs_hidden:
+            grad_states = self._fill.new_empty(states.shape)
+            product(gradient, self._head.weight, grad_states)
+            self._rows.put(self._grad_hidden, chunk, grad_states)
+        if self._needs_weight:
             states = torch.where(pays[:, None], states, 0)  # 0 * NaN would be NaN
-            product(gradient.t(), states, self._by_weight, add=not self._is_first)
+            product(gradient.t(), states, self._grad_weight, add=not self._is_first)
             self._is_first = False
 
     def finished(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, width] in the dtype of the hidden states, [vocabulary, width] in the compute
-        dtype; without a row where not wanted."""
+        dtype; without a row where not needed."""
         if self._is_first:
-            self._by_weight.copy_(self._fill)
-        return self._by_hidden, self._by_weight
+            self._grad_weight.copy_(self._fill)
+        return self._grad_hidden, self._grad_weight

@@ -1,4 +1,4 @@
-"""Tier 3's operators: loss and log-probabilities from hidden states and the LM head's weight.
+"""The operators from hidden states and the LM head's weight: the loss, and log-probabilities.
 
 The [tokens, vocabulary] logits never exist: a chunk of the tokens that take part becomes logits,
 and these become their own gradient. The chunk loop is hidden from whatever traces: a graph holds
@@ -10,273 +10,193 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch.autograd import forward_ad
 
 from ipo_ext import _checks, _operators
-from ipo_ext._chunks import Gradients, Head, Rows, Wanted
+from ipo_ext._chunks import Gradients, Head, Rows
+from ipo_ext._ops.arguments import (
+    OPERATORS,
+    HeadInputs,
+    IPOLossFromHiddenArguments,
+    IPOLossFromHiddenResults,
+    LinearTokenLogprobsArguments,
+    LinearTokenLogprobsBackwardArguments,
+    LinearTokenLogprobsBackwardResults,
+    LinearTokenLogprobsResults,
+    LogprobsBackward,
+    Metrics,
+    NeedsGrad,
+    flatten,
+    schema,
+    unflatten,
+)
 
 _IGNORED_LABEL = -100
-
-
-# -------------------------------------------------------------------------------------------------
-# Arguments, in the order of the schemas
-
-
-class LossInputs(NamedTuple):
-    hidden: torch.Tensor  # [..., width]
-    weight: torch.Tensor  # [vocabulary, width]
-    labels: torch.Tensor  # [...], like the per-token tensors below
-    inference_logprobs: torch.Tensor
-    advantages: torch.Tensor
-    loss_mask: torch.Tensor
-    temperature: torch.Tensor | None
-    softcap: float
-    teacher_logprobs: torch.Tensor | None
-    loss_weights: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-    normalizer: torch.Tensor | None
-    mask_rule: int
-    kl_active: bool
-    rollout_low: float | None
-    low: float
-    high: float
-    adv_tau: float
-    kl_tau: float
-    teacher_tau: float
-    chunk_size: int
-    num_active: int | None
-    hidden_gradient: bool
-    weight_gradient: bool
-
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        """What the config says: from ``mask_rule`` to ``teacher_tau``."""
-        first, last = map(self._fields.index, ("mask_rule", "teacher_tau"))
-        return self[first : last + 1]
-
-    @property
-    def wanted(self) -> Wanted:
-        return Wanted(self.hidden_gradient, self.weight_gradient)
-
-
-class HeadInputs(NamedTuple):
-    """What log-probabilities are made of."""
-
-    hidden: torch.Tensor  # [..., width]
-    weight: torch.Tensor  # [vocabulary, width]
-    labels: torch.Tensor  # [...]
-    temperature: torch.Tensor | None
-    softcap: float
-    chunk_size: int
-
-    @classmethod
-    def of(cls, inputs: LossInputs) -> HeadInputs:
-        return cls(*(getattr(inputs, name) for name in cls._fields))
-
-    def flat(self) -> HeadInputs:
-        """With per-token tensors as ``[tokens]``."""
-        labels, temperature = _flat(self.labels, self.temperature)
-        return self._replace(labels=labels, temperature=temperature)
-
-
-class LossOutputs(NamedTuple):
-    loss: torch.Tensor
-    logprobs: torch.Tensor
-    entropy: torch.Tensor
-    means: torch.Tensor
-    sums: torch.Tensor
-    extremes: torch.Tensor
-    grad_hidden: torch.Tensor  # [tokens, width]; without a row where not wanted
-    grad_weight: torch.Tensor  # [vocabulary, width] in the compute dtype; likewise
-
-
-# The tensors that the loss takes for each token besides its label.
-_TOKENS = (
-    "inference_logprobs",
-    "advantages",
-    "loss_mask",
-    "teacher_logprobs",
-    "loss_weights",
-)
-
-_LOSS_SCHEMA = (
-    "(Tensor hidden, Tensor weight, Tensor labels, Tensor inference_logprobs, Tensor advantages, "
-    "Tensor loss_mask, Tensor? temperature, float softcap, Tensor? teacher_logprobs, "
-    "Tensor? loss_weights, Tensor? cu_seqlens, Tensor? normalizer, int mask_rule, bool kl_active, "
-    "float? rollout_low, float low, float high, float adv_tau, float kl_tau, float teacher_tau, "
-    "SymInt chunk_size, SymInt? num_active, bool hidden_gradient, bool weight_gradient) -> "
-    "(Tensor loss, Tensor logprobs, Tensor entropy, Tensor means, Tensor sums, Tensor extremes, "
-    "Tensor grad_hidden, Tensor grad_weight)"
-)
-_LOGPROBS_SCHEMA = (
-    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? temperature, float softcap, "
-    "SymInt chunk_size) -> (Tensor logprobs, Tensor entropy, Tensor softmax)"
-)
-_LOGPROBS_BACKWARD_SCHEMA = (
-    "(Tensor hidden, Tensor weight, Tensor labels, Tensor? temperature, float softcap, "
-    "SymInt chunk_size, Tensor entropy, Tensor softmax, Tensor grad_logprobs, Tensor grad_entropy, "
-    "bool hidden_gradient, bool weight_gradient) -> (Tensor grad_hidden, Tensor grad_weight)"
-)
 
 
 # -------------------------------------------------------------------------------------------------
 # Kernels
 
 
-def _ipo_loss_from_hidden(ops: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    inputs = LossInputs(*arguments)
-    names = ("labels", *_TOKENS, "temperature")
-    flat = dict(zip(names, _flat(*(getattr(inputs, name) for name in names)), strict=True))
-    shape, inputs = inputs.labels.shape, inputs._replace(**flat)
-    tokens = inputs.labels.numel()
+def _ipo_loss_from_hidden(
+    ops: Any, arguments: IPOLossFromHiddenArguments
+) -> IPOLossFromHiddenResults:
+    shape = arguments.head.labels.shape
+    arguments = arguments._replace(
+        head=_flat_head(arguments.head), inputs=arguments.inputs.map_tokens(_flat)
+    )
+    head, inputs, num_active = arguments.head, arguments.inputs, arguments.num_active
     fault = ops.find_faults(
-        inputs.labels,
+        head.labels,
+        head.scaling.temperature,
         inputs.loss_mask,
-        inputs.temperature,
-        inputs.weight.shape[0],
-        tokens if inputs.num_active is None else inputs.num_active,
         inputs.cu_seqlens,
         inputs.normalizer,
+        head.weight.shape[0],
+        head.labels.numel() if num_active is None else num_active,
     )
-    make = _loss_in_one_pass if inputs.rollout_low is None else _loss_of_whole_rollouts
-    loss, logprobs, entropy, *others = make(ops, inputs, fault)
-    return loss, logprobs.view(shape), entropy.view(shape), *others
+    in_one_pass = arguments.settings.rollout_low is None
+    make = _loss_in_one_pass if in_one_pass else _loss_of_whole_rollouts
+    results = make(ops, arguments, fault)
+    return results._replace(
+        logprobs=results.logprobs.view(shape), entropy=results.entropy.view(shape)
+    )
 
 
 def _loss_in_one_pass(
-    ops: Any, inputs: LossInputs, fault: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor
+) -> IPOLossFromHiddenResults:
     """What tokens pay, and the gradients, as soon as a chunk's logits are there."""
-    hidden, weight = inputs.hidden, inputs.weight
-    rows = Rows.of(inputs.loss_mask, inputs.num_active)
-    chunks = rows.chunks(inputs.chunk_size)
+    (hidden, weight, labels, scaling), inputs = arguments.head, arguments.inputs
+    rows = Rows.of(inputs.loss_mask, arguments.num_active)
+    chunks = rows.chunks(arguments.chunk_size)
     head = Head(weight, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
     logprobs = rows.new_output((rows.tokens,), fill)
     entropy = rows.new_output((rows.tokens,), fill)
-    gradients = Gradients(head, hidden, rows, fill, inputs.wanted)
+    gradients = Gradients(head, hidden, rows, fill, arguments.needs_grad)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
         states = rows.take_states(hidden, chunk)
-        active = take(inputs.loss_mask)
+        inputs_here = inputs.map_tokens(take)._replace(cu_seqlens=None)
         logits = head.logits(states)
         gradient = gradients.over(logits)
-        logprobs_here, entropy_here = ops.ipo_loss_rows(
+        logprobs_here, entropy_here = ops.chunk_logprobs_and_gradient(
             logits,
-            take(inputs.labels),
-            take(inputs.inference_logprobs),
-            take(inputs.advantages),
-            active,
-            take(inputs.temperature),
-            inputs.softcap,
-            take(inputs.teacher_logprobs),
-            take(inputs.loss_weights),
-            inputs.normalizer,
-            *inputs.settings,
+            take(labels),
+            take(scaling.temperature),
+            scaling.softcap,
+            *inputs_here,
+            *arguments.settings,
             fault,
             gradient,
         )
         rows.put(logprobs, chunk, logprobs_here)
         rows.put(entropy, chunk, entropy_here)
-        gradients.add(chunk, gradient, states, active & logprobs_here.isfinite())
+        pays = inputs_here.loss_mask & logprobs_here.isfinite()
+        gradients.add(chunk, gradient, states, pays)
 
-    loss, _, *metrics = _loss_of_rows(ops, inputs, fault, logprobs, entropy, False)
-    return loss, logprobs, entropy, *metrics, *gradients.finished()
+    loss, _, metrics = _loss_and_metrics(ops, arguments, fault, logprobs, entropy, False)
+    return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients.finished())
 
 
 def _loss_of_whole_rollouts(
-    ops: Any, inputs: LossInputs, fault: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor
+) -> IPOLossFromHiddenResults:
     """A rollout rule needs all log-probabilities of a sequence before any gradient.
 
     So the logits are made twice, the second time for tokens that pay; without ``num_active`` each
     time reads a count back.
     """
-    labels = inputs.labels.masked_fill(~inputs.loss_mask, _IGNORED_LABEL)
-    head = HeadInputs.of(inputs)._replace(labels=labels)
-    rows = Rows.of(inputs.loss_mask, inputs.num_active)
-    logprobs, entropy, softmax = _logprobs_of(ops, rows, fault, head)
-    with_slopes = any(inputs.wanted)
-    loss, slopes, *metrics = _loss_of_rows(ops, inputs, fault, logprobs, entropy, with_slopes)
-    slopes = slopes.to(logprobs.dtype)
-    if with_slopes:
-        rows = Rows.of(inputs.loss_mask & (slopes != 0), inputs.num_active)
-    flowing = (entropy, softmax, slopes, torch.zeros_like(entropy))
-    gradients = _gradients_of(ops, rows, fault, head, *flowing, inputs.wanted)
-    return loss, logprobs, entropy, *metrics, *gradients
+    loss_mask, num_active = arguments.inputs.loss_mask, arguments.num_active
+    labels = arguments.head.labels.masked_fill(~loss_mask, _IGNORED_LABEL)
+    head, chunk_size = arguments.head._replace(labels=labels), arguments.chunk_size
+    rows = Rows.of(loss_mask, num_active)
+    logprobs, entropy, softmax_stats = _logprobs_of(ops, rows, fault, head, chunk_size)
+    needs_grad_logprobs = any(arguments.needs_grad)
+    loss, grad_logprobs, metrics = _loss_and_metrics(
+        ops, arguments, fault, logprobs, entropy, needs_grad_logprobs
+    )
+    grad_logprobs = grad_logprobs.to(logprobs.dtype)
+    if needs_grad_logprobs:
+        rows = Rows.of(loss_mask & (grad_logprobs != 0), num_active)
+    backward = LogprobsBackward(entropy, softmax_stats, grad_logprobs, torch.zeros_like(entropy))
+    gradients = _gradients_of(ops, rows, fault, head, chunk_size, backward, arguments.needs_grad)
+    return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients)
 
 
-def _loss_of_rows(
+def _loss_and_metrics(
     ops: Any,
-    inputs: LossInputs,
+    arguments: IPOLossFromHiddenArguments,
     fault: torch.Tensor,
     logprobs: torch.Tensor,
     entropy: torch.Tensor,
-    with_slopes: bool,
-) -> tuple[torch.Tensor, ...]:
-    """Loss, its derivatives by the log-probabilities, means, sums and extremes."""
-    return tuple(
-        ops.ipo_loss_of_rows(
-            logprobs,
-            entropy,
-            inputs.inference_logprobs,
-            inputs.advantages,
-            inputs.loss_mask,
-            inputs.teacher_logprobs,
-            inputs.loss_weights,
-            inputs.cu_seqlens,
-            inputs.normalizer,
-            *inputs.settings,
-            fault,
-            with_slopes,
-            not with_slopes or _operators.gradient_is_normalized(inputs.weight.dtype),
-        )
+    needs_grad_logprobs: bool,
+) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+    """Loss, its derivatives by the log-probabilities, metrics."""
+    dtype = arguments.head.weight.dtype
+    loss, grad_logprobs, *metrics = ops.loss_and_metrics(
+        logprobs,
+        entropy,
+        *arguments.inputs,
+        *arguments.settings,
+        fault,
+        needs_grad_logprobs,
+        not needs_grad_logprobs or _operators.gradient_is_normalized(dtype),
     )
+    return loss, grad_logprobs, Metrics(*metrics)
 
 
-def _linear_token_logprobs(ops: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    inputs = HeadInputs(*arguments)
-    shape, inputs = inputs.labels.shape, inputs.flat()
-    fault = _faults_of_head(ops, inputs)
-    rows = Rows.of(inputs.labels != _IGNORED_LABEL, None)
-    logprobs, entropy, softmax = _logprobs_of(ops, rows, fault, inputs)
-    return logprobs.view(shape), entropy.view(shape), softmax
+def _linear_token_logprobs(
+    ops: Any, arguments: LinearTokenLogprobsArguments
+) -> LinearTokenLogprobsResults:
+    head, shape = _flat_head(arguments.head), arguments.head.labels.shape
+    fault = _faults_of_head(ops, head)
+    rows = Rows.of(head.labels != _IGNORED_LABEL, None)
+    logprobs, entropy, stats = _logprobs_of(ops, rows, fault, head, arguments.chunk_size)
+    return LinearTokenLogprobsResults(logprobs.view(shape), entropy.view(shape), stats)
 
 
 def _logprobs_of(
-    ops: Any, rows: Rows, fault: torch.Tensor, inputs: HeadInputs
-) -> tuple[torch.Tensor, ...]:
-    """Log-probabilities and entropies ``[tokens]``, the softmax's numbers ``[tokens, 2]``."""
-    chunks = rows.chunks(inputs.chunk_size)
+    ops: Any, rows: Rows, fault: torch.Tensor, inputs: HeadInputs, chunk_size: int
+) -> LinearTokenLogprobsResults:
+    """All of them as ``[tokens]``."""
+    chunks = rows.chunks(chunk_size)
     head = Head(inputs.weight, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
     logprobs = rows.new_output((rows.tokens,), fill)
     entropy = rows.new_output((rows.tokens,), fill)
-    softmax = rows.new_output((rows.tokens, 2), fill)
+    softmax_stats = rows.new_output((2, rows.tokens), fill)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
         logits = head.logits(rows.take_states(inputs.hidden, chunk))
-        logprobs_here, entropy_here, softmax_here = ops.token_logprobs_rows(
-            logits, take(inputs.labels), take(inputs.temperature), inputs.softcap, fault
+        logprobs_here, entropy_here, stats_here = ops.chunk_logprobs(
+            logits,
+            take(inputs.labels),
+            take(inputs.scaling.temperature),
+            inputs.scaling.softcap,
+            fault,
         )
         rows.put(logprobs, chunk, logprobs_here)
         rows.put(entropy, chunk, entropy_here)
-        rows.put(softmax, chunk, softmax_here.t())
-    return logprobs, entropy, softmax
+        rows.put(softmax_stats.t(), chunk, stats_here.t())
+    return LinearTokenLogprobsResults(logprobs, entropy, softmax_stats)
 
 
-def _linear_token_logprobs_backward(ops: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    count = len(HeadInputs._fields)
-    inputs = HeadInputs(*arguments[:count]).flat()
-    entropy, softmax, grad_logprobs, grad_entropy, *wanted = arguments[count:]
-    entropy, grad_logprobs, grad_entropy = _flat(entropy, grad_logprobs, grad_entropy)
-    fault = _faults_of_head(ops, inputs)
-    flows = (inputs.labels != _IGNORED_LABEL) & ((grad_logprobs != 0) | (grad_entropy != 0))
-    flowing = (entropy, softmax, grad_logprobs, grad_entropy)
-    return _gradients_of(ops, Rows.of(flows, None), fault, inputs, *flowing, Wanted(*wanted))
+def _linear_token_logprobs_backward(
+    ops: Any, arguments: LinearTokenLogprobsBackwardArguments
+) -> LinearTokenLogprobsBackwardResults:
+    head, (entropy, softmax_stats, *grads) = _flat_head(arguments.head), arguments.backward
+    backward = LogprobsBackward(_flat(entropy), softmax_stats, *map(_flat, grads))
+    fault = _faults_of_head(ops, head)
+    flows = (backward.grad_logprobs != 0) | (backward.grad_entropy != 0)
+    rows = Rows.of((head.labels != _IGNORED_LABEL) & flows, None)
+    return _gradients_of(
+        ops, rows, fault, head, arguments.chunk_size, backward, arguments.needs_grad
+    )
 
 
 def _gradients_of(
@@ -284,51 +204,61 @@ def _gradients_of(
     rows: Rows,
     fault: torch.Tensor,
     inputs: HeadInputs,
-    entropy: torch.Tensor,
-    softmax: torch.Tensor,
-    grad_logprobs: torch.Tensor,
-    grad_entropy: torch.Tensor,
-    wanted: Wanted,
-) -> tuple[torch.Tensor, ...]:
+    chunk_size: int,
+    backward: LogprobsBackward,
+    needs_grad: NeedsGrad,
+) -> LinearTokenLogprobsBackwardResults:
     """By hidden states and weight, of the active rows, whose logits are made again."""
-    chunks = rows.chunks(inputs.chunk_size) if any(wanted) else []
+    chunks = rows.chunks(chunk_size) if any(needs_grad) else []
     head = Head(inputs.weight, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
-    gradients = Gradients(head, inputs.hidden, rows, fill, wanted)
+    gradients = Gradients(head, inputs.hidden, rows, fill, needs_grad)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
         states = rows.take_states(inputs.hidden, chunk)
         logits = head.logits(states)
         gradient = gradients.over(logits)
-        ops.token_logprobs_rows_backward(
+        ops.chunk_logprobs_backward(
             logits,
             take(inputs.labels),
-            take(inputs.temperature),
-            inputs.softcap,
-            take(entropy),
-            take(softmax).t(),
-            take(grad_logprobs),
-            take(grad_entropy),
+            take(inputs.scaling.temperature),
+            inputs.scaling.softcap,
+            take(backward.entropy),
+            take(backward.softmax_stats.t()).t(),
+            take(backward.grad_logprobs),
+            take(backward.grad_entropy),
             fault,
             gradient,
         )
         gradients.add(chunk, gradient, states, take(rows.active))
-    return gradients.finished()
+    return LinearTokenLogprobsBackwardResults(*gradients.finished())
 
 
-def _faults_of_head(ops: Any, inputs: HeadInputs) -> torch.Tensor:
-    labels, vocabulary = inputs.labels, inputs.weight.shape[0]
-    return cast(
-        torch.Tensor,
-        ops.find_faults(labels, None, inputs.temperature, vocabulary, labels.numel(), None, None),
+def _faults_of_head(ops: Any, head: HeadInputs) -> torch.Tensor:
+    fault = ops.find_faults(
+        head.labels,
+        head.scaling.temperature,
+        None,
+        None,
+        None,
+        head.weight.shape[0],
+        head.labels.numel(),
     )
+    return cast(torch.Tensor, fault)
 
 
-def _flat(*tensors: torch.Tensor | None) -> list[Any]:
-    """[...] -> [tokens]; a temperature for all, a scalar beside tokens, and None as they are."""
-    of_tokens = tensors[0]
-    assert of_tokens is not None
-    return [t if t is None or t.dim() != of_tokens.dim() else t.reshape(-1) for t in tensors]
+def _flat_head(head: HeadInputs) -> HeadInputs:
+    """With what belongs to tokens as ``[tokens]``."""
+    temperature = head.scaling.temperature
+    if temperature is not None and temperature.dim() > 0:
+        temperature = _flat(temperature)
+    scaling = head.scaling._replace(temperature=temperature)
+    return head._replace(labels=_flat(head.labels), scaling=scaling)
+
+
+def _flat(tensor: Any) -> Any:
+    """[...] -> [tokens]; None as it is."""
+    return None if tensor is None else tensor.reshape(-1)
 
 
 def _longest(chunks: list[slice]) -> int:
@@ -344,59 +274,48 @@ def _value_of_no_row(fault: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # Fakes
 
 
-def _ipo_loss_from_hidden_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    inputs = LossInputs(*arguments)
-    hidden, labels = inputs.hidden, inputs.labels
-    _checks.check_hidden_loss(
-        hidden,
-        inputs.weight,
-        labels,
-        inputs.temperature,
-        _checks.LossConstants.of(inputs),
-        inputs.teacher_tau,
-    )
+def _ipo_loss_from_hidden_fake(arguments: IPOLossFromHiddenArguments) -> IPOLossFromHiddenResults:
+    head, inputs = arguments.head, arguments.inputs
+    _checks.check_hidden_loss(head, inputs, arguments.settings.teacher_tau)
+    hidden, shape = head.hidden, head.labels.shape
     per_token = _checks.widened(hidden.dtype)
     compute = _checks.compute_dtype(hidden, inputs.inference_logprobs)
-    return (
+    return IPOLossFromHiddenResults(
         hidden.new_empty((), dtype=compute),
-        hidden.new_empty(labels.shape, dtype=per_token),
-        hidden.new_empty(labels.shape, dtype=per_token),
-        *_operators.metrics_fake(hidden, inputs.cu_seqlens, compute),
-        *_gradients_fake(hidden, inputs.weight, labels, inputs.wanted),
+        hidden.new_empty(shape, dtype=per_token),
+        hidden.new_empty(shape, dtype=per_token),
+        _operators.metrics_fake(hidden, inputs.cu_seqlens, compute),
+        *_gradients_fake(head, arguments.needs_grad),
     )
 
 
-def _gradients_fake(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, wanted: Wanted
-) -> tuple[torch.Tensor, torch.Tensor]:
-    width = hidden.shape[-1]
-    vocabulary = weight.shape[0] if wanted.by_weight else 0
-    return (
-        hidden.new_empty((labels.numel() if wanted.by_hidden else 0, width)),
-        weight.new_empty((vocabulary, width), dtype=_checks.widened(weight.dtype)),
+def _gradients_fake(head: HeadInputs, needs_grad: NeedsGrad) -> LinearTokenLogprobsBackwardResults:
+    vocabulary, width = head.weight.shape
+    tokens = head.labels.numel() if needs_grad.needs_grad_hidden else 0
+    vocabulary = vocabulary if needs_grad.needs_grad_weight else 0
+    return LinearTokenLogprobsBackwardResults(
+        head.hidden.new_empty((tokens, width)),
+        head.weight.new_empty((vocabulary, width), dtype=_checks.widened(head.weight.dtype)),
     )
 
 
 def _linear_token_logprobs_fake(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: torch.Tensor | None,
-    *_: Any,
-) -> tuple[torch.Tensor, ...]:
-    _checks.check_hidden(hidden, weight, labels, temperature)
-    dtype = _checks.widened(hidden.dtype)
-    return (
-        hidden.new_empty(labels.shape, dtype=dtype),
-        hidden.new_empty(labels.shape, dtype=dtype),
-        hidden.new_empty((labels.numel(), 2), dtype=dtype),
+    arguments: LinearTokenLogprobsArguments,
+) -> LinearTokenLogprobsResults:
+    head = arguments.head
+    _checks.check_hidden(head)
+    dtype = _checks.widened(head.hidden.dtype)
+    return LinearTokenLogprobsResults(
+        head.hidden.new_empty(head.labels.shape, dtype=dtype),
+        head.hidden.new_empty(head.labels.shape, dtype=dtype),
+        head.hidden.new_empty((2, head.labels.numel()), dtype=dtype),
     )
 
 
 def _linear_token_logprobs_backward_fake(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *inputs: Any
-) -> tuple[torch.Tensor, ...]:
-    return _gradients_fake(hidden, weight, labels, Wanted(*inputs[-2:]))
+    arguments: LinearTokenLogprobsBackwardArguments,
+) -> LinearTokenLogprobsBackwardResults:
+    return _gradients_fake(arguments.head, arguments.needs_grad)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -404,24 +323,26 @@ def _linear_token_logprobs_backward_fake(
 
 
 def _loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    operands = LossInputs(*inputs)
-    _keep_gradients(ctx, operands, LossOutputs(*output), operands.weight.dtype, None)
+    arguments = unflatten(IPOLossFromHiddenArguments, inputs)
+    _keep_gradients(ctx, arguments, output, arguments.head.weight.dtype, None)
     ctx.num_inputs = len(inputs)
 
 
 def _keep_gradients(
     ctx: Any,
-    inputs: LossInputs,
-    outputs: LossOutputs,
+    arguments: IPOLossFromHiddenArguments,
+    output: tuple[Any, ...],
     dtype: torch.dtype,
     anchor: torch.Tensor | None,
 ) -> None:
-    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.shape, ctx.wanted = inputs.hidden.shape, inputs.wanted
-    ctx.dtypes = inputs.hidden.dtype, inputs.weight.dtype
-    normalizer = _operators.normalizer_to_keep(dtype, inputs.normalizer)
-    ctx.save_for_backward(outputs.grad_hidden, outputs.grad_weight, normalizer, anchor)
+    hidden, weight, *_ = arguments.head
+    ctx.shape, ctx.needs_grad = hidden.shape, arguments.needs_grad
+    ctx.dtypes = hidden.dtype, weight.dtype
+    normalizer = _operators.normalizer_to_keep(dtype, arguments.inputs.normalizer)
+    results = unflatten(IPOLossFromHiddenResults, output)
+    ctx.save_for_backward(results.grad_hidden, results.grad_weight, normalizer, anchor)
 
 
 def _loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -431,20 +352,20 @@ def _loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[A
         return (None, None, *others)
     if torch.is_grad_enabled():
         raise NotImplementedError(_operators.NO_SECOND_DERIVATIVE)
-    for name, wanted, needed in zip(
-        ("hidden", "weight"), ctx.wanted, ctx.needs_input_grad, strict=False
+    for name, made, needed in zip(
+        NeedsGrad._fields, ctx.needs_grad, ctx.needs_input_grad, strict=False
     ):
-        if needed and not wanted:
+        if needed and not made:
             raise RuntimeError(
-                f"ipo_ext::ipo_loss_from_hidden: expected {name}_gradient=True to run backward, "
-                "got False"
+                f"ipo_ext::ipo_loss_from_hidden: expected {name}=True to run backward, got False"
             )
-    by_hidden, by_weight, normalizer, _ = ctx.saved_tensors
+    grad_hidden, grad_weight, normalizer, _ = ctx.saved_tensors
     factor = _operators.gradient_factor(grad_loss, normalizer)
     hidden_dtype, weight_dtype = ctx.dtypes
+    needs_hidden, needs_weight = ctx.needs_grad
     return (
-        (by_hidden * factor).to(hidden_dtype).view(ctx.shape) if ctx.wanted.by_hidden else None,
-        (by_weight * factor).to(weight_dtype) if ctx.wanted.by_weight else None,
+        (grad_hidden * factor).to(hidden_dtype).view(ctx.shape) if needs_hidden else None,
+        (grad_weight * factor).to(weight_dtype) if needs_weight else None,
         *others,
     )
 
@@ -464,8 +385,9 @@ class IPOLossFromHiddenFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        anchor, dtype, *operands = inputs
-        _keep_gradients(ctx, LossInputs(*operands), LossOutputs(*output), dtype, anchor)
+        anchor, dtype, *values = inputs
+        arguments = unflatten(IPOLossFromHiddenArguments, values)
+        _keep_gradients(ctx, arguments, output, dtype, anchor)
         ctx.num_inputs = len(inputs)
 
     @staticmethod
@@ -474,15 +396,16 @@ class IPOLossFromHiddenFunction(torch.autograd.Function):
         if grad_loss is None:
             return (None, None, None, None, *others)
         _operators.hand_over_once(ctx)
-        by_hidden, by_weight, normalizer, anchor = ctx.saved_tensors
+        grad_hidden, grad_weight, normalizer, anchor = ctx.saved_tensors
         factor = _operators.gradient_factor(grad_loss, normalizer)
         hidden_dtype, weight_dtype = ctx.dtypes
+        needs_hidden, needs_weight = ctx.needs_grad
         scale: Any = _operators.ScaleOnce.apply
         of_hidden = of_weight = None
-        if ctx.wanted.by_hidden:
-            of_hidden = scale(by_hidden, factor, hidden_dtype, anchor).view(ctx.shape)
-        if ctx.wanted.by_weight:
-            of_weight = scale(by_weight, factor, weight_dtype, anchor)
+        if needs_hidden:
+            of_hidden = scale(grad_hidden, factor, hidden_dtype, anchor).view(ctx.shape)
+        if needs_weight:
+            of_weight = scale(grad_weight, factor, weight_dtype, anchor)
         return (None, None, of_hidden, of_weight, *others)
 
     vmap = staticmethod(_operators.refuse_vmap)
@@ -492,23 +415,25 @@ class IPOLossFromHiddenUnderForwardMode(_operators.RefusesTangents, IPOLossFromH
     pass
 
 
-def run_ipo_loss_from_hidden(dtype: torch.dtype, *inputs: Any) -> tuple[torch.Tensor, ...]:
+def run_ipo_loss_from_hidden(
+    dtype: torch.dtype, arguments: IPOLossFromHiddenArguments
+) -> tuple[torch.Tensor, ...]:
     """Loss, log-probabilities, entropy, means, sums, extremes; differentiates as the inputs ask."""
-    operands = LossInputs(*inputs)
+    values = flatten(arguments)
     function: Any
     if forward_ad._current_level >= 0:
         function = IPOLossFromHiddenUnderForwardMode
-    elif not any(operands.wanted):
-        return tuple(_operators.library().ipo_loss_from_hidden(*_cast(dtype, inputs)))[:6]
+    elif not any(arguments.needs_grad):
+        return tuple(_operators.library().ipo_loss_from_hidden(*_cast(dtype, values)))[:6]
     else:
         function = IPOLossFromHiddenFunction
-    anchor = _operators.anchor(operands.hidden, operands.weight)
-    return tuple(function.apply(anchor, dtype, *inputs))[:6]
+    anchor = _operators.anchor(arguments.head.hidden, arguments.head.weight)
+    return tuple(function.apply(anchor, dtype, *values))[:6]
 
 
-def _cast(dtype: torch.dtype, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cast(dtype: torch.dtype, values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Hidden states and weight, which come first, in ``dtype``."""
-    hidden, weight, *others = inputs
+    hidden, weight, *others = values
     return hidden.to(dtype), weight.to(dtype), *others
 
 
@@ -532,11 +457,11 @@ class LinearTokenLogprobsGradient(torch.autograd.Function):
         softcap: float,
         chunk_size: int,
         entropy: torch.Tensor,
-        softmax: torch.Tensor,
+        softmax_stats: torch.Tensor,
         grad_logprobs: torch.Tensor,
         grad_entropy: torch.Tensor,
-        hidden_gradient: bool,
-        weight_gradient: bool,
+        needs_grad_hidden: bool,
+        needs_grad_weight: bool,
     ) -> tuple[torch.Tensor, ...]:
         gradients = _operators.library().linear_token_logprobs_backward(
             hidden,
@@ -546,11 +471,11 @@ class LinearTokenLogprobsGradient(torch.autograd.Function):
             softcap,
             chunk_size,
             entropy,
-            softmax,
+            softmax_stats,
             grad_logprobs,
             grad_entropy,
-            hidden_gradient,
-            weight_gradient,
+            needs_grad_hidden,
+            needs_grad_weight,
         )
         return tuple(gradients)
 
@@ -566,18 +491,22 @@ class LinearTokenLogprobsGradient(torch.autograd.Function):
 
 
 def _logprobs_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    hidden, weight, labels, temperature, ctx.softcap, ctx.chunk_size = inputs
-    _keep_for_logprobs(ctx, (hidden, weight, labels, temperature), output, weight.dtype)
+    arguments = unflatten(LinearTokenLogprobsArguments, inputs)
+    _keep_for_logprobs(ctx, arguments, output, arguments.head.weight.dtype)
 
 
 def _keep_for_logprobs(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...], dtype: torch.dtype
+    ctx: Any,
+    arguments: LinearTokenLogprobsArguments,
+    output: tuple[Any, ...],
+    dtype: torch.dtype,
 ) -> None:
-    _, entropy, softmax = output
-    ctx.mark_non_differentiable(softmax)
-    ctx.save_for_backward(*inputs, entropy, softmax)
-    ctx.set_materialize_grads(False)  # not for the softmax
-    ctx.dtype = dtype
+    hidden, weight, labels, (temperature, ctx.softcap) = arguments.head
+    _, entropy, softmax_stats = output
+    ctx.mark_non_differentiable(softmax_stats)
+    ctx.save_for_backward(hidden, weight, labels, temperature, entropy, softmax_stats)
+    ctx.set_materialize_grads(False)  # not for the statistics
+    ctx.chunk_size, ctx.dtype = arguments.chunk_size, dtype
 
 
 def _logprobs_backward(
@@ -586,26 +515,23 @@ def _logprobs_backward(
     others = (None,) * 4
     if grad_logprobs is None and grad_entropy is None:
         return (None, None, *others)
-    hidden, weight, labels, temperature, entropy, softmax = ctx.saved_tensors
-    nothing = torch.zeros_like(entropy)
-    wants_hidden, wants_weight, *_ = ctx.needs_input_grad[-6:]
+    hidden, weight, labels, temperature, entropy, softmax_stats = ctx.saved_tensors
+    backward = _operators.logprobs_backward(entropy, softmax_stats, grad_logprobs, grad_entropy)
+    needs_hidden, needs_weight, *_ = ctx.needs_input_grad[-6:]
     run: Any = LinearTokenLogprobsGradient.apply
-    by_hidden, by_weight = run(
+    grad_hidden, grad_weight = run(
         hidden.to(ctx.dtype),
         weight.to(ctx.dtype),
         labels,
         temperature,
         ctx.softcap,
         ctx.chunk_size,
-        entropy.detach(),
-        softmax,
-        nothing if grad_logprobs is None else grad_logprobs,
-        nothing if grad_entropy is None else grad_entropy,
-        wants_hidden,
-        wants_weight,
+        *backward,
+        needs_hidden,
+        needs_weight,
     )
-    of_hidden = by_hidden.to(hidden.dtype).view(hidden.shape) if wants_hidden else None
-    of_weight = by_weight.to(weight.dtype) if wants_weight else None
+    of_hidden = grad_hidden.to(hidden.dtype).view(hidden.shape) if needs_hidden else None
+    of_weight = grad_weight.to(weight.dtype) if needs_weight else None
     return (of_hidden, of_weight, *others)
 
 
@@ -618,8 +544,8 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        dtype, hidden, weight, labels, temperature, ctx.softcap, ctx.chunk_size = inputs
-        _keep_for_logprobs(ctx, (hidden, weight, labels, temperature), output, dtype)
+        dtype, *values = inputs
+        _keep_for_logprobs(ctx, unflatten(LinearTokenLogprobsArguments, values), output, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
@@ -633,31 +559,39 @@ class LinearTokenLogprobsUnderForwardMode(_operators.RefusesTangents, LinearToke
     pass
 
 
-def run_linear_token_logprobs(dtype: torch.dtype, *inputs: Any) -> tuple[torch.Tensor, ...]:
+def run_linear_token_logprobs(
+    dtype: torch.dtype, arguments: LinearTokenLogprobsArguments
+) -> tuple[torch.Tensor, ...]:
     """Log-probabilities, entropy and what the backward pass needs."""
-    hidden, weight, *_ = inputs
+    hidden, weight, *_ = arguments.head
+    values = flatten(arguments)
     function: Any
     if forward_ad._current_level >= 0:
         function = LinearTokenLogprobsUnderForwardMode
     elif not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-        return tuple(_operators.library().linear_token_logprobs(*_cast(dtype, inputs)))
+        return tuple(_operators.library().linear_token_logprobs(*_cast(dtype, values)))
     else:
         function = LinearTokenLogprobsFunction
-    return tuple(function.apply(dtype, *inputs))
+    return tuple(function.apply(dtype, *values))
 
 
 # -------------------------------------------------------------------------------------------------
 # Registration
 
-_OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
-    "ipo_loss_from_hidden": (_LOSS_SCHEMA, _ipo_loss_from_hidden, _ipo_loss_from_hidden_fake),
+# Of each operator: what it returns, its kernel, its fake.
+_OPERATORS: dict[str, tuple[type[Any], Callable[..., Any], Callable[..., Any]]] = {
+    "ipo_loss_from_hidden": (
+        IPOLossFromHiddenResults,
+        _ipo_loss_from_hidden,
+        _ipo_loss_from_hidden_fake,
+    ),
     "linear_token_logprobs": (
-        _LOGPROBS_SCHEMA,
+        LinearTokenLogprobsResults,
         _linear_token_logprobs,
         _linear_token_logprobs_fake,
     ),
     "linear_token_logprobs_backward": (
-        _LOGPROBS_BACKWARD_SCHEMA,
+        LinearTokenLogprobsBackwardResults,
         _linear_token_logprobs_backward,
         _linear_token_logprobs_backward_fake,
     ),
@@ -675,12 +609,14 @@ def register(namespace: str) -> None:
     """Defines the operators of ``namespace``, over its C++ operators, with fakes and autograd."""
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)
-    for name, (schema, kernel, fake) in _OPERATORS.items():
+    for name, (results, kernel, fake) in _OPERATORS.items():
         # They read counts back, unless told.
-        library.define(name + schema, tags=(torch.Tag.cudagraph_unsafe,))
+        text = name + schema(OPERATORS[name], results)
+        library.define(text, tags=(torch.Tag.cudagraph_unsafe,))
         for key in ("CPU", "CUDA"):
-            library.impl(name, _kernel(kernel, namespace), key)
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+            library.impl(name, _kernel(name, kernel, namespace), key)
+        by_name = _operators.by_name(name, lambda arguments, fake=fake: flatten(fake(arguments)))
+        torch.library.register_fake(f"{namespace}::{name}", by_name, lib=library)
         torch.library.register_vmap(f"{namespace}::{name}", _operators.refuse_vmap, lib=library)
     for name, (backward, setup_context) in _AUTOGRAD.items():
         torch.library.register_autograd(
@@ -688,18 +624,18 @@ def register(namespace: str) -> None:
         )
 
 
-def _kernel(function: Any, namespace: str) -> Any:
+def _kernel(name: str, function: Any, namespace: str) -> Any:
     """``function`` over the C++ operators of ``namespace``, in the precision that it asks for."""
     no_views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
-    @functools.wraps(function)
-    def kernel(hidden: torch.Tensor, *inputs: Any) -> Any:
+    def kernel(hidden: torch.Tensor, *others: Any) -> Any:
+        arguments = unflatten(OPERATORS[name], (hidden, *others))
         with (
             torch.no_grad(),
             torch.autocast(hidden.device.type, enabled=False),
             torch._C._ExcludeDispatchKeyGuard(no_views),  # what reshapes here is no view outside
         ):
-            return tuple(function(getattr(torch.ops, namespace), hidden, *inputs))
+            return flatten(function(getattr(torch.ops, namespace), arguments))
 
     return kernel
 

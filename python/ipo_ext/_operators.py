@@ -5,12 +5,29 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch.autograd import forward_ad
 
 from ipo_ext import _C, _checks
+from ipo_ext._ops.arguments import (
+    OPERATORS,
+    ChunkLogprobsArguments,
+    ChunkLossArguments,
+    FindFaultsArguments,
+    IPOLossArguments,
+    IPOLossFromLogitsArguments,
+    IPOLossFromLogitsInplaceArguments,
+    LogprobsBackward,
+    LossAndMetricsArguments,
+    MetricMeansArguments,
+    Metrics,
+    TokenLogprobsArguments,
+    TokenLogprobsBackwardArguments,
+    flatten,
+    unflatten,
+)
 
 _namespace = "ipo_ext"
 
@@ -27,7 +44,7 @@ def library() -> Any:
 def register(namespace: str) -> None:
     """Registers fakes and autograd formulas for the operators of ``namespace``."""
     for name, fake in _FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_fake(f"{namespace}::{name}", by_name(name, fake))
     for name, (backward, setup_context) in _AUTOGRAD.items():
         torch.library.register_autograd(
             f"{namespace}::{name}", backward, setup_context=setup_context
@@ -35,37 +52,45 @@ def register(namespace: str) -> None:
         torch.library.register_vmap(f"{namespace}::{name}", refuse_vmap)
 
 
+def by_name(operator: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of the operator's named arguments as a function of their values in a row."""
+    kind = OPERATORS[operator]
+
+    def call(*values: Any) -> Any:
+        return function(unflatten(kind, values))
+
+    return call
+
+
 # -------------------------------------------------------------------------------------------------
-# Tier 1
+# From log-probabilities
 
 
-def _ipo_loss_fake(trainer_logprobs: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
-    constants = _checks.LossConstants(*inputs[: len(_checks.LossConstants._fields)])
-    teacher_tau, with_gradient = inputs[-2:]
-    _checks.check_per_token_loss(trainer_logprobs, constants, teacher_tau)
-    compute = _checks.compute_dtype(trainer_logprobs, constants.inference_logprobs)
-    new = trainer_logprobs.new_empty
+def _ipo_loss_fake(arguments: IPOLossArguments) -> tuple[torch.Tensor, ...]:
+    like, inputs = arguments.trainer_logprobs, arguments.inputs
+    _checks.check_per_token_loss(like, inputs, arguments.settings.teacher_tau)
+    compute = _checks.compute_dtype(like, inputs.inference_logprobs)
     return (
-        new((), dtype=compute),
-        new(trainer_logprobs.shape if with_gradient else (0,), dtype=compute),
-        *metrics_fake(trainer_logprobs, constants.cu_seqlens, compute),
+        like.new_empty((), dtype=compute),
+        like.new_empty(like.shape if arguments.with_gradient else (0,), dtype=compute),
+        *metrics_fake(like, inputs.cu_seqlens, compute),
     )
 
 
 def metrics_fake(
     like: torch.Tensor, cu_seqlens: torch.Tensor | None, compute: torch.dtype
-) -> tuple[torch.Tensor, ...]:
-    """Means, sums and extremes."""
+) -> Metrics:
     segments = () if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
-    return (
+    return Metrics(
         like.new_empty((len(_C.MEAN_ROWS), *segments), dtype=compute),
         like.new_empty((len(_C.SUM_ROWS), *segments), dtype=torch.float64),
         like.new_empty((len(_C.EXTREME_ROWS), *segments), dtype=torch.float64),
     )
 
 
-def _metric_means_fake(sums: torch.Tensor, extremes: torch.Tensor, float64: bool) -> torch.Tensor:
-    dtype = torch.float64 if float64 else torch.float32
+def _metric_means_fake(arguments: MetricMeansArguments) -> torch.Tensor:
+    dtype = torch.float64 if arguments.float64 else torch.float32
+    sums = arguments.sums
     return sums.new_empty((len(_C.MEAN_ROWS), *sums.shape[1:]), dtype=dtype)
 
 
@@ -104,12 +129,12 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def _ipo_loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    trainer_logprobs, with_gradient = inputs[0], inputs[-1]
+    arguments = unflatten(IPOLossArguments, inputs)
     _, gradient, *metrics = output
     ctx.mark_non_differentiable(gradient, *metrics)
-    ctx.with_gradient = with_gradient
+    ctx.with_gradient = arguments.with_gradient
     ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(gradient, trainer_logprobs)
+    ctx.save_for_backward(gradient, arguments.trainer_logprobs)
     ctx.set_materialize_grads(False)  # else backward makes zeros for the four other outputs
 
 
@@ -198,7 +223,7 @@ class EagerIPOLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         trainer_logprobs: torch.Tensor,
-        constants: tuple[Any, ...],
+        constants: list[Any],
         metrics: list[torch.Tensor],
     ) -> torch.Tensor:
         loss, gradient, *metrics[:] = _below_autograd(
@@ -218,19 +243,23 @@ def _below_autograd(operator: Any, *inputs: Any) -> Any:
         return operator(*inputs)
 
 
-def run_ipo_loss(*inputs: Any) -> tuple[torch.Tensor, ...]:
+def run_ipo_loss(arguments: IPOLossArguments) -> tuple[torch.Tensor, ...]:
     """Loss, means, sums and extremes, differentiable as the inputs ask, or refusing to be."""
-    with_gradient = inputs[-1]
+    trainer_logprobs, *constants = flatten(arguments)
     if forward_ad._current_level >= 0 or not _is_eager():
         loss, _, *metrics = run(
-            library().ipo_loss, IPOLossFunction, IPOLossUnderForwardMode, inputs, with_gradient
+            library().ipo_loss,
+            IPOLossFunction,
+            IPOLossUnderForwardMode,
+            (trainer_logprobs, *constants),
+            arguments.with_gradient,
         )
-    elif with_gradient:
+    elif arguments.with_gradient:
         metrics = []
         attach: Any = EagerIPOLoss.apply
-        loss = attach(inputs[0], inputs[1:], metrics)
+        loss = attach(trainer_logprobs, constants, metrics)
     else:
-        loss, _, *metrics = _below_autograd(library().ipo_loss, *inputs)
+        loss, _, *metrics = _below_autograd(library().ipo_loss, trainer_logprobs, *constants)
     return loss, *metrics
 
 
@@ -245,107 +274,64 @@ def run(
 
 
 # -------------------------------------------------------------------------------------------------
-# Tier 2
+# From logits
 
 
-class LogitsLossInputs(NamedTuple):
-    """Arguments of ``ipo_loss_from_logits``, in the order of its schema."""
-
-    logits: torch.Tensor  # [..., vocabulary]
-    labels: torch.Tensor  # [...], like the per-token tensors below
-    inference_logprobs: torch.Tensor
-    advantages: torch.Tensor
-    loss_mask: torch.Tensor
-    temperature: torch.Tensor | None
-    softcap: float
-    teacher_logprobs: torch.Tensor | None
-    loss_weights: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-    normalizer: torch.Tensor | None
-    mask_rule: int
-    kl_active: bool
-    rollout_low: float | None
-    low: float
-    high: float
-    adv_tau: float
-    kl_tau: float
-    teacher_tau: float
-    with_gradient: bool
-
-
-def _ipo_loss_from_logits_fake(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    inputs = LogitsLossInputs(*arguments)
-    logits, labels = inputs.logits, inputs.labels
-    constants = _checks.LossConstants.of(inputs)
-    _checks.check_logits_loss(logits, labels, inputs.temperature, constants, inputs.teacher_tau)
+def _ipo_loss_from_logits_fake(arguments: IPOLossFromLogitsArguments) -> tuple[torch.Tensor, ...]:
+    logits, labels, inputs = arguments.logits, arguments.labels, arguments.inputs
+    teacher_tau = arguments.settings.teacher_tau
+    _checks.check_logits_loss(logits, labels, arguments.scaling.temperature, inputs, teacher_tau)
     compute = _checks.compute_dtype(logits, inputs.inference_logprobs)
     per_token = _checks.widened(logits.dtype)
     return (
         logits.new_empty((), dtype=compute),
-        logits.new_empty(logits.shape if inputs.with_gradient else (0,)),
+        logits.new_empty(logits.shape if arguments.with_gradient else (0,)),
         logits.new_empty(labels.shape, dtype=per_token),
         logits.new_empty(labels.shape, dtype=per_token),
         *metrics_fake(logits, inputs.cu_seqlens, compute),
     )
 
 
-def _ipo_loss_from_logits_inplace_fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
-    loss, _, *others = _ipo_loss_from_logits_fake(*inputs, False)
+def _ipo_loss_from_logits_inplace_fake(
+    arguments: IPOLossFromLogitsInplaceArguments,
+) -> tuple[torch.Tensor, ...]:
+    loss, _, *others = _ipo_loss_from_logits_fake(IPOLossFromLogitsArguments(*arguments, False))
     return (loss, *others)
 
 
-def _find_faults_fake(labels: torch.Tensor, *_: Any) -> torch.Tensor:
-    return labels.new_empty((1,), dtype=torch.int32)
+def _find_faults_fake(arguments: FindFaultsArguments) -> torch.Tensor:
+    return arguments.labels.new_empty((1,), dtype=torch.int32)
 
 
-def _ipo_loss_rows_fake(
-    logits: torch.Tensor, labels: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, ...]:
-    compute = _checks.compute_dtype(logits, logits)
-    return logits.new_empty(labels.shape, dtype=compute), logits.new_empty(
-        labels.shape, dtype=compute
-    )
+def _chunk_loss_fake(arguments: ChunkLossArguments) -> tuple[torch.Tensor, ...]:
+    logits, labels = arguments.logits, arguments.labels
+    compute = _checks.widened(logits.dtype)
+    return tuple(logits.new_empty(labels.shape, dtype=compute) for _ in range(2))
 
 
-def _token_logprobs_rows_fake(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: torch.Tensor | None,
-    softcap: float,
-    fault: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    return _token_logprobs_fake(logits, labels, temperature, softcap)
+def _chunk_logprobs_fake(arguments: ChunkLogprobsArguments) -> tuple[torch.Tensor, ...]:
+    logits, labels, scaling, _ = arguments
+    return _token_logprobs_fake(TokenLogprobsArguments(logits, labels, scaling))
 
 
 def _nothing_fake(*_: Any) -> None:
     return None
 
 
-def _ipo_loss_of_rows_fake(
-    logprobs: torch.Tensor,
-    entropy: torch.Tensor,
-    inference_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
-    teacher_logprobs: torch.Tensor | None,
-    loss_weights: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    *others: Any,
-) -> tuple[torch.Tensor, ...]:
-    with_gradient = others[-2]
-    compute = _checks.compute_dtype(logprobs, inference_logprobs)
+def _loss_and_metrics_fake(arguments: LossAndMetricsArguments) -> tuple[torch.Tensor, ...]:
+    logprobs, inputs = arguments.logprobs, arguments.inputs
+    compute = _checks.compute_dtype(logprobs, inputs.inference_logprobs)
     return (
         logprobs.new_empty((), dtype=compute),
-        logprobs.new_empty(logprobs.shape if with_gradient else (0,), dtype=compute),
-        *metrics_fake(logprobs, cu_seqlens, compute),
+        logprobs.new_empty(logprobs.shape if arguments.with_gradient else (0,), dtype=compute),
+        *metrics_fake(logprobs, inputs.cu_seqlens, compute),
     )
 
 
-def _token_logprobs_fake(
-    logits: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor | None, softcap: float
-) -> tuple[torch.Tensor, ...]:
-    _checks.check_logits(logits, labels, temperature)
-    compute = _checks.compute_dtype(logits, logits)
+def _token_logprobs_fake(arguments: TokenLogprobsArguments) -> tuple[torch.Tensor, ...]:
+    logits, labels, scaling = arguments
+    _checks.check_logits(logits, labels, scaling.temperature)
+    compute = _checks.widened(logits.dtype)
     return (
         logits.new_empty(labels.shape, dtype=compute),
         logits.new_empty(labels.shape, dtype=compute),
@@ -353,8 +339,8 @@ def _token_logprobs_fake(
     )
 
 
-def _token_logprobs_backward_fake(logits: torch.Tensor, *_: Any) -> torch.Tensor:
-    return logits.new_empty(logits.shape)
+def _token_logprobs_backward_fake(arguments: TokenLogprobsBackwardArguments) -> torch.Tensor:
+    return arguments.logits.new_empty(arguments.logits.shape)
 
 
 _ONE_BACKWARD = (
@@ -467,9 +453,12 @@ def hand_over_once(ctx: Any) -> None:
 
 
 def _keep_gradient(
-    ctx: Any, inputs: LogitsLossInputs, gradient: torch.Tensor, anchor: torch.Tensor | None
+    ctx: Any,
+    arguments: IPOLossFromLogitsArguments,
+    gradient: torch.Tensor,
+    anchor: torch.Tensor | None,
 ) -> None:
-    normalizer = normalizer_to_keep(gradient.dtype, inputs.normalizer)
+    normalizer = normalizer_to_keep(gradient.dtype, arguments.inputs.normalizer)
     ctx.save_for_backward(gradient, normalizer, anchor)  # not the logits: they may be freed
     ctx.set_materialize_grads(False)  # else backward makes zeros as large as the logits
 
@@ -477,10 +466,11 @@ def _keep_gradient(
 def _ipo_loss_from_logits_setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
 ) -> None:
+    arguments = unflatten(IPOLossFromLogitsArguments, inputs)
     _, gradient, *_ = output
     ctx.mark_non_differentiable(*output[1:])
-    _keep_gradient(ctx, LogitsLossInputs(*inputs), gradient, None)
-    ctx.with_gradient = LogitsLossInputs(*inputs).with_gradient
+    _keep_gradient(ctx, arguments, gradient, None)
+    ctx.with_gradient = arguments.with_gradient
     ctx.num_inputs = len(inputs)
 
 
@@ -512,10 +502,11 @@ class IPOLossFromLogitsFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        anchor, *operands = inputs
+        anchor, *values = inputs
+        arguments = unflatten(IPOLossFromLogitsArguments, values)
         ctx.mark_non_differentiable(*output[1:])
         ctx.num_inputs = len(inputs)
-        _keep_gradient(ctx, LogitsLossInputs(*operands), output[-1], anchor)
+        _keep_gradient(ctx, arguments, output[-1], anchor)
 
     @staticmethod
     def backward(
@@ -550,30 +541,31 @@ class IPOLossFromLogitsInplace(IPOLossFromLogitsFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        anchor, *operands = inputs
+        anchor, *values = inputs
+        arguments = unflatten(IPOLossFromLogitsArguments, values)
         ctx.mark_non_differentiable(*output[1:])
         ctx.num_inputs = len(inputs)
-        loss_inputs = LogitsLossInputs(*operands)
-        _keep_gradient(ctx, loss_inputs, loss_inputs.logits, anchor)
+        _keep_gradient(ctx, arguments, arguments.logits, anchor)
 
 
 class IPOLossFromLogitsUnderForwardMode(RefusesTangents, IPOLossFromLogitsFunction):
     pass
 
 
-def run_ipo_loss_from_logits(*inputs: Any, inplace: bool = False) -> tuple[torch.Tensor, ...]:
+def run_ipo_loss_from_logits(
+    arguments: IPOLossFromLogitsArguments, *, inplace: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Loss, log-probabilities, entropy, means, sums and extremes; as ``run_ipo_loss``."""
-    logits, with_gradient = inputs[0], inputs[-1]
     function: Any
     if forward_ad._current_level >= 0:
         function = IPOLossFromLogitsUnderForwardMode
-    elif not with_gradient:
-        loss, _, *others = library().ipo_loss_from_logits(*inputs)
+    elif not arguments.with_gradient:
+        loss, _, *others = library().ipo_loss_from_logits(*flatten(arguments))
         return (loss, *others)
     else:
         function = IPOLossFromLogitsInplace if inplace else IPOLossFromLogitsFunction
-    outputs = cast("tuple[torch.Tensor, ...]", function.apply(anchor(logits), *inputs))
-    return outputs[:6]
+    outputs = function.apply(anchor(arguments.logits), *flatten(arguments))
+    return cast("tuple[torch.Tensor, ...]", outputs)[:6]
 
 
 class TokenLogprobsGradient(torch.autograd.Function):
@@ -590,12 +582,19 @@ class TokenLogprobsGradient(torch.autograd.Function):
         temperature: torch.Tensor | None,
         softcap: float,
         entropy: torch.Tensor,
-        softmax: torch.Tensor,
+        softmax_stats: torch.Tensor,
         grad_logprobs: torch.Tensor,
         grad_entropy: torch.Tensor,
     ) -> torch.Tensor:
         gradient = library().token_logprobs_backward(
-            logits, labels, temperature, softcap, entropy, softmax, grad_logprobs, grad_entropy
+            logits,
+            labels,
+            temperature,
+            softcap,
+            entropy,
+            softmax_stats,
+            grad_logprobs,
+            grad_entropy,
         )
         return cast(torch.Tensor, gradient)
 
@@ -611,32 +610,38 @@ class TokenLogprobsGradient(torch.autograd.Function):
 def _token_logprobs_setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
 ) -> None:
-    logits, labels, temperature, ctx.softcap = inputs
-    _, entropy, softmax = output
-    ctx.mark_non_differentiable(softmax)
-    ctx.save_for_backward(logits, labels, temperature, entropy, softmax)
-    ctx.set_materialize_grads(False)  # not for the softmax
+    logits, labels, (temperature, ctx.softcap) = unflatten(TokenLogprobsArguments, inputs)
+    _, entropy, softmax_stats = output
+    ctx.mark_non_differentiable(softmax_stats)
+    ctx.save_for_backward(logits, labels, temperature, entropy, softmax_stats)
+    ctx.set_materialize_grads(False)  # not for the statistics
 
 
 def _token_logprobs_backward(
     ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    logits, labels, temperature, entropy, softmax = ctx.saved_tensors
+    logits, labels, temperature, entropy, softmax_stats = ctx.saved_tensors
     if grad_logprobs is None and grad_entropy is None:
         return None, None, None, None
-    nothing = torch.zeros_like(entropy)
+    backward = logprobs_backward(entropy, softmax_stats, grad_logprobs, grad_entropy)
     run: Any = TokenLogprobsGradient.apply
-    gradient = run(
-        logits,
-        labels,
-        temperature,
-        ctx.softcap,
+    return run(logits, labels, temperature, ctx.softcap, *backward), None, None, None
+
+
+def logprobs_backward(
+    entropy: torch.Tensor,
+    softmax_stats: torch.Tensor,
+    grad_logprobs: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+) -> LogprobsBackward:
+    """Of what autograd hands over: None where nothing flows in."""
+    nothing = torch.zeros_like(entropy)
+    return LogprobsBackward(
         entropy.detach(),
-        softmax,
+        softmax_stats,
         nothing if grad_logprobs is None else grad_logprobs,
         nothing if grad_entropy is None else grad_entropy,
     )
-    return gradient, None, None, None
 
 
 class TokenLogprobsFunction(torch.autograd.Function):
@@ -655,14 +660,14 @@ class TokenLogprobsUnderForwardMode(RefusesTangents, TokenLogprobsFunction):
     pass
 
 
-def run_token_logprobs(*inputs: Any) -> tuple[torch.Tensor, ...]:
+def run_token_logprobs(arguments: TokenLogprobsArguments) -> tuple[torch.Tensor, ...]:
     """As ``run_ipo_loss``."""
     return run(
         library().token_logprobs,
         TokenLogprobsFunction,
         TokenLogprobsUnderForwardMode,
-        inputs,
-        inputs[0].requires_grad and torch.is_grad_enabled(),
+        flatten(arguments),
+        arguments.logits.requires_grad and torch.is_grad_enabled(),
     )
 
 
@@ -672,12 +677,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "ipo_loss_from_logits": _ipo_loss_from_logits_fake,
     "ipo_loss_from_logits_": _ipo_loss_from_logits_inplace_fake,
     "find_faults": _find_faults_fake,
-    "ipo_loss_rows": _ipo_loss_rows_fake,
-    "ipo_loss_of_rows": _ipo_loss_of_rows_fake,
+    "chunk_logprobs_and_gradient": _chunk_loss_fake,
+    "loss_and_metrics": _loss_and_metrics_fake,
     "token_logprobs": _token_logprobs_fake,
     "token_logprobs_backward": _token_logprobs_backward_fake,
-    "token_logprobs_rows": _token_logprobs_rows_fake,
-    "token_logprobs_rows_backward": _nothing_fake,
+    "chunk_logprobs": _chunk_logprobs_fake,
+    "chunk_logprobs_backward": _nothing_fake,
     "scale_": _nothing_fake,
     "scale_into": _nothing_fake,
 }

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 
@@ -18,6 +18,19 @@ def is_number(value: object) -> bool:
     """Whether a setting is a real number, NumPy's included; True and False are slips."""
     # Real last: it is slow to ask, and nothing that torch.compile traces comes so far.
     return isinstance(value, (float, int, Real)) and not isinstance(value, bool)
+
+
+class LossSettings(NamedTuple):
+    """What every operator of the loss takes of a config: the list of csrc/math/settings.h."""
+
+    low: float  # in the compute dtype, what the rule compares with; of the ratio a logarithm
+    high: float
+    adv_tau: float
+    kl_tau: float
+    teacher_tau: float
+    mask_rule: int  # index in MaskRule
+    kl_active: bool
+    rollout_low: float | None  # a logarithm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +89,10 @@ class IPOConfig:
                 continue
             if not is_number(value):
                 raise ValueError(f"{field.name}: expected a number, got {value!r}")
-            object.__setattr__(self, field.name, float(value))
-        for name in ("adv_tau", "kl_tau", "teacher_tau", "rollout_min_ratio"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+            value = float(value)
+            object.__setattr__(self, field.name, value)
+            if field.name not in _BOUNDS and not 0 <= value < math.inf:
+                raise ValueError(f"{field.name}: expected a finite number >= 0, got {value!r}")
         rollout_lows = {
             dtype: _round_to(math.log(self.rollout_min_ratio), dtype)
             for dtype in _LOG_RANGE
@@ -177,20 +189,21 @@ class IPOConfig:
         """Whether a token can drop its whole sequence."""
         return len(self._rollout_lows) > 0  # torch.compile (2.11) cannot trace the bool of a dict
 
-    def settings(
-        self, dtype: torch.dtype
-    ) -> tuple[int, bool, float | None, float, float, float, float, float]:
-        """The settings as every operator takes them."""
-        rule = get_args(MaskRule).index(self.mask_rule)
-        bounds = self.bounds(dtype)
+    def settings(self, dtype: torch.dtype) -> LossSettings:
+        """The settings as every operator takes them, in the compute dtype ``dtype``."""
+        low, high = self.bounds(dtype)
         # float(): read here, or torch.compile (2.13) reads them inside the first of two calls of
         # the loss in a graph, and fails at the second.
-        low, high, adv_tau, kl_tau, teacher_tau = map(
-            float, (*bounds, self.adv_tau, self.kl_tau, self.teacher_tau)
+        return LossSettings(
+            float(low),
+            float(high),
+            float(self.adv_tau),
+            float(self.kl_tau),
+            float(self.teacher_tau),
+            get_args(MaskRule).index(self.mask_rule),
+            self.kl_scope == "active",
+            self._rollout_lows.get(dtype),
         )
-        rollout_low = self._rollout_lows.get(dtype)
-        kl_active = self.kl_scope == "active"
-        return rule, kl_active, rollout_low, low, high, adv_tau, kl_tau, teacher_tau
 
     def log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """The band's bounds on ``log r``, exactly representable in ``dtype`` (float32 or float64).
@@ -205,6 +218,8 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "mask_rule": get_args(MaskRule),
     "kl_scope": get_args(KLScope),
 }
+
+_BOUNDS = ("dppo_mask_low", "dppo_mask_high")  # of which the rule says what they may be
 
 # -max, and the largest number whose exp is finite. (The float32 nearest to log(max) overflows.)
 _LOG_RANGE = {

@@ -11,7 +11,17 @@ from typing import Any, cast
 import torch
 
 from ipo_ext import _checks, _chunks, _linear, _operators
-from ipo_ext._checks import LossConstants
+from ipo_ext._ops.arguments import (
+    HeadInputs,
+    IPOLossArguments,
+    IPOLossFromHiddenArguments,
+    IPOLossFromLogitsArguments,
+    LinearTokenLogprobsArguments,
+    LogitScaling,
+    LossInputs,
+    NeedsGrad,
+    TokenLogprobsArguments,
+)
 from ipo_ext.config import IPOConfig, is_number
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
@@ -74,7 +84,7 @@ def ipo_loss(
         >>> out.metrics["is_masked"]
     """
     _check_config(config)
-    constants = LossConstants(
+    inputs = LossInputs(
         inference_logprobs,
         advantages,
         loss_mask,
@@ -83,16 +93,17 @@ def ipo_loss(
         cu_seqlens,
         _scalar("normalizer", normalizer, trainer_logprobs),
     )
-    _checks.check_per_token_loss(trainer_logprobs, constants, config.teacher_tau)
-    _checks.check_no_gradient(constants)
+    _checks.check_per_token_loss(trainer_logprobs, inputs, config.teacher_tau)
+    _checks.check_no_gradient(inputs)
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
     compute = _checks.compute_dtype(trainer_logprobs, inference_logprobs)
     if config.has_rollout_rule:
-        constants = _with_sequences(constants)
+        inputs = _with_sequences(inputs)
+    settings = config.settings(compute)
     loss, *rows = _operators.run_ipo_loss(
-        trainer_logprobs, *constants, *config.settings(compute), with_gradient
+        IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient)
     )
-    return IPOOutput(loss, _metrics(rows, cu_seqlens, constants, config))
+    return IPOOutput(loss, _metrics(rows, cu_seqlens, inputs, config))
 
 
 def ipo_loss_from_logits(
@@ -158,7 +169,7 @@ def ipo_loss_from_logits(
         >>> out.loss.backward()
     """
     _check_config(config)
-    constants = LossConstants(
+    inputs = LossInputs(
         inference_logprobs,
         advantages,
         loss_mask,
@@ -168,31 +179,21 @@ def ipo_loss_from_logits(
         _scalar("normalizer", normalizer, logits),
     )
     temperature = _scalar("temperature", temperature, logits)
-    _checks.check_logits_loss(logits, labels, temperature, constants, config.teacher_tau)
-    _checks.check_no_gradient(constants, temperature)
+    _checks.check_logits_loss(logits, labels, temperature, inputs, config.teacher_tau)
+    _checks.check_no_gradient(inputs, temperature)
     compute = _checks.compute_dtype(logits, inference_logprobs)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
         _check_may_be_overwritten(logits)
     if config.has_rollout_rule:
-        constants = _with_sequences(constants)
+        inputs = _with_sequences(inputs)
+    scaling = LogitScaling(temperature, _softcap(softcap))
+    settings = config.settings(compute)
     loss, logprobs, entropy, *rows = _with_index_error(
         functools.partial(_operators.run_ipo_loss_from_logits, inplace=inplace),
-        logits,
-        labels,
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        temperature,
-        _softcap(softcap),
-        teacher_logprobs,
-        loss_weights,
-        constants.cu_seqlens,
-        constants.normalizer,
-        *config.settings(compute),
-        with_gradient,
+        IPOLossFromLogitsArguments(logits, labels, scaling, inputs, settings, with_gradient),
     )
-    metrics = _metrics(rows, cu_seqlens, constants, config, has_entropy=True)
+    metrics = _metrics(rows, cu_seqlens, inputs, config, has_entropy=True)
     return IPOOutput(loss, metrics, logprobs, entropy)
 
 
@@ -223,7 +224,8 @@ def token_logprobs(
     _checks.check_logits(logits, labels, temperature)
     _checks.check_no_gradient(None, temperature)
     logprobs, entropy, _ = _with_index_error(
-        _operators.run_token_logprobs, logits, labels, temperature, _softcap(softcap)
+        _operators.run_token_logprobs,
+        TokenLogprobsArguments(logits, labels, LogitScaling(temperature, _softcap(softcap))),
     )
     return logprobs, entropy
 
@@ -296,7 +298,7 @@ def ipo_loss_from_hidden(
         >>> out.loss.backward()
     """
     _check_config(config)
-    constants = LossConstants(
+    inputs = LossInputs(
         inference_logprobs,
         advantages,
         loss_mask,
@@ -306,34 +308,28 @@ def ipo_loss_from_hidden(
         _scalar("normalizer", normalizer, hidden),
     )
     temperature = _scalar("temperature", temperature, hidden)
-    _checks.check_hidden_loss(hidden, weight, labels, temperature, constants, config.teacher_tau)
-    _checks.check_no_gradient(constants, temperature)
+    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap)))
+    _checks.check_hidden_loss(head, inputs, config.teacher_tau)
+    _checks.check_no_gradient(inputs, temperature)
     compute = _checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
     if config.has_rollout_rule:
-        constants = _with_sequences(constants)
+        inputs = _with_sequences(inputs)
     loss, logprobs, entropy, *rows = _with_index_error(
         _linear.run_ipo_loss_from_hidden,
         _checks.product_dtype(hidden, weight),
-        hidden,
-        weight,
-        labels,
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        temperature,
-        _softcap(softcap),
-        teacher_logprobs,
-        loss_weights,
-        constants.cu_seqlens,
-        constants.normalizer,
-        *config.settings(compute),
-        _chunk_size(chunk_size, hidden, weight),
-        _count("num_active", num_active, 0),
-        hidden.requires_grad and with_gradient,
-        weight.requires_grad and with_gradient,
+        IPOLossFromHiddenArguments(
+            head,
+            inputs,
+            config.settings(compute),
+            _chunk_size(chunk_size, hidden, weight),
+            _count("num_active", num_active, 0),
+            NeedsGrad(
+                hidden.requires_grad and with_gradient, weight.requires_grad and with_gradient
+            ),
+        ),
     )
-    metrics = _metrics(rows, cu_seqlens, constants, config, has_entropy=True)
+    metrics = _metrics(rows, cu_seqlens, inputs, config, has_entropy=True)
     return IPOOutput(loss, metrics, logprobs, entropy)
 
 
@@ -364,17 +360,13 @@ def linear_token_logprobs(
         TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
     """
     temperature = _scalar("temperature", temperature, hidden)
-    _checks.check_hidden(hidden, weight, labels, temperature)
+    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap)))
+    _checks.check_hidden(head)
     _checks.check_no_gradient(None, temperature)
     logprobs, entropy, _ = _with_index_error(
         _linear.run_linear_token_logprobs,
         _checks.product_dtype(hidden, weight),
-        hidden,
-        weight,
-        labels,
-        temperature,
-        _softcap(softcap),
-        _chunk_size(chunk_size, hidden, weight),
+        LinearTokenLogprobsArguments(head, _chunk_size(chunk_size, hidden, weight)),
     )
     return logprobs, entropy
 
@@ -395,19 +387,19 @@ def _check_config(config: object) -> None:
         )
 
 
-def _with_sequences(constants: LossConstants) -> LossConstants:
+def _with_sequences(inputs: LossInputs) -> LossInputs:
     """What a rollout rule takes for sequences without ``cu_seqlens``: the rows of ``[..., T]``."""
-    mask = constants.loss_mask
-    if constants.cu_seqlens is not None or mask.dim() < 2:
-        return constants
+    mask = inputs.loss_mask
+    if inputs.cu_seqlens is not None or mask.dim() < 2:
+        return inputs
     rows = torch.arange(math.prod(mask.shape[:-1]) + 1, dtype=torch.int32, device=mask.device)
-    return constants._replace(cu_seqlens=rows * mask.shape[-1])
+    return inputs._replace(cu_seqlens=rows * mask.shape[-1])
 
 
 def _metrics(
     rows: list[torch.Tensor],
     cu_seqlens: torch.Tensor | None,
-    constants: LossConstants,
+    inputs: LossInputs,
     config: IPOConfig,
     *,
     has_entropy: bool = False,
@@ -415,11 +407,11 @@ def _metrics(
     """Of the operator's means, sums and extremes, for the segments that the caller has named."""
     metrics = IPOMetrics(
         *rows,
-        has_teacher=constants.teacher_logprobs is not None,
+        has_teacher=inputs.teacher_logprobs is not None,
         has_entropy=has_entropy,
         has_rollout_rule=config.has_rollout_rule,
     )
-    return metrics if constants.cu_seqlens is cu_seqlens else metrics.total()
+    return metrics if inputs.cu_seqlens is cu_seqlens else metrics.total()
 
 
 def _scalar(

@@ -48,7 +48,7 @@ def loss_and_metrics(case: LogitsCase, rows: Result) -> tuple[torch.Tensor, ...]
     """Loss and metrics of log-probabilities and entropies that are there."""
     made = {"logprobs": rows.logprobs, "entropy": rows.entropy, "fault": find_faults(case)}
     how = {"with_gradient": False, "normalized": True}
-    loss, _, *metrics = call_operator("ipo_loss_of_rows", case, **made, **how)
+    loss, _, *metrics = call_operator("loss_and_metrics", case, **made, **how)
     return loss, *metrics
 
 

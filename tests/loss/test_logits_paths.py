@@ -220,13 +220,13 @@ def test_backward_over_logits(backend: Backend, dtype: torch.dtype) -> None:
         "softcap": 2.0,
         "fault": torch.zeros(1, dtype=torch.int32, device=backend.device),
     }
-    _, entropy, softmax_stats = operator("token_logprobs_rows")(**rows)
+    _, entropy, softmax_stats = operator("chunk_logprobs")(**rows)
     grad_logprobs, grad_entropy = torch.randn(2, 3, device=backend.device)
     backward = functools.partial(
-        operator("token_logprobs_rows_backward"),
+        operator("chunk_logprobs_backward"),
         **rows,
         entropy=entropy,
-        softmax=softmax_stats,
+        softmax_stats=softmax_stats,
         grad_logprobs=grad_logprobs,
         grad_entropy=grad_entropy,
     )

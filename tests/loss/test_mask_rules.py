@@ -231,7 +231,8 @@ def test_from_hidden_as_from_logits(backend: Backend, rule: str) -> None:
 
 
 def test_the_default_is_the_ratio_band_alone() -> None:
-    assert IPOConfig().settings(torch.float32)[:2] == (0, False)
+    settings = IPOConfig().settings(torch.float32)
+    assert (settings.mask_rule, settings.kl_active) == (0, False)
 
 
 def test_every_rule_compiles(backend: Backend) -> None:

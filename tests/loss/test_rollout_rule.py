@@ -344,7 +344,7 @@ def test_rows_of_a_chunk_know_no_rollouts(backend: Backend) -> None:
     case = case.map_tokens(lambda tensor: tensor.flatten(0, 1))
     fault = torch.zeros(1, dtype=torch.int32, device=backend.device)
     with pytest.raises(RuntimeError, match="rollout_low: expected None, got"):
-        call_operator("ipo_loss_rows", case, fault=fault, gradient=None)
+        call_operator("chunk_logprobs_and_gradient", case, fault=fault, gradient=None)
 
 
 def test_metrics_combine_only_with_their_like(backend: Backend) -> None:

@@ -9,17 +9,6 @@ import torch
 from ipo_ext import IPOConfig, _operators
 from tests.support.cases import Case, LogitsCase, LogprobsCase
 
-SETTINGS = (
-    "mask_rule",
-    "kl_active",
-    "rollout_low",
-    "low",
-    "high",
-    "adv_tau",
-    "kl_tau",
-    "teacher_tau",
-)
-
 
 def operator(name: str) -> Any:
     return getattr(_operators.library(), name).default
@@ -32,7 +21,7 @@ def names_of(name: str) -> list[str]:
 
 def settings_of(config: IPOConfig, dtype: torch.dtype) -> dict[str, Any]:
     """A config as operators take it."""
-    return dict(zip(SETTINGS, config.settings(dtype), strict=True))
+    return config.settings(dtype)._asdict()
 
 
 def operator_arguments(name: str, case: Case, **others: Any) -> dict[str, Any]:
@@ -43,7 +32,7 @@ def operator_arguments(name: str, case: Case, **others: Any) -> dict[str, Any]:
         "softcap": getattr(case, "softcap", None) or 0.0,
         "normalizer": as_scalar(case.normalizer),
         **settings_of(case.config, case.compute_dtype),
-        **dict.fromkeys(("with_gradient", "hidden_gradient", "weight_gradient"), True),
+        **dict.fromkeys(("with_gradient", "needs_grad_hidden", "needs_grad_weight"), True),
         **others,
     }
     return {argument: known[argument] for argument in names_of(name)}
@@ -73,7 +62,7 @@ def chunk_of_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and entropies; the gradient goes where the caller wants it."""
     fault = find_faults(case) if fault is None else fault
-    return call_operator("ipo_loss_rows", case, fault=fault, gradient=gradient)
+    return call_operator("chunk_logprobs_and_gradient", case, fault=fault, gradient=gradient)
 
 
 def operator_gradient(case: LogprobsCase) -> torch.Tensor:

@@ -40,7 +40,7 @@ def values(name: str, device: torch.device) -> dict[str, Any]:
         "normalizer": torch.tensor(7.0),
         "logprobs": -per_token,
         "entropy": per_token,
-        "softmax": torch.rand((TOKENS, 2) if name.startswith("linear") else (2, TOKENS)),
+        "softmax_stats": torch.rand(2, TOKENS),
         "grad_logprobs": torch.randn(TOKENS),
         "grad_entropy": torch.randn(TOKENS),
         "fault": torch.zeros(1, dtype=torch.int32),
@@ -53,11 +53,13 @@ def values(name: str, device: torch.device) -> dict[str, Any]:
     numbers = dict(
         zip(("low", "high"), IPOConfig().log_bounds(torch.float32), strict=True),
         **dict.fromkeys(("num_active", "max_active"), TOKENS),
-        **dict.fromkeys(("with_gradient", "hidden_gradient", "weight_gradient"), True),
+        **dict.fromkeys(("with_gradient", "needs_grad_hidden", "needs_grad_weight"), True),
         mask_rule=1, kl_active=True, adv_tau=1.0, kl_tau=1e-3, teacher_tau=0.3, softcap=4.0,
         rollout_low=None, chunk_size=8, columns=VOCABULARY, float64=False, normalized=True,
     )  # fmt: skip
-    return {key: tensor.to(device) for key, tensor in tensors.items()} | numbers
+    known = {key: tensor.to(device) for key, tensor in tensors.items()} | numbers
+    # A chunk of rows is not packed.
+    return known | {"cu_seqlens": None} if name.startswith("chunk") else known
 
 
 @pytest.mark.parametrize("name", [name.removeprefix("ipo_ext::") for name in info.operators()])
@@ -138,9 +140,9 @@ def test_the_operator_says_what_it_was_not_told_to_make(backend: Backend) -> Non
     def loss(**needed: bool) -> torch.Tensor:
         return call_operator("ipo_loss_from_hidden", case, **needed)[0]
 
-    with pytest.raises(RuntimeError, match="expected hidden_gradient=True"):
-        loss(hidden_gradient=False, weight_gradient=True).backward()
-    needed = {"hidden_gradient": True, "weight_gradient": False}
+    with pytest.raises(RuntimeError, match="expected needs_grad_hidden=True"):
+        loss(needs_grad_hidden=False, needs_grad_weight=True).backward()
+    needed = {"needs_grad_hidden": True, "needs_grad_weight": False}
     with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss(**needed), states, create_graph=True)
     (ours,) = torch.autograd.grad(2 * loss(**needed), states)

@@ -149,7 +149,7 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
     const TokenLoss<E> loss = token_loss<kRules>(token, params);
     add_token(sums, token, loss, extras_of(args));
     if constexpr (kRules == Rules::kAny) {
-      if (drops_rollout(token.active, loss.log_ratio, params.rollout_low))
+      if (drops_rollout(token.active, loss.log_ratio, params.rollout_low.value))
         storage.drops_sequence = true;
     }
     gradients[i] = loss.gradient;
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
       }
     }
     finish_piece(sums, warp_holds, storage, workspace.slots[slot]);
-    if (kRules == Rules::kAny && threadIdx.x == 0 && params.has_rollout_rule && !again)
+    if (kRules == Rules::kAny && threadIdx.x == 0 && params.has_rollout_rule() && !again)
       workspace.rollout_flags[slot] = storage.drops_sequence;
     begin = end;
   }
@@ -395,7 +395,7 @@ __device__ __forceinline__ void finish_short_segment(const IpoLossArgs& args,
                                   [&](int i) { return slot + i < slots.end; });
   }
   bool dropped = false;
-  if (args.params.has_rollout_rule) {
+  if (args.params.has_rollout_rule()) {
     for (int64_t slot = slots.begin + lane; slot < slots.end; slot += kWarpSize)
       dropped |= workspace.rollout_flags[slot];
     dropped = __any_sync(kFullWarp, dropped);
@@ -416,7 +416,7 @@ __device__ __forceinline__ void finish_long_segment(
   }
   sums = block_reduce<kThreads>(sums, MergeSegments(), reduction);
   const bool dropped =
-      args.params.has_rollout_rule && rollout_is_dropped(workspace, args.segments, slots.segment);
+      args.params.has_rollout_rule() && rollout_is_dropped(workspace, args.segments, slots.segment);
   if (threadIdx.x == 0) storage.sums = sums;
   if (threadIdx.x < kWarpSize) store_by_lanes<E>(args, slots.segment, dropped, storage);
 }
@@ -519,7 +519,7 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
                             ? tiles_kernel<Rules::kDefault, E>(args)
                             : tiles_kernel<Rules::kAny, E>(args);
     cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, args);
-    if (error == cudaSuccess && args.params.has_rollout_rule) {
+    if (error == cudaSuccess && args.params.has_rollout_rule()) {
       IpoLossArgs again = args;
       again.params.rollout_dropped = true;
       error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, again);

@@ -1,0 +1,42 @@
+// The arguments that several operators share, as structs. Each group is listed once: the struct,
+// its part of a schema (ops/schemas.h) and how it is read (ops/box.h) are made from the list, so a
+// new argument is one line here; a setting is one in math/settings.h.
+#pragma once
+
+#include "math/settings.h"
+#include "ops/tensors.h"
+
+namespace ipo_ext {
+
+// X(type in a schema, type in the struct, name), as in math/settings.h.
+
+// What becomes of logits before the softmax.
+#define IPO_EXT_LOGIT_SCALING(X)                   \
+  X("Tensor?", std::optional<Tensor>, temperature) \
+  X("float", double, softcap)
+
+// What the loss takes besides the policy; no gradient flows to it.
+#define IPO_EXT_LOSS_INPUTS(X)                          \
+  X("Tensor", Tensor, inference_logprobs)               \
+  X("Tensor", Tensor, advantages)                       \
+  X("Tensor", Tensor, loss_mask)                        \
+  X("Tensor?", std::optional<Tensor>, teacher_logprobs) \
+  X("Tensor?", std::optional<Tensor>, loss_weights)     \
+  X("Tensor?", std::optional<Tensor>, cu_seqlens)       \
+  X("Tensor?", std::optional<Tensor>, normalizer)
+
+#define IPO_EXT_MEMBER(schema, Type, name) Type name;
+
+struct __attribute__((visibility("hidden"))) LogitScaling {
+  IPO_EXT_LOGIT_SCALING(IPO_EXT_MEMBER)
+};
+
+struct __attribute__((visibility("hidden"))) LossInputs {
+  IPO_EXT_LOSS_INPUTS(IPO_EXT_MEMBER)
+};
+
+#undef IPO_EXT_MEMBER
+
+using LossSettings = math::LossSettings<double>;
+
+}  // namespace ipo_ext

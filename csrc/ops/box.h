@@ -1,0 +1,109 @@
+// Makes an operator of a C++ function, as TORCH_BOX does, but of a function that takes the structs
+// of ops/arguments.h, each of which stands for several arguments of the schema.
+#pragma once
+
+#include <torch/csrc/stable/stableivalue_conversions.h>
+
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "ops/arguments.h"
+#include "ops/check.h"
+
+namespace ipo_ext {
+
+// Reads the arguments of one call from torch's stack, each once, in the order of the schema.
+class ArgumentReader {
+ public:
+  ArgumentReader(const StableIValue* stack, uint64_t count) : next_(stack), end_(stack + count) {}
+
+  template <typename T>
+  T read() {
+    IPO_EXT_CHECK(next_ != end_, "ipo_ext: the schema has fewer arguments than the operator");
+    return torch::stable::detail::to<T>(*next_++);
+  }
+  bool at_end() const { return next_ == end_; }
+
+ private:
+  const StableIValue* next_;
+  const StableIValue* end_;
+};
+
+template <>
+inline math::MaskRule ArgumentReader::read<math::MaskRule>() {
+  const auto rule = read<int64_t>();
+  IPO_EXT_CHECK(rule >= 0 && rule < static_cast<int64_t>(math::MaskRule::kCount),
+                "mask_rule: expected the index of a rule, got ", rule);
+  return static_cast<math::MaskRule>(rule);
+}
+
+template <>
+inline math::OptionalNumber<double> ArgumentReader::read<math::OptionalNumber<double>>() {
+  const auto number = read<std::optional<double>>();
+  if (!number.has_value()) return {};
+  return {true, *number};
+}
+
+// Within braces, arguments are read from left to right.
+#define IPO_EXT_READ(schema, Type, name) read<Type>(),
+
+template <>
+inline LogitScaling ArgumentReader::read<LogitScaling>() {
+  return {IPO_EXT_LOGIT_SCALING(IPO_EXT_READ)};
+}
+
+template <>
+inline LossInputs ArgumentReader::read<LossInputs>() {
+  return {IPO_EXT_LOSS_INPUTS(IPO_EXT_READ)};
+}
+
+template <>
+inline LossSettings ArgumentReader::read<LossSettings>() {
+  using namespace math;
+  using E = double;
+  return {IPO_EXT_LOSS_SETTINGS(IPO_EXT_READ)};
+}
+
+#undef IPO_EXT_READ
+
+template <typename... Results, size_t... kIndex>
+void write_results(StableIValue* stack, const std::tuple<Results...>& results,
+                   std::index_sequence<kIndex...>) {
+  ((stack[kIndex] = torch::stable::detail::from(std::get<kIndex>(results))), ...);
+}
+
+template <typename... Results>
+void write_results(StableIValue* stack, const std::tuple<Results...>& results) {
+  write_results(stack, results, std::index_sequence_for<Results...>());
+}
+
+inline void write_results(StableIValue* stack, const Tensor& result) {
+  stack[0] = torch::stable::detail::from(result);
+}
+
+// What torch calls: takes the arguments from the stack and leaves the results there.
+using BoxedFunction = void (*)(StableIValue* stack, uint64_t arguments, uint64_t results);
+
+template <auto kFunction>
+struct Box;
+
+template <typename Result, typename... Parameters, Result (*kFunction)(Parameters...)>
+struct Box<kFunction> {
+  static void call(StableIValue* stack, uint64_t count, uint64_t) {
+    ArgumentReader reader(stack, count);
+    const std::tuple<std::decay_t<Parameters>...> arguments{
+        reader.read<std::decay_t<Parameters>>()...};
+    IPO_EXT_CHECK(reader.at_end(), "ipo_ext: the schema has more arguments than the operator");
+    if constexpr (std::is_void_v<Result>) {
+      std::apply(kFunction, arguments);
+    } else {
+      write_results(stack, std::apply(kFunction, arguments));
+    }
+  }
+};
+
+template <auto kFunction>
+constexpr BoxedFunction box = &Box<kFunction>::call;
+
+}  // namespace ipo_ext

@@ -1,0 +1,29 @@
+// Multiplies a saved gradient by a factor: where it lies, or into a tensor of a narrower dtype.
+#pragma once
+
+#include "ops/backend.h"
+
+namespace ipo_ext {
+
+template <typename Backend>
+void scale_into(const Tensor& gradient, const Tensor& factor, const Tensor& out) {
+  IPO_EXT_CHECK(gradient.is_contiguous(), "gradient: expected a contiguous tensor");
+  IPO_EXT_CHECK(out.is_contiguous() && out.numel() == gradient.numel(), "out: expected ",
+                gradient.numel(), " contiguous elements");
+  IPO_EXT_CHECK(same_device(out, gradient), "out: expected the device of gradient");
+  const DType dtype = dtype_of(gradient, "gradient");
+  const DType out_dtype = dtype_of(out, "out");
+  IPO_EXT_CHECK(is_floating(dtype), "gradient: expected a floating dtype");
+  IPO_EXT_CHECK(out_dtype == dtype || (dtype == DType::kFloat32 && is_half(out_dtype)),
+                "out: expected the dtype of gradient, or for float32 also float16 or bfloat16");
+  Backend::scale({gradient.const_data_ptr(), dtype, out.mutable_data_ptr(), out_dtype,
+                  gradient.numel(), scalar_input(factor, gradient, "factor")},
+                 gradient);
+}
+
+template <typename Backend>
+void scale_(const Tensor& gradient, const Tensor& factor) {
+  scale_into<Backend>(gradient, factor, gradient);
+}
+
+}  // namespace ipo_ext

@@ -1,0 +1,101 @@
+// The schema of every operator: operands, the scaling of logits, the loss's inputs, its settings,
+// flags, always in this order. The groups are those of ops/arguments.h and math/settings.h.
+#pragma once
+
+#include "ops/arguments.h"
+
+// A group's part of a schema, behind the operands.
+#define IPO_EXT_ARGUMENT(schema, Type, name) ", " schema " " #name
+#define LOGIT_SCALING IPO_EXT_LOGIT_SCALING(IPO_EXT_ARGUMENT)
+#define LOSS_INPUTS IPO_EXT_LOSS_INPUTS(IPO_EXT_ARGUMENT)
+#define LOSS_SETTINGS IPO_EXT_LOSS_SETTINGS(IPO_EXT_ARGUMENT)
+#define METRICS ", Tensor means, Tensor sums, Tensor extremes"
+
+namespace ipo_ext::schemas {
+
+// -------------------------------------------------------------------------------------------------
+// From log-probabilities
+// -------------------------------------------------------------------------------------------------
+
+// To a rollout rule, without cu_seqlens all tokens are one sequence.
+inline constexpr const char* ipo_loss = "(Tensor trainer_logprobs" LOSS_INPUTS LOSS_SETTINGS
+                                        ", bool with_gradient) "
+                                        "-> (Tensor loss, Tensor gradient" METRICS ")";
+
+inline constexpr const char* metric_means =
+    "(Tensor sums, Tensor extremes, bool float64) -> Tensor";
+
+// -------------------------------------------------------------------------------------------------
+// From logits
+// -------------------------------------------------------------------------------------------------
+
+inline constexpr const char* ipo_loss_from_logits =
+    "(Tensor logits, Tensor labels" LOGIT_SCALING LOSS_INPUTS LOSS_SETTINGS
+    ", bool with_gradient) "
+    "-> (Tensor loss, Tensor gradient, Tensor logprobs, Tensor entropy" METRICS ")";
+
+// The same, the gradient written over the logits.
+inline constexpr const char* ipo_loss_from_logits_ =
+    "(Tensor(a!) logits, Tensor labels" LOGIT_SCALING LOSS_INPUTS LOSS_SETTINGS
+    ") "
+    "-> (Tensor loss, Tensor logprobs, Tensor entropy" METRICS ")";
+
+inline constexpr const char* token_logprobs =
+    "(Tensor logits, Tensor labels" LOGIT_SCALING
+    ") "
+    "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)";
+
+inline constexpr const char* token_logprobs_backward =
+    "(Tensor logits, Tensor labels" LOGIT_SCALING
+    ", Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, Tensor grad_entropy) -> Tensor";
+
+// -------------------------------------------------------------------------------------------------
+// Steps of the loss from hidden states, whose chunk loop is Python's
+// -------------------------------------------------------------------------------------------------
+
+// 0 in the one element of `fault` where all is well. On the CPU a fault raises instead.
+inline constexpr const char* find_faults =
+    "(Tensor labels, Tensor? temperature, Tensor? loss_mask, Tensor? cu_seqlens, "
+    "Tensor? normalizer, SymInt columns, SymInt max_active) -> Tensor fault";
+
+// Log-probabilities and entropies of a chunk's rows, whose faults have been looked for, and the
+// gradient, which may be narrower than the logits and lie over them. Neither cu_seqlens nor a
+// rollout rule: they would have to see all rows first.
+inline constexpr const char* chunk_logprobs_and_gradient =
+    "(Tensor logits, Tensor labels" LOGIT_SCALING LOSS_INPUTS LOSS_SETTINGS
+    ", Tensor fault, Tensor(a!)? gradient) -> (Tensor logprobs, Tensor entropy)";
+
+// Of all rows, and the derivatives by their log-probabilities where wanted.
+inline constexpr const char* loss_and_metrics =
+    "(Tensor logprobs, Tensor entropy" LOSS_INPUTS LOSS_SETTINGS
+    ", Tensor fault, bool with_gradient, bool normalized) "
+    "-> (Tensor loss, Tensor gradient" METRICS ")";
+
+// token_logprobs and its backward pass for a chunk's rows, whose faults have been looked for; the
+// gradient may be narrower than the logits and lie over them.
+inline constexpr const char* chunk_logprobs =
+    "(Tensor logits, Tensor labels" LOGIT_SCALING
+    ", Tensor fault) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)";
+
+inline constexpr const char* chunk_logprobs_backward =
+    "(Tensor logits, Tensor labels" LOGIT_SCALING
+    ", Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, Tensor grad_entropy, "
+    "Tensor fault, Tensor(a!) gradient) -> ()";
+
+// -------------------------------------------------------------------------------------------------
+// Scaling of a saved gradient
+// -------------------------------------------------------------------------------------------------
+
+inline constexpr const char* scale_ = "(Tensor(a!) gradient, Tensor factor) -> ()";
+
+// The same to `out`, which may be fp16 or bf16 for an fp32 gradient: rounded once.
+inline constexpr const char* scale_into = "(Tensor gradient, Tensor factor, Tensor(a!) out) -> ()";
+
+}  // namespace ipo_ext::schemas
+
+#undef METRICS
+#undef LOSS_SETTINGS
+#undef LOSS_INPUTS
+#undef LOGIT_SCALING
+#undef IPO_EXT_ARGUMENT

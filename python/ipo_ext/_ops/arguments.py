@@ -1,0 +1,323 @@
+"""The arguments of every operator, composed of the groups that several of them share.
+
+A group is listed once here and once in C++ (csrc/ops/arguments.h, csrc/math/settings.h), the
+settings in ``ipo_ext.config``; tests/test_schemas.py compares both with ``torch.ops``. An operator
+takes the fields one after the other, those of a group in its place: see ``flatten``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
+
+import torch
+
+from ipo_ext.config import LossSettings
+
+SymInt = Annotated[int, "SymInt"]  # which torch.compile may leave without a value
+
+# -------------------------------------------------------------------------------------------------
+# Groups
+
+
+class LogitScaling(NamedTuple):
+    """What becomes of logits before the softmax."""
+
+    temperature: torch.Tensor | None  # [] or [...]; what they are divided by, default 1
+    softcap: float  # 0 for none
+
+
+class LossInputs(NamedTuple):
+    """What every loss takes besides the policy. No gradient flows to any of it."""
+
+    inference_logprobs: torch.Tensor  # [...]
+    advantages: torch.Tensor  # [...]
+    loss_mask: torch.Tensor  # [...] bool
+    teacher_logprobs: torch.Tensor | None = None  # [...]
+    loss_weights: torch.Tensor | None = None  # [...]
+    cu_seqlens: torch.Tensor | None = None  # [segments + 1] int32
+    normalizer: torch.Tensor | None = None  # []
+
+    def map_tokens(self, function: Callable[[Any], Any]) -> LossInputs:
+        """With what ``function`` makes of every input that has a value for each token."""
+        return self._replace(**{name: function(getattr(self, name)) for name in TOKEN_INPUTS})
+
+
+# The inputs of which each token has a value.
+TOKEN_INPUTS = tuple(
+    name for name in LossInputs._fields if name not in ("cu_seqlens", "normalizer")
+)
+
+
+class HeadInputs(NamedTuple):
+    """What logits are made of that never exist as a whole."""
+
+    hidden: torch.Tensor  # [..., width]
+    weight: torch.Tensor  # [vocabulary, width]
+    labels: torch.Tensor  # [...]
+    scaling: LogitScaling
+
+
+class LogprobsBackward(NamedTuple):
+    """What a backward pass of log-probabilities starts from."""
+
+    entropy: torch.Tensor  # [...], as the forward pass has made it
+    softmax_stats: torch.Tensor  # [2, rows], likewise: row maximum and sum of exponentials
+    grad_logprobs: torch.Tensor  # [...]
+    grad_entropy: torch.Tensor  # [...]
+
+
+class NeedsGrad(NamedTuple):
+    """Which gradients a call makes."""
+
+    needs_grad_hidden: bool
+    needs_grad_weight: bool
+
+
+class Metrics(NamedTuple):
+    """What every loss measures; the rows are named in ``_C``."""
+
+    means: torch.Tensor  # [rows] or [rows, segments]
+    sums: torch.Tensor
+    extremes: torch.Tensor
+
+
+# -------------------------------------------------------------------------------------------------
+# Operators from log-probabilities and from logits, which are C++
+
+
+class IPOLossArguments(NamedTuple):
+    trainer_logprobs: torch.Tensor  # [...]
+    inputs: LossInputs
+    settings: LossSettings
+    with_gradient: bool
+
+
+class MetricMeansArguments(NamedTuple):
+    sums: torch.Tensor
+    extremes: torch.Tensor
+    float64: bool
+
+
+class IPOLossFromLogitsArguments(NamedTuple):
+    logits: torch.Tensor  # [..., vocabulary]
+    labels: torch.Tensor  # [...]
+    scaling: LogitScaling
+    inputs: LossInputs
+    settings: LossSettings
+    with_gradient: bool
+
+
+class IPOLossFromLogitsInplaceArguments(NamedTuple):
+    logits: torch.Tensor
+    labels: torch.Tensor
+    scaling: LogitScaling
+    inputs: LossInputs
+    settings: LossSettings
+
+
+class TokenLogprobsArguments(NamedTuple):
+    logits: torch.Tensor
+    labels: torch.Tensor
+    scaling: LogitScaling
+
+
+class TokenLogprobsBackwardArguments(NamedTuple):
+    logits: torch.Tensor
+    labels: torch.Tensor
+    scaling: LogitScaling
+    backward: LogprobsBackward
+
+
+class ScaleArguments(NamedTuple):
+    gradient: torch.Tensor
+    factor: torch.Tensor  # []
+
+
+class ScaleIntoArguments(NamedTuple):
+    gradient: torch.Tensor
+    factor: torch.Tensor  # []
+    out: torch.Tensor
+
+
+# -------------------------------------------------------------------------------------------------
+# Operators from hidden states, which are Python, and their steps, which are C++
+
+
+class IPOLossFromHiddenArguments(NamedTuple):
+    head: HeadInputs
+    inputs: LossInputs
+    settings: LossSettings
+    chunk_size: SymInt
+    num_active: SymInt | None
+    needs_grad: NeedsGrad
+
+
+class IPOLossFromHiddenResults(NamedTuple):
+    loss: torch.Tensor  # []
+    logprobs: torch.Tensor  # [...]
+    entropy: torch.Tensor  # [...]
+    metrics: Metrics
+    grad_hidden: torch.Tensor  # [tokens, width]; without a row where not needed
+    grad_weight: torch.Tensor  # [vocabulary, width] in the compute dtype; likewise
+
+
+class LinearTokenLogprobsArguments(NamedTuple):
+    head: HeadInputs
+    chunk_size: SymInt
+
+
+class LinearTokenLogprobsResults(NamedTuple):
+    logprobs: torch.Tensor  # [...]
+    entropy: torch.Tensor  # [...]
+    softmax_stats: torch.Tensor  # [2, tokens]
+
+
+class LinearTokenLogprobsBackwardArguments(NamedTuple):
+    head: HeadInputs
+    chunk_size: SymInt
+    backward: LogprobsBackward
+    needs_grad: NeedsGrad
+
+
+class LinearTokenLogprobsBackwardResults(NamedTuple):
+    grad_hidden: torch.Tensor  # as of the loss
+    grad_weight: torch.Tensor
+
+
+class FindFaultsArguments(NamedTuple):
+    labels: torch.Tensor  # [...]
+    temperature: torch.Tensor | None
+    loss_mask: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    normalizer: torch.Tensor | None
+    columns: SymInt
+    max_active: SymInt
+
+
+class ChunkLossArguments(NamedTuple):
+    logits: torch.Tensor  # [rows, vocabulary]
+    labels: torch.Tensor  # [rows]
+    scaling: LogitScaling
+    inputs: LossInputs
+    settings: LossSettings
+    fault: torch.Tensor  # [1], as find_faults has returned it
+    gradient: torch.Tensor | None  # where it goes
+
+
+class LossAndMetricsArguments(NamedTuple):
+    logprobs: torch.Tensor  # [tokens]
+    entropy: torch.Tensor  # [tokens]
+    inputs: LossInputs
+    settings: LossSettings
+    fault: torch.Tensor
+    with_gradient: bool
+    normalized: bool  # whether the gradient already holds 1 / normalizer
+
+
+class ChunkLogprobsArguments(NamedTuple):
+    logits: torch.Tensor
+    labels: torch.Tensor
+    scaling: LogitScaling
+    fault: torch.Tensor
+
+
+class ChunkLogprobsBackwardArguments(NamedTuple):
+    logits: torch.Tensor
+    labels: torch.Tensor
+    scaling: LogitScaling
+    backward: LogprobsBackward
+    fault: torch.Tensor
+    gradient: torch.Tensor
+
+
+OPERATORS: dict[str, type[tuple[Any, ...]]] = {
+    "ipo_loss": IPOLossArguments,
+    "metric_means": MetricMeansArguments,
+    "ipo_loss_from_logits": IPOLossFromLogitsArguments,
+    "ipo_loss_from_logits_": IPOLossFromLogitsInplaceArguments,
+    "token_logprobs": TokenLogprobsArguments,
+    "token_logprobs_backward": TokenLogprobsBackwardArguments,
+    "find_faults": FindFaultsArguments,
+    "chunk_logprobs_and_gradient": ChunkLossArguments,
+    "loss_and_metrics": LossAndMetricsArguments,
+    "chunk_logprobs": ChunkLogprobsArguments,
+    "chunk_logprobs_backward": ChunkLogprobsBackwardArguments,
+    "scale_": ScaleArguments,
+    "scale_into": ScaleIntoArguments,
+    "ipo_loss_from_hidden": IPOLossFromHiddenArguments,
+    "linear_token_logprobs": LinearTokenLogprobsArguments,
+    "linear_token_logprobs_backward": LinearTokenLogprobsBackwardArguments,
+}
+
+
+# -------------------------------------------------------------------------------------------------
+# Between named tuples and an operator's own list
+
+Arguments = TypeVar("Arguments", bound="tuple[Any, ...]")
+
+
+def flatten(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A value for each argument of the schema, in its order."""
+    flat: list[Any] = []
+    for value in arguments:
+        if isinstance(value, tuple):
+            flat.extend(flatten(value))
+        else:
+            flat.append(value)
+    return tuple(flat)
+
+
+def unflatten(kind: type[Arguments], flat: Sequence[Any]) -> Arguments:
+    """The inverse of ``flatten``."""
+    values: list[Any] = []
+    begin = 0
+    for group, width in _LAYOUTS[kind]:
+        part = flat[begin : begin + width]
+        values.append(part[0] if group is None else unflatten(group, part))
+        begin += width
+    return kind(*values)
+
+
+def _layout(kind: type[Any]) -> list[tuple[type[Any] | None, int]]:
+    """Of each field of ``kind``: its group, if it is one, and how many arguments it stands for."""
+    layout: list[tuple[type[Any] | None, int]] = []
+    for hint in get_type_hints(kind, include_extras=True).values():
+        is_group = isinstance(hint, type) and issubclass(hint, tuple)
+        layout.append((hint, len(schema_fields(hint))) if is_group else (None, 1))
+    return layout
+
+
+_SCHEMA_TYPES: dict[Any, str] = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    float | None: "float?",
+    SymInt: "SymInt",
+    SymInt | None: "SymInt?",
+}
+
+
+def schema_fields(kind: type[Any]) -> list[tuple[str, str]]:
+    """Name and schema type of each argument (or result) that ``kind`` stands for."""
+    fields: list[tuple[str, str]] = []
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        fields += [(name, _SCHEMA_TYPES[hint])] if hint in _SCHEMA_TYPES else schema_fields(hint)
+    return fields
+
+
+def schema(arguments: type[Any], results: type[Any]) -> str:
+    """``(Tensor hidden, ...) -> (Tensor loss, ...)`` for an operator that Python defines."""
+    sides = (
+        ", ".join(f"{type_} {name}" for name, type_ in schema_fields(kind))
+        for kind in (arguments, results)
+    )
+    return "({}) -> ({})".format(*sides)
+
+
+_GROUPS = (LogitScaling, LossInputs, LossSettings, HeadInputs, LogprobsBackward, NeedsGrad, Metrics)
+_LAYOUTS = {
+    kind: _layout(kind) for kind in (*_GROUPS, *OPERATORS.values(), IPOLossFromHiddenResults)
+}
