@@ -148,6 +148,8 @@ def test_python_imports_point_one_way() -> None:
     assert reachable("config") == set()
     assert reachable("_ops.arguments") == {"config"}
     assert reachable("output") == set()
+    assert reachable("_precision") == set()
+    assert reachable("batch") == set()
     below_checks = {"_C", "_ops.arguments", "_precision", "config"}
     assert reachable("_checks") == below_checks
     assert reachable("_operators") == below_checks | {"_checks"}
