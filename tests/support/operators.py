@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ipo_ext import IPOConfig, _operators
+from ipo_ext import _C, IPOConfig, _operators
 from tests.support.cases import Case, LogitsCase, LogprobsCase
+from tests.support.subjects import TOKENS, VOCABULARY
 
 
 def operator(name: str) -> Any:
@@ -68,3 +69,54 @@ def chunk_of_loss(
 def operator_gradient(case: LogprobsCase) -> torch.Tensor:
     """The gradient from log-probabilities as the operator makes it, in the compute dtype."""
     return call_operator("ipo_loss", case)[1]
+
+
+# -------------------------------------------------------------------------------------------------
+# Every operator
+
+
+def example_arguments(name: str, device: torch.device) -> list[Any]:
+    """A value for every argument of any operator, by its name in the schemas."""
+    rows = TOKENS, VOCABULARY
+    per_token = torch.rand(TOKENS)
+    tensors = {
+        "trainer_logprobs": -per_token,
+        "logits": torch.randn(rows),
+        "hidden": torch.randn(rows),
+        "weight": torch.randn(VOCABULARY, VOCABULARY),
+        "labels": torch.randint(VOCABULARY, (TOKENS,)),
+        "inference_logprobs": -torch.rand(TOKENS),
+        "advantages": torch.randn(TOKENS),
+        "loss_mask": per_token < 0.8,
+        "temperature": per_token + 0.5,
+        "teacher_logprobs": -per_token,
+        "loss_weights": per_token,
+        "cu_seqlens": torch.tensor([0, 5, 5, TOKENS], dtype=torch.int32),
+        "normalizer": torch.tensor(7.0),
+        "logprobs": -per_token,
+        "entropy": per_token,
+        "softmax_stats": torch.rand(2, TOKENS),
+        "grad_logprobs": torch.randn(TOKENS),
+        "grad_entropy": torch.randn(TOKENS),
+        "fault": torch.zeros(1, dtype=torch.int32),
+        "gradient": torch.randn(rows),
+        "out": torch.empty(rows, dtype=torch.bfloat16),
+        "factor": torch.tensor(0.3),
+        "sums": torch.rand(len(_C.SUM_ROWS), 3, dtype=torch.float64),
+        "extremes": torch.rand(len(_C.EXTREME_ROWS), 3, dtype=torch.float64),
+    }
+    config = IPOConfig.dppo(kl_tau=1e-3, teacher_tau=0.3)
+    numbers = {
+        **settings_of(config, torch.float32),
+        **dict.fromkeys(("num_active", "max_active"), TOKENS),
+        **dict.fromkeys(("with_gradient", "needs_grad_hidden", "needs_grad_weight"), True),
+        "softcap": 4.0,
+        "chunk_size": 8,
+        "columns": VOCABULARY,
+        "float64": False,
+        "normalized": True,
+    }
+    known = {key: tensor.to(device) for key, tensor in tensors.items()} | numbers
+    if name.startswith("chunk"):
+        known["cu_seqlens"] = None  # a chunk of rows is not packed
+    return [known[argument] for argument in names_of(name)]

@@ -2,70 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from ipo_ext import _C, IPOConfig
 from ipo_ext.diagnosis import info
 from tests.support import hidden, logits
 from tests.support.backends import Backend
 from tests.support.cases import LogprobsCase, evaluate, same_bits
 from tests.support.forms import FORMS, forms, leaf
-from tests.support.operators import call_operator, names_of, opcheck, operator
-from tests.support.subjects import SUBJECTS, TOKENS, VOCABULARY
+from tests.support.operators import call_operator, example_arguments, opcheck, operator
+from tests.support.subjects import SUBJECTS
 
 # -------------------------------------------------------------------------------------------------
-# Every operator, from a value for each name in the schemas
-
-
-def values(name: str, device: torch.device) -> dict[str, Any]:
-    """A value for every name in the operators' schemas."""
-    rows = TOKENS, VOCABULARY
-    per_token = torch.rand(TOKENS)
-    tensors = {
-        "trainer_logprobs": -per_token,
-        "logits": torch.randn(rows),
-        "hidden": torch.randn(rows),
-        "weight": torch.randn(VOCABULARY, VOCABULARY),
-        "labels": torch.randint(VOCABULARY, (TOKENS,)),
-        "inference_logprobs": -torch.rand(TOKENS),
-        "advantages": torch.randn(TOKENS),
-        "loss_mask": per_token < 0.8,
-        "temperature": per_token + 0.5,
-        "teacher_logprobs": -per_token,
-        "loss_weights": per_token,
-        "cu_seqlens": torch.tensor([0, 5, 5, TOKENS], dtype=torch.int32),
-        "normalizer": torch.tensor(7.0),
-        "logprobs": -per_token,
-        "entropy": per_token,
-        "softmax_stats": torch.rand(2, TOKENS),
-        "grad_logprobs": torch.randn(TOKENS),
-        "grad_entropy": torch.randn(TOKENS),
-        "fault": torch.zeros(1, dtype=torch.int32),
-        "gradient": torch.randn(rows),
-        "out": torch.empty(rows, dtype=torch.bfloat16),
-        "factor": torch.tensor(0.3),
-        "sums": torch.rand(len(_C.SUM_ROWS), 3, dtype=torch.float64),
-        "extremes": torch.rand(len(_C.EXTREME_ROWS), 3, dtype=torch.float64),
-    }
-    numbers = dict(
-        zip(("low", "high"), IPOConfig().log_bounds(torch.float32), strict=True),
-        **dict.fromkeys(("num_active", "max_active"), TOKENS),
-        **dict.fromkeys(("with_gradient", "needs_grad_hidden", "needs_grad_weight"), True),
-        mask_rule=1, kl_active=True, adv_tau=1.0, kl_tau=1e-3, teacher_tau=0.3, softcap=4.0,
-        rollout_low=None, chunk_size=8, columns=VOCABULARY, float64=False, normalized=True,
-    )  # fmt: skip
-    known = {key: tensor.to(device) for key, tensor in tensors.items()} | numbers
-    # A chunk of rows is not packed.
-    return known | {"cu_seqlens": None} if name.startswith("chunk") else known
+# Every operator
 
 
 @pytest.mark.parametrize("name", [name.removeprefix("ipo_ext::") for name in info.operators()])
 def test_opcheck(backend: Backend, name: str) -> None:
-    known = values(name, backend.device)
-    arguments = [known[argument] for argument in names_of(name)]
+    arguments = example_arguments(name, backend.device)
     arguments[0].requires_grad_(name in SUBJECTS)
     results = torch.library.opcheck(operator(name), arguments)
     assert set(results.values()) == {"SUCCESS"}

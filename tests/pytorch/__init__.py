@@ -1,0 +1,1 @@
+"""The public functions under torch's machinery: compilers, autograd, checkpoints, shards."""

@@ -1,1 +1,0 @@
-"""The operators under torch's machinery: compilers, autograd, checkpoints, shards."""
