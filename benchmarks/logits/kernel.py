@@ -54,27 +54,34 @@ def microseconds(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(taken)
 
 
-def measure(case: Case, repeats: int) -> dict[str, Any]:
-    batch = make_batch(case.rows, case.columns, case.logits, "cuda")
+def calls(case: Case, device: str = "cuda") -> dict[str, Callable[[], torch.Tensor | None]]:
+    """The kernel with the gradient, which it returns, and without; a copy to the same memory."""
+    batch = make_batch(case.rows, case.columns, case.logits, device)
     logits, labels, inference_logprobs, advantages, _ = (tensor.detach() for tensor in batch)
-    mask = torch.rand(case.rows, device="cuda") * 100 < case.active
+    mask = torch.rand(case.rows, device=device) * 100 < case.active
     gradient = torch.empty_like(logits, dtype=DTYPES[case.gradient])
     operators = _operators.library()
     fault = operators.find_faults(labels, None, mask, None, None, case.columns, case.rows)
 
-    def rows(into: torch.Tensor | None) -> object:
-        return operators.chunk_logprobs_and_gradient(
+    def kernel(into: torch.Tensor | None) -> torch.Tensor | None:
+        operators.chunk_logprobs_and_gradient(
             *(logits, labels, None, 0.0),
             *LossInputs(inference_logprobs, advantages, mask),
             *CONFIG.settings(torch.float32),
             *(fault, into),
         )
+        return into
 
-    times = {
-        "with_gradient": microseconds(lambda: rows(gradient), repeats),
-        "forward": microseconds(lambda: rows(None), repeats),
-        "copy": microseconds(lambda: gradient.copy_(logits), repeats),
+    return {
+        "with_gradient": lambda: kernel(gradient),
+        "forward": lambda: kernel(None),
+        "copy": lambda: gradient.copy_(logits),
     }
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """A row of the results: the median microseconds of each call."""
+    times = {name: microseconds(call, repeats) for name, call in calls(case).items()}
     return {**case._asdict(), "microseconds": times}
 
 

@@ -15,10 +15,11 @@ import torch
 from benchmarks.harness import command, correctness, cuda, timing, words
 from benchmarks.harness.step import Work, by_autograd, loss_by_autograd
 from benchmarks.harness.summary import Ratio, Summary, ratio, summarise
+from benchmarks.logits import kernel
 from benchmarks.logits import providers as logits_providers
 from benchmarks.logits.batch import make_batch as make_logits
 from benchmarks.logits.benchmark import FromLogits
-from benchmarks.logprobs import baselines, providers
+from benchmarks.logprobs import baselines, overhead, providers
 from benchmarks.logprobs.batch import Batch, make_batch
 from benchmarks.logprobs.benchmark import FromLogprobs
 from benchmarks.logprobs.cases import TARGET_CASE
@@ -135,6 +136,24 @@ def test_expected_gradients_are_made_in_slabs(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(in_slabs.gradients["gradient"], at_once.gradients["gradient"])
     plain = logits_providers.plain(batch)
     assert plain.item() == pytest.approx(at_once.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_kernel_alone_makes_the_gradient_of_the_loss(dtype: str) -> None:
+    gradient = kernel.calls(kernel.Case(6, 50, dtype, dtype, 100), "cpu")["with_gradient"]()
+    batch = make_logits(6, 50, dtype, "cpu")
+    (expected,) = torch.autograd.grad(logits_providers.ours(batch), batch.leaves)
+    assert torch.equal(gradient, expected)
+
+
+def test_every_layer_of_a_call_computes_the_same_loss() -> None:
+    results = {name: call() for name, call in overhead.subjects("cpu").items()}
+    loss = results["ipo_loss"].loss
+    for name in ("bare operator", "bare operator, with gradient", "ipo_loss, with gradient"):
+        assert torch.equal(results[name][0], loss), name
+    assert torch.equal(
+        results["bare operator, forward + backward"][0], results["ipo_loss, forward + backward"][0]
+    )
 
 
 # ---- Counting ----
