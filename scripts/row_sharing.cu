@@ -2,8 +2,8 @@
 // scripts/resource_report.py. Runs on the host.
 #include <cstdio>
 
-#include "kernels/cuda/row_share.cuh"
-#include "kernels/cuda/row_sharing.cuh"
+#include "kernels/cuda/logits/slice.cuh"
+#include "kernels/cuda/logits/plan.h"
 
 int main() {
   using namespace ipo_ext::cuda;

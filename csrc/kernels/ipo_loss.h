@@ -4,10 +4,10 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 
+#include "kernels/inputs.h"
+#include "kernels/parallel_for.h"
 #include "kernels/segments.h"
-#include "kernels/token_input.h"
 #include "math/metrics.h"
 #include "math/token_loss.h"
 
@@ -134,10 +134,6 @@ IPO_HOST_DEVICE void metric_means_of_segment(const MetricMeansArgs& args, int64_
 }
 
 namespace cpu {
-
-// Calls body(begin, end) for parts of [0, count) on the caller's threads; ops/ supplies torch's.
-using ParallelFor = std::function<void(int64_t count, int64_t grain,
-                                       const std::function<void(int64_t, int64_t)>& body)>;
 
 size_t workspace_bytes(const IpoLossArgs& args);
 

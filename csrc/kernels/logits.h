@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "kernels/ipo_loss.h"
-#include "math/logits.h"
+#include "math/softmax_row.h"
 
 namespace ipo_ext {
 
@@ -188,22 +188,10 @@ IPO_HOST_DEVICE E saved_largest(const LogitsArgs& args, int64_t row) {
   return static_cast<const E*>(args.softmax)[row];
 }
 
-// out = gradient * factor, a product in the compute dtype, rounded to out's dtype once; nothing is
-// touched where factor is 1 and out the gradient.
-struct ScaleArgs {
-  const void* gradient;  // [count]
-  DType dtype;
-  void* out;        // [count]; the gradient itself if of its dtype, else apart from it
-  DType out_dtype;  // the gradient's, or fp16 or bf16 for an fp32 gradient
-  int64_t count;
-  ScalarInput factor;
-};
-
 namespace cpu {
 
 // The caller has checked every active row's label and temperature.
 void logits(const LogitsArgs& args, const ParallelFor& parallel_for);
-void scale(const ScaleArgs& args, const ParallelFor& parallel_for);
 
 }  // namespace cpu
 
@@ -216,7 +204,6 @@ namespace cuda {
 size_t workspace_bytes(const LogitsArgs& args);
 const char* find_faults(const LogitsArgs& args, CUstream_st* stream);
 const char* logits(const LogitsArgs& args, CUstream_st* stream);
-const char* scale(const ScaleArgs& args, CUstream_st* stream);
 
 }  // namespace cuda
 }  // namespace ipo_ext

@@ -6,6 +6,7 @@
 
 #include "kernels/ipo_loss.h"
 #include "kernels/logits.h"
+#include "kernels/scale.h"
 #include "ops/tensors.h"
 
 // Only CUDA builds of torch have it.

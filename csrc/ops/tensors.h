@@ -12,7 +12,7 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/token_input.h"
+#include "kernels/inputs.h"
 #include "ops/check.h"
 
 namespace ipo_ext {
@@ -39,10 +39,6 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   }
   return DType::kFloat32;
 }
-
-inline bool is_floating(DType dtype) { return dtype != DType::kInt32 && dtype != DType::kInt64; }
-
-inline bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

@@ -57,92 +57,96 @@ class Mutation:
     tests: tuple[str, ...] = AROUND_TILES  # those that must notice, as node ids
 
 
-KERNEL = "kernels/cuda/ipo_loss.cu"
-REDUCE = "kernels/cuda/reduce.cuh"
+LOSS_LAUNCH = "kernels/cuda/ipo_loss/ipo_loss.cu"
+TILES = "kernels/cuda/ipo_loss/tiles.cuh"
+TOKENS = "kernels/cuda/ipo_loss/tokens.cuh"
+LOSS_SEGMENTS = "kernels/cuda/ipo_loss/segments.cuh"
+FINISH = "kernels/cuda/ipo_loss/finish.cuh"
+REDUCE = "kernels/cuda/common/reduce.cuh"
 SEGMENTS = "kernels/segments.h"
 LOSS = "math/token_loss.h"
 RULES = "math/mask_rules.h"
 METRICS = "math/metrics.h"
-LOGITS = "kernels/cuda/logits_kernels.cuh"
-PASSES = "kernels/cuda/row_passes.cuh"
-HELD = "kernels/cuda/row_held.cuh"
-SUMS = "kernels/cuda/row_sums.cuh"
+LOGITS = "kernels/cuda/logits/kernels.cuh"
+PASSES = "kernels/cuda/logits/passes.cuh"
+HELD = "kernels/cuda/logits/resident_row.cuh"
+SUMS = "kernels/cuda/logits/thread_sums.cuh"
 ROWS = "kernels/logits.h"
-SHARE = "kernels/cuda/row_share.cuh"
-CLUSTER = "kernels/cuda/cluster.cuh"
-TILE_SUMS = "kernels/cuda/tile_sums.cuh"
+SHARE = "kernels/cuda/logits/slice.cuh"
+CLUSTER = "kernels/cuda/common/cluster.cuh"
+TILE_SUMS = "kernels/cuda/ipo_loss/tile_sums.cuh"
 SCALE = "kernels/cuda/scale.cu"
 
 MUTATIONS = (
     Mutation(
         "tail-one-short",
-        KERNEL,
+        TILES,
         "i < piece.end; ++i",
         "i + 1 < piece.end; ++i",
     ),
     Mutation(
         "tail-one-long",
-        KERNEL,
+        TILES,
         "index + kCount <= size) {",
         "index + kCount <= size + 1) {",
     ),
     Mutation(
         "lost-vector-remainder",
-        KERNEL,
+        TILES,
         "kCount == 1 || index + kCount <= size",
         "true",
     ),
     Mutation(
         "wrong-slot",
-        KERNEL,
+        TILES,
         "slot = Segments::slot(tile, segment);",
         "slot = Segments::slot(tile, 0);",
     ),
     Mutation(
         "skipped-segment",
-        KERNEL,
+        TILES,
         "if (end <= begin) continue;",
         "if (end <= begin + 1) continue;",
     ),
     Mutation(
         "wrong-stride-of-tokens",
-        KERNEL,
+        TILES,
         "round += kRound",
         "round += 2 * kRound",
     ),
     Mutation(
         "wrong-stride-of-tiles",
-        KERNEL,
+        FINISH,
         "tile += kThreads)",
         "tile += 2 * kThreads)",
     ),
     Mutation(
         "wrong-stride-of-slots",
-        KERNEL,
+        FINISH,
         "slot += kThreads) {",
         "slot += 2 * kThreads) {",
     ),
     Mutation(
         "wrong-search",
-        KERNEL,
+        LOSS_SEGMENTS,
         "(begun_probes - 1) * stride",
         "begun_probes * stride",
     ),
     Mutation(
         "wrong-mask-byte",
-        KERNEL,
+        TOKENS,
         "(mask >> (8 * i))",
         "(mask >> (4 * i))",
     ),
     Mutation(
         "wrong-gradient-index",
-        KERNEL,
+        TILES,
         "static_cast<E*>(args.gradient) + tile_begin + index;",
         "static_cast<E*>(args.gradient) + tile_begin + index / kCount;",
     ),
     Mutation(
         "unchecked-alignment",
-        KERNEL,
+        LOSS_LAUNCH,
         "is_aligned({args.loss_mask, DType::kFloat32}) &&",
         "",
         from_logprobs(
@@ -152,7 +156,7 @@ MUTATIONS = (
     ),
     Mutation(
         "single-fault-ignored",
-        KERNEL,
+        FINISH,
         "__syncthreads_count(invalid) > 0",
         "__syncthreads_count(invalid) > 1",
         properties("test_a_cu_seqlens_that_is_no_partition_raises_or_poisons"),
@@ -191,50 +195,50 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens-of-another-segment",
-        KERNEL,
+        TILES,
         "token.active &= piece.has(index + i);",
         "",
     ),
     Mutation(
         "gradient-of-another-segment",
-        KERNEL,
+        TILES,
         "if (piece.has(index + i)) gradient[i]",
         "if (piece.has(index)) gradient[i]",
     ),
     Mutation(
         "warp-before-the-piece",
-        KERNEL,
+        TILES,
         "return storage.holds[first + i];",
         "return true;",
     ),
     Mutation(
         "piece-of-the-first-warp",
-        KERNEL,
+        TILES,
         "if (!piece.meets(first_of_warp, kWarpSize * kCount)) continue;",
         "if (!piece.meets(first_of_warp, kCount)) continue;",
     ),
     Mutation(
         "tile-before-the-barrier",
-        KERNEL,
+        TILES,
         "storage.holds[warp] = warp_holds;\n  __syncthreads();",
         "storage.holds[warp] = warp_holds;",
         from_logprobs("test_same_bits_whatever_the_schedule"),
     ),
     Mutation(
         "round-that-was-not-loaded",
-        KERNEL,
+        TILES,
         "loaded = false;",
         "loaded = true;",
     ),
     Mutation(
         "slots-beyond-the-segment",
-        KERNEL,
+        FINISH,
         "slot + i < slots.end",
         "slot + i <= slots.end",
     ),
     Mutation(
         "long-segment-of-nobody",
-        KERNEL,
+        FINISH,
         "if (slots.are_many())",
         "if (!slots.are_many())",
         from_logprobs("test_long_and_short_segments_matches_the_reference_around_tiles"),
@@ -270,21 +274,21 @@ MUTATIONS = (
     ),
     Mutation(
         "rollout-of-one-thread",
-        KERNEL,
+        TILES,
         "storage.drops_sequence = true;",
         "storage.drops_sequence |= threadIdx.x == 0;",
         rollout_rule("test_only_the_broken_sequences_are_dropped"),
     ),
     Mutation(
         "rollout-flags-of-a-few",
-        KERNEL,
+        LOSS_SEGMENTS,
         "slot += kThreads)\n    dropped",
         "slot += end)\n    dropped",
         rollout_rule("test_a_long_sequence_is_dropped_whole"),
     ),
     Mutation(
         "rollout-loss-twice",
-        KERNEL,
+        TILES,
         "storage.loss += loss_of_piece(workspace.slots[slot]);\n        begin",
         "begin = begin;\n        begin",
         rollout_rule("test_equals_the_reference"),

@@ -19,8 +19,8 @@ TORCH = Path(torch.__file__).parent
 
 def build_operators(root: Path = build.ROOT, sanitize: Sequence[str] = ()) -> Path:
     """Compiles csrc/ops and the CUDA kernels of `root` for the emulator, as a library for torch."""
-    # The one that takes longest, logits_fp32, not last: two compile at once.
-    kernels = sorted(root.glob("csrc/kernels/cuda/*.cu"), reverse=True)
+    # The one that takes longest, logits/fp32, not last: two compile at once.
+    kernels = sorted(root.glob("csrc/kernels/cuda/**/*.cu"), reverse=True)
     return build.build(
         f"ipo_ext_emulated{sysconfig.get_config_var('SHLIB_SUFFIX')}",
         ["csrc/ops/register.cpp", *(path.relative_to(root) for path in kernels)],

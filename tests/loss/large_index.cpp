@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "kernels/cpu/ipo_loss.cpp"
-#include "kernels/cuda/ipo_loss.cu"
+#include "kernels/cuda/ipo_loss/ipo_loss.cu"
 
 #define IPO_EXT_CPU_ARCH baseline
 #include "kernels/cpu/ipo_loss_simd.cpp"

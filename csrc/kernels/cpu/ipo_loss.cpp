@@ -158,21 +158,22 @@ void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
 size_t workspace_bytes(const IpoLossArgs& args) {
   Segments segments = args.segments;
   segments.tile_size = kTileSize;
-  return args.compute_dtype == DType::kFloat64 ? Workspace<double>::bytes(args, segments)
-                                               : Workspace<float>::bytes(args, segments);
+  return dispatch_compute(args.compute_dtype, [&](auto compute) {
+    return Workspace<TypeOf<decltype(compute)>>::bytes(args, segments);
+  });
 }
 
 void ipo_loss(IpoLossArgs args, const ParallelFor& parallel_for) {
   args.segments.tile_size = kTileSize;
-  args.compute_dtype == DType::kFloat64 ? run<double>(args, parallel_for)
-                                        : run<float>(args, parallel_for);
+  dispatch_compute(args.compute_dtype,
+                   [&](auto compute) { run<TypeOf<decltype(compute)>>(args, parallel_for); });
 }
 
 void metric_means(const MetricMeansArgs& args) {
-  for (int64_t s = 0; s < args.segments; ++s) {
-    args.compute_dtype == DType::kFloat64 ? metric_means_of_segment<double>(args, s)
-                                          : metric_means_of_segment<float>(args, s);
-  }
+  dispatch_compute(args.compute_dtype, [&](auto compute) {
+    for (int64_t s = 0; s < args.segments; ++s)
+      metric_means_of_segment<TypeOf<decltype(compute)>>(args, s);
+  });
 }
 
 }  // namespace ipo_ext::cpu

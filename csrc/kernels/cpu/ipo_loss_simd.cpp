@@ -3,6 +3,8 @@
 // the same vector code, padded with inactive tokens.
 #include "kernels/cpu/ipo_loss_simd.h"
 
+#include <type_traits>
+
 #include "kernels/cpu/simd_memory.h"
 
 namespace ipo_ext::cpu::IPO_EXT_CPU_ARCH {
@@ -66,9 +68,6 @@ inline __attribute__((always_inline)) int64_t chunk_tokens(int64_t left) {
   return left < kLanes<E> ? left : left - left % kLanes<E>;
 }
 
-template <typename E>
-constexpr DType kDTypeOf = sizeof(E) == sizeof(float) ? DType::kFloat32 : DType::kFloat64;
-
 template <typename E, typename Stored>
 inline __attribute__((always_inline)) void convert_tokens(const void* data, int64_t begin,
                                                           int64_t count, E* out) {
@@ -82,26 +81,14 @@ template <typename E>
 inline __attribute__((always_inline)) const E* stage(TokenInput input, const Constant<E>& absent,
                                                      int64_t begin, int64_t count, E* staged) {
   if (input.data == nullptr) return absent.values;
-  switch (input.dtype) {
-    case DType::kFloat16:
-      convert_tokens<E, Float16>(input.data, begin, count, staged);
-      break;
-    case DType::kBFloat16:
-      convert_tokens<E, BFloat16>(input.data, begin, count, staged);
-      break;
-    case DType::kFloat64:
-      if (kDTypeOf<E> == DType::kFloat64 && !is_ragged<E>(count)) {
-        return static_cast<const E*>(input.data) + begin;
-      }
-      convert_tokens<E, double>(input.data, begin, count, staged);
-      break;
-    default:
-      if (kDTypeOf<E> == DType::kFloat32 && !is_ragged<E>(count)) {
-        return static_cast<const E*>(input.data) + begin;
-      }
-      convert_tokens<E, float>(input.data, begin, count, staged);
-  }
-  return staged;
+  return dispatch_floating(input.dtype, [&](auto stored) -> const E* {
+    using Stored = TypeOf<decltype(stored)>;
+    if constexpr (std::is_same_v<Stored, E>) {
+      if (!is_ragged<E>(count)) return static_cast<const E*>(input.data) + begin;
+    }
+    convert_tokens<E, Stored>(input.data, begin, count, staged);
+    return staged;
+  });
 }
 
 template <typename E>

@@ -1,7 +1,7 @@
 // What ipo_loss_simd.cpp offers, for each instruction set it is compiled for.
 #pragma once
 
-#include "kernels/cpu/instruction_sets.h"
+#include "kernels/cpu/dispatch.h"
 #include "kernels/ipo_loss.h"
 
 namespace ipo_ext::cpu {

@@ -58,12 +58,4 @@ void logits(const LogitsArgs& args, const ParallelFor& parallel_for) {
   });
 }
 
-void scale(const ScaleArgs& args, const ParallelFor& parallel_for) {
-  static const auto elements = IPO_EXT_CHOOSE(scale_elements);
-  const double factor = load_scalar(args.factor);
-  if (factor == 1 && args.out == args.gradient) return;
-  parallel_for(args.count, kElementsPerTask,
-               [&](int64_t begin, int64_t end) { elements(args, factor, begin, end); });
-}
-
 }  // namespace ipo_ext::cpu

@@ -251,61 +251,16 @@ void run_rows(const LogitsArgs& args, RowRange range, int64_t after, void* scrat
   }
 }
 
-void run_fp32_rows(const LogitsArgs& args, RowRange range, int64_t after, void* scratch) {
-  switch (args.gradient.dtype) {
-    case DType::kFloat16:
-      return run_rows<float, float, Float16>(args, range, after, scratch);
-    case DType::kBFloat16:
-      return run_rows<float, float, BFloat16>(args, range, after, scratch);
-    default:
-      return run_rows<float, float, float>(args, range, after, scratch);
-  }
-}
-
-template <typename From, typename To, typename E>
-IPO_EXT_INLINE void scale_stored(const ScaleArgs& args, E factor, int64_t begin, int64_t end) {
-  const From* from = static_cast<const From*>(args.gradient);
-  To* to = static_cast<To*>(args.out);
-  for (int64_t i = begin; i < end; ++i) to[i] = narrow<To>(convert<E>(from[i]) * factor);
-}
-
-IPO_EXT_INLINE void scale_fp32(const ScaleArgs& args, float factor, int64_t begin, int64_t end) {
-  switch (args.out_dtype) {
-    case DType::kFloat16:
-      return scale_stored<float, Float16>(args, factor, begin, end);
-    case DType::kBFloat16:
-      return scale_stored<float, BFloat16>(args, factor, begin, end);
-    default:
-      return scale_stored<float, float>(args, factor, begin, end);
-  }
-}
-
 }  // namespace
 
 void logits_rows(const LogitsArgs& args, RowRange range, int64_t after, void* scratch) {
-  switch (args.logits.dtype) {
-    case DType::kFloat16:
-      return run_rows<float, Float16, Float16>(args, range, after, scratch);
-    case DType::kBFloat16:
-      return run_rows<float, BFloat16, BFloat16>(args, range, after, scratch);
-    case DType::kFloat64:
-      return run_rows<double, double, double>(args, range, after, scratch);
-    default:
-      return run_fp32_rows(args, range, after, scratch);
-  }
-}
-
-void scale_elements(const ScaleArgs& args, double factor, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return scale_stored<Float16, Float16>(args, static_cast<float>(factor), begin, end);
-    case DType::kBFloat16:
-      return scale_stored<BFloat16, BFloat16>(args, static_cast<float>(factor), begin, end);
-    case DType::kFloat64:
-      return scale_stored<double, double>(args, factor, begin, end);
-    default:
-      return scale_fp32(args, static_cast<float>(factor), begin, end);
-  }
+  dispatch_floating(args.logits.dtype, [&](auto stored) {
+    using Stored = TypeOf<decltype(stored)>;
+    dispatch_gradient<Stored>(args.gradient.dtype, [&](auto gradient) {
+      using Gradient = TypeOf<decltype(gradient)>;
+      run_rows<Compute<Stored>, Stored, Gradient>(args, range, after, scratch);
+    });
+  });
 }
 
 }  // namespace ipo_ext::cpu::IPO_EXT_CPU_ARCH

@@ -1,7 +1,7 @@
 // What logits_simd.cpp offers, for each instruction set it is compiled for.
 #pragma once
 
-#include "kernels/cpu/instruction_sets.h"
+#include "kernels/cpu/dispatch.h"
 #include "kernels/logits.h"
 
 namespace ipo_ext::cpu {
@@ -12,11 +12,9 @@ struct RowRange {
 
 // logits_rows: the rows of range, with scratch for one row in the compute dtype; `after` is the row
 // that this thread will take then, or no row.
-// scale_elements: elements [begin, end) of the gradient, times factor, to out.
 #define IPO_EXT_DECLARE_ARCH(arch)                                                        \
   namespace arch {                                                                        \
   void logits_rows(const LogitsArgs& args, RowRange range, int64_t after, void* scratch); \
-  void scale_elements(const ScaleArgs& args, double factor, int64_t begin, int64_t end);  \
   }
 IPO_EXT_CPU_ARCHS(IPO_EXT_DECLARE_ARCH)
 #undef IPO_EXT_DECLARE_ARCH

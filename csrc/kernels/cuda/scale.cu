@@ -2,11 +2,9 @@
 // once: one pass at the speed of a copy, and a factor of 1 in place reads nothing but itself. The
 // grid is as large as the device and no larger, since blocks that only return are not free.
 #include <algorithm>
-#include <type_traits>
 
-#include "kernels/cuda/row_share.cuh"
-#include "kernels/cuda/vector_load.cuh"
-#include "kernels/logits.h"
+#include "kernels/cuda/common/vector.cuh"
+#include "kernels/scale.h"
 
 namespace ipo_ext::cuda {
 namespace {
@@ -89,26 +87,13 @@ cudaError_t launch_scale(const ScaleArgs& args, cudaStream_t stream) {
   return launch(kernel, blocks, kThreads, 0, stream, args);
 }
 
-// Into the same dtype, or from fp32 into half precision.
 cudaError_t launch_scale(const ScaleArgs& args, cudaStream_t stream) {
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return launch_scale<Float16, Float16>(args, stream);
-    case DType::kBFloat16:
-      return launch_scale<BFloat16, BFloat16>(args, stream);
-    case DType::kFloat64:
-      return launch_scale<double, double>(args, stream);
-    default:
-      break;
-  }
-  switch (args.out_dtype) {
-    case DType::kFloat16:
-      return launch_scale<float, Float16>(args, stream);
-    case DType::kBFloat16:
-      return launch_scale<float, BFloat16>(args, stream);
-    default:
-      return launch_scale<float, float>(args, stream);
-  }
+  return dispatch_floating(args.dtype, [&](auto from) {
+    using From = TypeOf<decltype(from)>;
+    return dispatch_gradient<From>(args.out_dtype, [&](auto to) {
+      return launch_scale<From, TypeOf<decltype(to)>>(args, stream);
+    });
+  });
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ INPUTS = (
     Input("prob_diff", rows=67, columns=131, config=ipo_ext.IPOConfig.prob_diff()),
     Input("kpop", rows=67, columns=131, config=ipo_ext.IPOConfig.kpop(0.1)),
     Input("icepop", rows=67, columns=131, config=ipo_ext.IPOConfig.icepop(rollout_min_ratio=2e-3)),
-    # One for each shape in which a GPU shares rows (csrc/kernels/cuda/row_sharing.cuh).
+    # One for each shape in which a GPU shares rows (csrc/kernels/cuda/logits/plan.h).
     Input("16,003 columns", rows=160, columns=16_003, only_gpus=True),
     Input("32,003 columns", rows=80, columns=32_003, only_gpus=True),
     Input("64,007 columns", rows=40, columns=64_007, only_gpus=True),

@@ -1,46 +1,34 @@
-// Blocks that share a row: a thread-block cluster on sm_90 and newer, before that one block alone.
-// A reduction sends every warp's value to every block, whose own barrier counts the bytes that
-// arrive: nobody waits for anything but them, or reads a neighbour's memory, so a block may exit
-// after its last reduction.
+// What the device moves while threads go on: copies to shared memory, and words that are sent to
+// other blocks of a cluster and counted where they arrive.
 #pragma once
 
-#include "kernels/cuda/reduce.cuh"
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
 
 namespace ipo_ext::cuda {
 
-constexpr int kMaxClusterBlocks = 8;  // what every device with clusters can place
-
-struct Cluster {
-  unsigned rank;
-  unsigned blocks;
-
-  // Tells the others that this block has started; nobody may write to one that has not. It orders
-  // no memory.
-  __device__ __forceinline__ void say_started() const {
-    if (blocks == 1) return;
+// Starts to copy 16 aligned bytes to the block's shared memory, past L1; only the thread that asked
+// may read them, after wait_for_copies(). From sm_80 on; before that, at once.
+__device__ __forceinline__ void copy_ahead(uint4* shared, const void* global) {
 #if !defined(__CUDACC__)
-    emulator::cluster_arrive();
-#elif __CUDA_ARCH__ >= 900
-    __cluster_barrier_arrive_relaxed();
-#endif
-  }
-  __device__ __forceinline__ void wait_for_all() const {
-    if (blocks == 1) return;
-#if !defined(__CUDACC__)
-    emulator::cluster_wait();
-#elif __CUDA_ARCH__ >= 900
-    __cluster_barrier_wait();
-#endif
-  }
-};
-
-__device__ __forceinline__ Cluster this_cluster() {
-#if !defined(__CUDACC__)
-  return {emulator::cluster_rank(), emulator::cluster_size()};
-#elif __CUDA_ARCH__ >= 900
-  return {__clusterRelativeBlockRank(), __clusterSizeInBlocks()};
+  emulator::async_copy(shared, global, sizeof(uint4));
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
 #else
-  return {0, 1};
+  *shared = __ldcg(static_cast<const uint4*>(global));
+#endif
+}
+__device__ __forceinline__ void wait_for_copies() {
+#if !defined(__CUDACC__)
+  emulator::async_commit();
+  emulator::async_wait(0);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
@@ -138,42 +126,5 @@ class Arrivals {
 
   uint64_t state_;
 };
-
-// A value of every warp of the cluster. Each reduction needs one of its own, and may use it again
-// after another reduction of the same threads.
-template <typename S, int kThreads>
-struct ClusterReduceStorage {
-  alignas(16) S warps[kMaxClusterBlocks * kThreads / kWarpSize];
-  Arrivals arrivals;
-};
-
-// Posts the warp's merged value to all blocks; all have arrived at its end. `phase` counts the
-// reductions before it in this storage. All threads must call.
-template <int kThreads, typename S, typename Merge>
-__device__ __forceinline__ void post_to_cluster(S value, Merge merge, const Cluster& cluster,
-                                                unsigned phase,
-                                                ClusterReduceStorage<S, kThreads>& storage) {
-  constexpr unsigned kWarps = kThreads / kWarpSize;
-  value = warp_all_reduce(value, merge);
-  const unsigned lane = threadIdx.x % kWarpSize;
-  S* mine = &storage.warps[cluster.rank * kWarps + threadIdx.x / kWarpSize];
-  if (cluster.blocks == 1) {
-    if (lane == 0) *mine = value;
-    return __syncthreads();
-  }
-  if (threadIdx.x == 0) storage.arrivals.expect(cluster.blocks * kWarps * sizeof(S));
-  if (lane < cluster.blocks) storage.arrivals.send(mine, value, lane);
-  storage.arrivals.wait(phase);
-}
-
-// What was posted, merged in a fixed tree; valid in all lanes of the warps that call.
-template <int kThreads, typename S, typename Merge>
-__device__ __forceinline__ S merge_posted(S value, Merge merge, const Cluster& cluster,
-                                          const ClusterReduceStorage<S, kThreads>& storage) {
-  const unsigned posted = cluster.blocks * (kThreads / kWarpSize);
-  for (unsigned i = threadIdx.x % kWarpSize; i < posted; i += kWarpSize)
-    value = merge(value, storage.warps[i]);
-  return warp_all_reduce(value, merge);
-}
 
 }  // namespace ipo_ext::cuda

@@ -4,7 +4,8 @@
 
 #include <limits>
 
-#include "kernels/cuda/row_storage.cuh"
+#include "kernels/cuda/logits/storage.cuh"
+#include "kernels/cuda/logits/thread_sums.cuh"
 
 namespace ipo_ext::cuda {
 

@@ -1,5 +1,5 @@
 // Tier 2's kernels for fp32 logits, with gradients of their own dtype or a narrower one.
-#include "kernels/cuda/logits_kernels.cuh"
+#include "kernels/cuda/logits/kernels.cuh"
 
 namespace ipo_ext::cuda {
 

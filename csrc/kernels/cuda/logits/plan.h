@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/cuda/platform.cuh"
+#include "kernels/cuda/common/platform.cuh"
 
 namespace ipo_ext::cuda {
 

@@ -1,5 +1,5 @@
 // Tier 2's kernels for bf16 logits.
-#include "kernels/cuda/logits_kernels.cuh"
+#include "kernels/cuda/logits/kernels.cuh"
 
 namespace ipo_ext::cuda {
 

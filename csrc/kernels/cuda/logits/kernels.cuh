@@ -3,10 +3,10 @@
 
 #include <type_traits>
 
-#include "kernels/cuda/logits_launch.cuh"
-#include "kernels/cuda/row_held.cuh"
-#include "kernels/cuda/row_in_turn.cuh"
-#include "kernels/cuda/row_passes.cuh"
+#include "kernels/cuda/logits/launch.cuh"
+#include "kernels/cuda/logits/passes.cuh"
+#include "kernels/cuda/logits/pipelined_row.cuh"
+#include "kernels/cuda/logits/resident_row.cuh"
 
 namespace ipo_ext::cuda {
 
@@ -217,21 +217,14 @@ cudaError_t launch_variant(const LogitsArgs& args, const Device& device, cudaStr
              : launch_rows<Stored, Gradient, 512, false>(rows, sharing, device, stream);
 }
 
-// fp32 logits may have a narrower gradient.
 template <typename Stored>
 cudaError_t launch_logits(const LogitsArgs& args, cudaStream_t stream) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  if constexpr (std::is_same_v<Stored, float>) {
-    if (args.gradient.data != nullptr) {
-      if (args.gradient.dtype == DType::kFloat16)
-        return launch_variant<float, Float16>(args, device, stream);
-      if (args.gradient.dtype == DType::kBFloat16)
-        return launch_variant<float, BFloat16>(args, device, stream);
-    }
-  }
-  return launch_variant<Stored, Stored>(args, device, stream);
+  return dispatch_gradient<Stored>(args.gradient.dtype, [&](auto gradient) {
+    return launch_variant<Stored, TypeOf<decltype(gradient)>>(args, device, stream);
+  });
 }
 
 }  // namespace ipo_ext::cuda

@@ -2,9 +2,9 @@
 // maximum, its sums, and the plan by which all threads write its gradient.
 #pragma once
 
-#include "kernels/cuda/cluster.cuh"
-#include "kernels/cuda/row_share.cuh"
-#include "kernels/cuda/row_sharing.cuh"
+#include "kernels/cuda/common/cluster.cuh"
+#include "kernels/cuda/logits/plan.h"
+#include "kernels/cuda/logits/slice.cuh"
 #include "kernels/logits.h"
 
 namespace ipo_ext::cuda {

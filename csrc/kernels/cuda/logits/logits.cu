@@ -3,8 +3,8 @@
 // passes: maximum, exponentials and their sums, gradient. Exponentials are taken after the maximum,
 // so there is one each; reductions run in a fixed order, so the bits are the same every run. No
 // atomics, no host synchronisation.
-#include "kernels/cuda/logits_launch.cuh"
-#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/common/reduce.cuh"
+#include "kernels/cuda/logits/launch.cuh"
 
 namespace ipo_ext::cuda {
 namespace {
@@ -36,13 +36,6 @@ __global__ void __launch_bounds__(kFaultThreads) look_for_faults(const LogitsArg
   if (threadIdx.x == 0) *args.fault = faults > 0 || active > args.max_active;
 }
 
-// launcher<Stored>(args, with) for the dtype at hand.
-#define IPO_EXT_FOR_DTYPE(dtype, launcher, with)               \
-  dtype == DType::kFloat16    ? launcher<Float16>(args, with)  \
-  : dtype == DType::kBFloat16 ? launcher<BFloat16>(args, with) \
-  : dtype == DType::kFloat64  ? launcher<double>(args, with)   \
-                              : launcher<float>(args, with)
-
 // Columns are counted in 32 bits, with room for the groups around a row.
 constexpr int64_t kMostColumns = int64_t{1} << 30;
 
@@ -51,7 +44,9 @@ constexpr int64_t kMostColumns = int64_t{1} << 30;
 size_t workspace_bytes(const LogitsArgs& args) {
   Device device;
   if (args.logits.rows == 0 || current_device(device) != cudaSuccess) return 0;
-  return IPO_EXT_FOR_DTYPE(args.logits.dtype, part_bytes, device);
+  return dispatch_floating(args.logits.dtype, [&](auto stored) {
+    return part_bytes<TypeOf<decltype(stored)>>(args, device);
+  });
 }
 
 const char* find_faults(const LogitsArgs& args, CUstream_st* stream) {
@@ -62,7 +57,9 @@ const char* find_faults(const LogitsArgs& args, CUstream_st* stream) {
 const char* logits(const LogitsArgs& args, CUstream_st* stream) {
   if (args.logits.rows == 0) return nullptr;
   if (args.logits.columns > kMostColumns) return "more than 2^30 columns";
-  return error_text(IPO_EXT_FOR_DTYPE(args.logits.dtype, launch_logits, stream));
+  return error_text(dispatch_floating(args.logits.dtype, [&](auto stored) {
+    return launch_logits<TypeOf<decltype(stored)>>(args, stream);
+  }));
 }
 
 }  // namespace ipo_ext::cuda

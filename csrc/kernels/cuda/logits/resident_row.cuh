@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "kernels/cuda/row_sums.cuh"
+#include "kernels/cuda/logits/thread_sums.cuh"
 
 namespace ipo_ext::cuda {
 

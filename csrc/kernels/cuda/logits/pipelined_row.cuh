@@ -3,7 +3,8 @@
 
 #include <limits>
 
-#include "kernels/cuda/row_sums.cuh"
+#include "kernels/cuda/common/async.cuh"
+#include "kernels/cuda/logits/thread_sums.cuh"
 
 namespace ipo_ext::cuda {
 

@@ -2,7 +2,7 @@
 // logits_<dtype>.cu, side by side with the others.
 #pragma once
 
-#include "kernels/cuda/row_storage.cuh"
+#include "kernels/cuda/logits/storage.cuh"
 
 namespace ipo_ext::cuda {
 

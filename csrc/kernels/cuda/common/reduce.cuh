@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/cuda/platform.cuh"
+#include "kernels/cuda/common/platform.cuh"
 
 namespace ipo_ext::cuda {
 

@@ -26,29 +26,6 @@ __device__ __forceinline__ void forget_uses(uint4& word) {
   asm volatile("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
 }
 
-// Starts to copy 16 aligned bytes to the block's shared memory, past L1; only the thread that asked
-// may read them, after wait_for_copies(). From sm_80 on; before that, at once.
-__device__ __forceinline__ void copy_ahead(uint4* shared, const void* global) {
-#if !defined(__CUDACC__)
-  emulator::async_copy(shared, global, sizeof(uint4));
-#elif __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
-#else
-  *shared = __ldcg(static_cast<const uint4*>(global));
-#endif
-}
-__device__ __forceinline__ void wait_for_copies() {
-#if !defined(__CUDACC__)
-  emulator::async_commit();
-  emulator::async_wait(0);
-#elif __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 // With launch_after(): lets the next launch's blocks start once all of this one's have, and holds
 // them where they need what this one writes. Before sm_90 launches never overlap.
 __device__ __forceinline__ void let_next_launch_start() {

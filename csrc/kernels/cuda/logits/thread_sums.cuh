@@ -5,7 +5,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "kernels/cuda/row_storage.cuh"
+#include "kernels/cuda/logits/storage.cuh"
 
 namespace ipo_ext::cuda {
 

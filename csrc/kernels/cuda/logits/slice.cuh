@@ -5,16 +5,9 @@
 #include <limits>
 #include <type_traits>
 
-#include "kernels/cuda/vector_load.cuh"
+#include "kernels/cuda/common/vector.cuh"
 
 namespace ipo_ext::cuda {
-
-template <typename Stored>
-using Compute = std::conditional_t<std::is_same_v<Stored, double>, double, float>;
-
-// Columns of a group.
-template <typename Stored>
-constexpr int kGroupColumns = 16 / sizeof(Stored);
 
 // Groups that a thread holds in registers: up to half of the 64 that blocks_together() leaves it.
 template <typename Stored>

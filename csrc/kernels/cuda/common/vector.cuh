@@ -9,8 +9,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "kernels/cuda/platform.cuh"
-#include "kernels/token_input.h"
+#include "kernels/cuda/common/platform.cuh"
+#include "kernels/inputs.h"
 
 namespace ipo_ext::cuda {
 
@@ -37,6 +37,10 @@ struct WordOf<16> {
 template <typename Stored, int kCount>
 using WordFor =
     typename WordOf<(sizeof(Stored) * kCount < 16 ? sizeof(Stored) * kCount : 16)>::Type;
+
+// Elements of one vector.
+template <typename Stored>
+constexpr int kGroupColumns = 16 / sizeof(Stored);
 
 // kCount elements from data[index], which nobody writes while the kernel runs; the address must be
 // aligned to min(16, their bytes).

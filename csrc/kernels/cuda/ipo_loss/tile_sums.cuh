@@ -2,7 +2,7 @@
 // side by side and merged in all rows at once. Fixed orders, the same bits every run.
 #pragma once
 
-#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/common/reduce.cuh"
 #include "math/metrics.h"
 
 namespace ipo_ext::cuda {

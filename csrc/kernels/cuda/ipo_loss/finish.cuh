@@ -1,0 +1,191 @@
+// The second launch: the loss from the tiles' losses, and the sums and metrics of every segment.
+#pragma once
+
+#include <limits>
+
+#include "kernels/cuda/common/reduce.cuh"
+#include "kernels/cuda/ipo_loss/segments.cuh"
+#include "kernels/cuda/ipo_loss/tile_sums.cuh"
+
+namespace ipo_ext::cuda {
+
+using namespace ipo_ext::math;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Device helpers
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct MergeSegments {
+  __device__ __forceinline__ SegmentSums operator()(const SegmentSums& a,
+                                                    const SegmentSums& b) const {
+    return merge(a, b);
+  }
+};
+
+struct Add {
+  __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
+};
+
+// Block 0: the loss from the tiles, and the check of cu_seqlens, which poisons the loss and every
+// gradient.
+template <typename E>
+__device__ void finish_loss(const IpoLossArgs& args,
+                            BlockReduceStorage<double, kThreads>& storage) {
+  const Segments& segments = args.segments;
+  const Workspace<E> workspace(args);
+
+  bool invalid = args.fault != nullptr && *args.fault != 0;
+  if (segments.cu_seqlens != nullptr) {
+    for (int64_t s = threadIdx.x; s <= segments.count; s += kThreads)
+      invalid |= !segments.entry_is_valid(s);
+  }
+  const bool poisoned = __syncthreads_count(invalid) > 0;
+  const double inverse = inverse_normalizer_of(args);
+
+  wait_for_last_launch();
+  double loss = 0;
+  for (int64_t tile = threadIdx.x; tile < segments.num_tiles(); tile += kThreads)
+    loss += workspace.tile_losses[tile];
+  loss = block_reduce<kThreads>(loss, Add(), storage);
+
+  const E nan = std::numeric_limits<E>::quiet_NaN();
+  if (threadIdx.x == 0)
+    *static_cast<E*>(args.loss) = poisoned ? nan : static_cast<E>(normalized_loss(loss, inverse));
+  if (poisoned && args.gradient != nullptr) {
+    for (int64_t i = threadIdx.x; i < segments.tokens; i += kThreads)
+      static_cast<E*>(args.gradient)[i] = nan;
+  }
+}
+
+// The slots of a segment, which only its cu_seqlens say.
+struct SegmentSlots {
+  int64_t segment, begin, end;
+
+  // Each warp finishes its own segment up to this many; beyond, the block works on it together.
+  static constexpr int64_t kMostOfWarp = 64;
+  __device__ __forceinline__ bool are_many() const { return end - begin > kMostOfWarp; }
+};
+
+__device__ __forceinline__ SegmentSlots slots_of(const Segments& segments, int64_t segment) {
+  if (segment >= segments.count) return {segment, 0, 0};
+  return {segment, segments.first_slot(segment), segments.end_slot(segment)};
+}
+
+// What a warp makes of a segment's sums.
+struct SegmentStorage {
+  SegmentSums sums;
+  Fractions fractions;
+};
+
+// By a warp: stores what is in storage.sums, and its means.
+template <typename E>
+__device__ __forceinline__ void store_by_lanes(const IpoLossArgs& args, int64_t segment,
+                                               bool dropped, SegmentStorage& storage) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t segments = args.segments.count;
+  __syncwarp();
+  if (lane == 0) {
+    if (dropped) mark_dropped_rollout(storage.sums);
+    storage.fractions = mean_fractions(storage.sums);
+  }
+  __syncwarp();
+  static_assert(kNumSumRows <= kWarpSize && mean::kNumRows <= kWarpSize, "one lane a row");
+  if (lane < kNumSumRows) args.sums[lane * segments + segment] = storage.sums.sums[lane];
+  if (lane < extreme::kNumRows)
+    args.extremes[lane * segments + segment] = storage.sums.extremes[lane];
+  if (lane < mean::kNumRows) {
+    static_cast<E*>(args.means)[lane * segments + segment] =
+        static_cast<E>(storage.fractions.mean(lane));
+  }
+}
+
+// By a warp: few slots, a lane for each row of them.
+template <typename E>
+__device__ __forceinline__ void finish_short_segment(const IpoLossArgs& args,
+                                                     const SegmentSlots& slots,
+                                                     SegmentStorage& storage) {
+  constexpr int kAtOnce = 4;
+  const Workspace<E> workspace(args);
+  const int lane = threadIdx.x % kWarpSize;
+  double merged = empty_row(lane);
+  for (int64_t slot = slots.begin; slot < slots.end; slot += kAtOnce) {
+    merged = merge_tiles<kAtOnce>(merged, workspace.slots + slot, lane,
+                                  [&](int i) { return slot + i < slots.end; });
+  }
+  bool dropped = false;
+  if (args.params.has_rollout_rule()) {
+    for (int64_t slot = slots.begin + lane; slot < slots.end; slot += kWarpSize)
+      dropped |= workspace.rollout_flags[slot];
+    dropped = __any_sync(kFullWarp, dropped);
+  }
+  store_row(merged, lane, storage.sums);
+  store_by_lanes<E>(args, slots.segment, dropped, storage);
+}
+
+// By the block: many slots.
+template <typename E>
+__device__ __forceinline__ void finish_long_segment(
+    const IpoLossArgs& args, const SegmentSlots& slots,
+    BlockReduceStorage<SegmentSums, kThreads>& reduction, SegmentStorage& storage) {
+  const Workspace<E> workspace(args);
+  SegmentSums sums = empty_segment_sums();
+  for (int64_t slot = slots.begin + threadIdx.x; slot < slots.end; slot += kThreads) {
+    sums = merge(sums, to_segment_sums(workspace.slots[slot]));
+  }
+  sums = block_reduce<kThreads>(sums, MergeSegments(), reduction);
+  const bool dropped =
+      args.params.has_rollout_rule() && rollout_is_dropped(workspace, args.segments, slots.segment);
+  if (threadIdx.x == 0) storage.sums = sums;
+  if (threadIdx.x < kWarpSize) store_by_lanes<E>(args, slots.segment, dropped, storage);
+}
+
+// Segments of a block: one, so that long ones do not wait for each other, until there are so many
+// that most must be short.
+IPO_HOST_DEVICE int64_t segments_together(int64_t segments) {
+  constexpr int64_t kMany = 1024;
+  return segments > kMany ? kThreads / kWarpSize : 1;
+}
+
+union FinishStorage {
+  BlockReduceStorage<double, kThreads> loss;
+  struct {
+    SegmentStorage warps[kThreads / kWarpSize];
+    BlockReduceStorage<SegmentSums, kThreads> reduction;
+  } segments;
+};
+
+template <typename E>
+__device__ void finish_segments(const IpoLossArgs& args, int64_t block, FinishStorage& storage) {
+  const int64_t together = segments_together(args.segments.count);
+  const int warp = threadIdx.x / kWarpSize;
+  const int64_t first = block * together;
+  SegmentSlots slots = slots_of(args.segments, warp < together ? first + warp : INT64_MAX);
+  wait_for_last_launch();
+  const bool many = slots.are_many();
+  if (!many && slots.segment < args.segments.count)
+    finish_short_segment<E>(args, slots, storage.segments.warps[warp]);
+  if (!__syncthreads_or(many)) return;
+  for (int64_t segment = first; segment < first + together; ++segment) {
+    slots = slots_of(args.segments, segment);
+    if (slots.are_many())
+      finish_long_segment<E>(args, slots, storage.segments.reduction, storage.segments.warps[0]);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernel
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Block 0 finishes the loss, the others the segments. Starts while the tiles are still summed, with
+// what does not depend on them.
+template <typename E>
+__global__ void __launch_bounds__(kThreads) ipo_loss_finish(const IpoLossArgs args) {
+  FinishStorage& storage = shared_storage<FinishStorage>();
+  if (blockIdx.x == 0) {
+    finish_loss<E>(args, storage.loss);
+  } else {
+    finish_segments<E>(args, blockIdx.x - 1, storage);
+  }
+}
+
+}  // namespace ipo_ext::cuda

@@ -1,0 +1,105 @@
+// Tier 1 on CUDA: gradient and tile sums in one pass over the tokens, then one small launch for the
+// loss and the metrics of every packed sequence. No atomics, no host synchronisation, no memory but
+// the caller's; bitwise equal run to run on any GPU, because tiles depend on the number of tokens
+// alone.
+#include "kernels/cuda/ipo_loss/finish.cuh"
+#include "kernels/cuda/ipo_loss/tiles.cuh"
+#include "kernels/ipo_loss.h"
+
+namespace ipo_ext::cuda {
+
+namespace {
+
+template <typename E>
+__global__ void __launch_bounds__(kThreads) metric_means_kernel(const MetricMeansArgs args) {
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (s < args.segments) metric_means_of_segment<E>(args, s);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launchers
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Small batches: one group of tokens a thread, to spread over the multiprocessors. Large ones:
+// about 2048 tiles however many tokens, so that the second launch stays small. Counts of a tile fit
+// 32 bits by far.
+int64_t tile_size_for(int64_t tokens) {
+  constexpr int64_t kSmallest = kThreads * kTokensPerLoad<float>;
+  constexpr int64_t kTiles = 2048;
+  int64_t size = kSmallest;
+  while (size * kTiles < tokens) size *= 2;
+  return size;
+}
+
+Segments with_tiles(Segments segments) {
+  segments.tile_size = tile_size_for(segments.tokens);
+  return segments;
+}
+
+// Whether groups of tokens can be loaded and stored as vectors.
+bool vectorizable(const IpoLossArgs& args) {
+  return is_aligned(args.trainer_logprobs) && is_aligned(args.inference_logprobs) &&
+         is_aligned(args.advantages) && is_aligned(args.teacher_logprobs) &&
+         is_aligned(args.loss_weights) && is_aligned(args.entropy) &&
+         is_aligned({args.loss_mask, DType::kFloat32}) &&
+         is_aligned({args.gradient, DType::kFloat32});
+}
+
+template <Rules kRules, typename E>
+auto tiles_kernel(const IpoLossArgs& args) {
+  return vectorizable(args) ? ipo_loss_tiles<kRules, E, kTokensPerLoad<E>>
+                            : ipo_loss_tiles<kRules, E, 1>;
+}
+
+template <typename E>
+cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
+  static const bool may_overlap = waits_for_last_launch(ipo_loss_finish<E>);
+  Device device;
+  const cudaError_t unknown = current_device(device);
+  if (unknown != cudaSuccess) return unknown;
+  const int64_t tiles = args.segments.num_tiles();
+  if (tiles > 0) {
+    const auto kernel = args.params.rules() == Rules::kDefault
+                            ? tiles_kernel<Rules::kDefault, E>(args)
+                            : tiles_kernel<Rules::kAny, E>(args);
+    cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, args);
+    if (error == cudaSuccess && args.params.has_rollout_rule()) {
+      IpoLossArgs again = args;
+      again.params.rollout_dropped = true;
+      error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, again);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t together = segments_together(args.segments.count);
+  const int64_t blocks = 1 + (args.segments.count + together - 1) / together;
+  // Nothing but the tiles may still be under way.
+  return launch_after(ipo_loss_finish<E>, blocks, kThreads, sizeof(FinishStorage), stream, args,
+                      may_overlap && device.capability >= 90 && tiles > 0);
+}
+
+}  // namespace
+
+size_t workspace_bytes(const IpoLossArgs& args) {
+  const Segments segments = with_tiles(args.segments);
+  return dispatch_compute(args.compute_dtype, [&](auto compute) {
+    return Workspace<TypeOf<decltype(compute)>>::bytes(args, segments);
+  });
+}
+
+const char* ipo_loss(IpoLossArgs args, CUstream_st* stream) {
+  args.segments = with_tiles(args.segments);
+  return error_text(dispatch_compute(args.compute_dtype, [&](auto compute) {
+    return launch_ipo_loss<TypeOf<decltype(compute)>>(args, stream);
+  }));
+}
+
+const char* metric_means(const MetricMeansArgs& args, CUstream_st* stream) {
+  if (args.segments == 0) return nullptr;
+  const int64_t blocks = (args.segments + kThreads - 1) / kThreads;
+  return error_text(dispatch_compute(args.compute_dtype, [&](auto compute) {
+    return launch(metric_means_kernel<TypeOf<decltype(compute)>>, blocks, kThreads, 0, stream,
+                  args);
+  }));
+}
+
+}  // namespace ipo_ext::cuda

@@ -1,0 +1,50 @@
+// What the two launches ask of the packed sequences: the segment of a tile's first token, and
+// whether a rollout rule drops a segment.
+#pragma once
+
+#include "kernels/cuda/common/platform.cuh"
+#include "kernels/ipo_loss.h"
+
+namespace ipo_ext::cuda {
+
+constexpr int kThreads = 256;  // of every block of these kernels
+
+// What a thread loads in a round of the search below: where one of so many candidates begins.
+__device__ __forceinline__ int32_t probe_segments(const Segments& segments, int64_t first,
+                                                  int64_t candidates) {
+  const int64_t probe = threadIdx.x * ((candidates + kThreads - 1) / kThreads);
+  return candidates > 1 && probe < candidates ? segments.cu_seqlens[first + probe] : 0;
+}
+
+// The last segment that begins at or before `token`, the same in all threads of the block, all of
+// which must call. Each round every thread probes one candidate, so 256 segments take one round of
+// loads, which the caller has made before, and 65,536 take two.
+__device__ __forceinline__ int64_t block_segment_of(const Segments& segments, int64_t token,
+                                                    int32_t probed) {
+  int64_t first = 0;
+  int64_t candidates = segments.count;
+  while (candidates > 1) {
+    const int64_t stride = (candidates + kThreads - 1) / kThreads;
+    const bool begun = threadIdx.x * stride < candidates && probed <= token;
+    const int begun_probes = __syncthreads_count(begun);
+    const int64_t skipped = begun_probes > 0 ? (begun_probes - 1) * stride : 0;
+    first += skipped;
+    candidates = candidates - skipped < stride ? candidates - skipped : stride;
+    probed = probe_segments(segments, first, candidates);
+  }
+  return first;
+}
+
+// Whether any piece of the segment holds a token that drops it, in all threads of the block, all of
+// which must call.
+template <typename E>
+__device__ __forceinline__ bool rollout_is_dropped(const Workspace<E>& workspace,
+                                                   const Segments& segments, int64_t segment) {
+  bool dropped = false;
+  const int64_t end = segments.end_slot(segment);
+  for (int64_t slot = segments.first_slot(segment) + threadIdx.x; slot < end; slot += kThreads)
+    dropped |= workspace.rollout_flags[slot];
+  return __syncthreads_or(dropped);
+}
+
+}  // namespace ipo_ext::cuda

@@ -1,0 +1,195 @@
+// The first launch: the gradient of every token, and the sums of every tile, in one pass over the
+// tokens.
+#pragma once
+
+#include "kernels/cuda/ipo_loss/segments.cuh"
+#include "kernels/cuda/ipo_loss/tile_sums.cuh"
+#include "kernels/cuda/ipo_loss/tokens.cuh"
+
+namespace ipo_ext::cuda {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Device helpers
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <typename E>
+struct TileStorage {
+  TileSums<E> warps[kThreads / kWarpSize];
+  bool holds[kThreads / kWarpSize];  // whether a warp has tokens of the piece
+  bool drops_sequence;               // whether a token of the piece does
+  double loss;  // of the tile; the first thread's, which frees registers of all
+};
+
+// Tokens [begin, end) of a tile, which are of one segment.
+struct Piece {
+  int begin, end;
+
+  __device__ __forceinline__ bool has(int index) const { return index >= begin && index < end; }
+  __device__ __forceinline__ bool meets(int first, int count) const {
+    return first < end && first + count > begin;
+  }
+};
+
+// Adds those of the tile's tokens [index, index + kCount) that are in the piece to the thread's
+// sums, and writes their gradients.
+template <Rules kRules, typename E, int kCount>
+__device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const LossParams<E>& params,
+                                               const TokenGroup<E, kCount>& group,
+                                               int64_t tile_begin, int index, const Piece& piece,
+                                               TileSums<E>& sums, TileStorage<E>& storage) {
+  E gradients[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    Token<E> token = group.token(i, args);
+    token.active &= piece.has(index + i);
+    const TokenLoss<E> loss = token_loss<kRules>(token, params);
+    add_token(sums, token, loss, extras_of(args));
+    if constexpr (kRules == Rules::kAny) {
+      if (drops_rollout(token.active, loss.log_ratio, params.rollout_low.value))
+        storage.drops_sequence = true;
+    }
+    gradients[i] = loss.gradient;
+  }
+  if (args.gradient == nullptr) return;
+  E* gradient = static_cast<E*>(args.gradient) + tile_begin + index;
+  if (index >= piece.begin && index + kCount <= piece.end) {
+    store_aligned(gradient, gradients);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (piece.has(index + i)) gradient[i] = gradients[i];
+  }
+}
+
+// The tokens that end the batch and are no whole group, one by one.
+template <Rules kRules, typename E>
+__device__ __forceinline__ void process_last_tokens(const IpoLossArgs& args,
+                                                    const LossParams<E>& params, int64_t tile_begin,
+                                                    int index, const Piece& piece,
+                                                    TileSums<E>& sums, TileStorage<E>& storage) {
+  for (int i = index < piece.begin ? piece.begin : index; i < piece.end; ++i) {
+    TokenGroup<E, 1> token;
+    token.load(args, tile_begin + i);
+    token.widen(args);
+    process_tokens<kRules>(args, params, token, tile_begin, i, piece, sums, storage);
+  }
+}
+
+// Merges the warps' sums of a piece into its slot, and adds its loss to the tile's. All threads
+// must call; `storage` may be used again at once.
+template <typename E>
+__device__ __forceinline__ void finish_piece(const TileSums<E>& sums, bool warp_holds,
+                                             TileStorage<E>& storage, TileSums<E>& slot) {
+  constexpr int kAtOnce = 4;  // more would take registers from the tokens
+  constexpr int kWarps = kThreads / kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  if (warp_holds) warp_reduce_to(sums, storage.warps[warp]);
+  if (lane == 0) storage.holds[warp] = warp_holds;
+  __syncthreads();
+  if (warp == 0) {
+    double merged = empty_row(lane);
+#pragma unroll
+    for (int first = 0; first < kWarps; first += kAtOnce) {
+      merged = merge_tiles<kAtOnce>(merged, storage.warps + first, lane,
+                                    [&](int i) { return storage.holds[first + i]; });
+    }
+    store_row(merged, lane, slot);
+    const double loss =
+        __shfl_sync(kFullWarp, merged, sum::pg_loss) + __shfl_sync(kFullWarp, merged, sum::kl_loss);
+    if (lane == 0) storage.loss += loss;
+  }
+  __syncthreads();  // before the next use of storage
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernel
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Blocks that a multiprocessor must have registers for. Left to itself the compiler thinks of more
+// and spills, as all rules in fp64 would with two.
+template <Rules kRules, typename E>
+constexpr int kBlocksTogether = kRules == Rules::kAny && sizeof(E) == 8 ? 1 : 2;
+
+// One block a tile: each piece of a segment in it is summed to the piece's slot. A thread has
+// kCount neighbouring tokens of every kThreads * kCount, so once at most where four fit a load and
+// there are up to 2^21; it loads them before it knows their segment. A rollout rule launches it a
+// second time, for the pieces of sequences that the first has found to be dropped.
+template <Rules kRules, typename E, int kCount>
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
+    ipo_loss_tiles(const IpoLossArgs args) {
+  constexpr int kRound = kThreads * kCount;
+  TileStorage<E>& storage = shared_storage<TileStorage<E>>();
+  const Segments& segments = args.segments;
+  const bool again = kRules == Rules::kAny && args.params.rollout_dropped;
+  let_next_launch_start();
+
+  const int64_t tile = blockIdx.x;
+  const int64_t tile_begin = tile * segments.tile_size;
+  const int64_t left = segments.tokens - tile_begin;
+  const int size = static_cast<int>(left < segments.tile_size ? left : segments.tile_size);
+  const int thread_index = threadIdx.x * kCount;
+
+  // Loads that wait for nothing, all before the first that does.
+  const int32_t probed = probe_segments(segments, 0, segments.count);
+  TokenGroup<E, kCount> group;
+  const auto load_round = [&](int round) {
+    const int index = round + thread_index;
+    if (index + kCount <= size) group.load(args, tile_begin + index);
+  };
+  bool loaded = !again;
+  if (loaded) load_round(0);
+  const LossParams<E> params =
+      kRules == Rules::kAny ? gradient_params_for<E>(args) : params_for<E>(args);
+  const Workspace<E> workspace(args);
+  int64_t segment = block_segment_of(segments, tile_begin, probed);
+  if (loaded) group.widen(args);
+
+  if (threadIdx.x == 0) storage.loss = 0;
+  int begin = 0;
+  for (; begin < size && segment < segments.count; ++segment) {
+    const int64_t segment_end = segments.begin(segment + 1) - tile_begin;
+    const int end = segment_end < size ? static_cast<int>(segment_end) : size;
+    if (end <= begin) continue;
+    const int64_t slot = Segments::slot(tile, segment);
+    if constexpr (kRules == Rules::kAny) {
+      if (again && !rollout_is_dropped(workspace, segments, segment)) {
+        if (threadIdx.x == 0) storage.loss += loss_of_piece(workspace.slots[slot]);
+        begin = end;
+        continue;
+      }
+    }
+
+    const Piece piece = {begin, end};
+    TileSums<E> sums = empty_tile_sums<E>();
+    bool warp_holds = false;
+    if constexpr (kRules == Rules::kAny) {
+      if (threadIdx.x == 0) storage.drops_sequence = false;
+      __syncthreads();
+    }
+    for (int round = begin - begin % kRound; round < end; round += kRound) {
+      if (!loaded) {
+        load_round(round);
+        group.widen(args);
+      }
+      loaded = false;  // another piece finds them in the L1 cache, and registers are short
+      const int index = round + thread_index;
+      const int first_of_warp = round + threadIdx.x / kWarpSize * kWarpSize * kCount;
+      if (!piece.meets(first_of_warp, kWarpSize * kCount)) continue;
+      warp_holds = true;
+      if (kCount == 1 || index + kCount <= size) {
+        if (piece.meets(index, kCount))
+          process_tokens<kRules>(args, params, group, tile_begin, index, piece, sums, storage);
+      } else {
+        process_last_tokens<kRules>(args, params, tile_begin, index, piece, sums, storage);
+      }
+    }
+    finish_piece(sums, warp_holds, storage, workspace.slots[slot]);
+    if (kRules == Rules::kAny && threadIdx.x == 0 && params.has_rollout_rule() && !again)
+      workspace.rollout_flags[slot] = storage.drops_sequence;
+    begin = end;
+  }
+  if (threadIdx.x == 0) workspace.tile_losses[tile] = storage.loss;
+}
+
+}  // namespace ipo_ext::cuda

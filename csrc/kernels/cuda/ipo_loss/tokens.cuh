@@ -1,0 +1,72 @@
+// Neighbouring tokens as a thread has them in registers: all their inputs, loaded side by side.
+#pragma once
+
+#include "kernels/cuda/common/vector.cuh"
+#include "kernels/ipo_loss.h"
+
+namespace ipo_ext::cuda {
+
+using namespace ipo_ext::math;
+
+// Tokens that a thread loads and stores at once: 16 bytes in the compute dtype.
+template <typename E>
+constexpr int kTokensPerLoad = 16 / sizeof(E);
+
+// kCount neighbouring tokens.
+template <typename E, int kCount>
+struct TokenGroup {
+  E trainer[kCount];
+  E inference[kCount];
+  E advantage[kCount];
+  E teacher[kCount];
+  E weight[kCount];
+  E entropy[kCount];
+  uint32_t mask;  // a byte each
+
+  // Tokens [index, index + kCount), all of which exist. No load waits for another, so half
+  // precision is widened later, by widen().
+  __device__ __forceinline__ void load(const IpoLossArgs& args, int64_t index) {
+    for_each(args, [=](const TokenInput& input, E(&values)[kCount]) {
+      load_tokens_as_stored(input, index, values);
+    });
+    load_mask(args.loss_mask, index);
+  }
+  __device__ __forceinline__ void widen(const IpoLossArgs& args) {
+    for_each(args, [](const TokenInput& input, E(&values)[kCount]) {
+      widen_tokens(input.dtype, values);
+    });
+  }
+
+  // visit(input, values) for the inputs that there are.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(const IpoLossArgs& args, const Visit& visit) {
+    visit(args.trainer_logprobs, trainer);
+    visit(args.inference_logprobs, inference);
+    visit(args.advantages, advantage);
+    if (args.teacher_logprobs.data != nullptr) visit(args.teacher_logprobs, teacher);
+    if (args.loss_weights.data != nullptr) visit(args.loss_weights, weight);
+    if (args.entropy.data != nullptr) visit(args.entropy, entropy);
+  }
+
+  __device__ __forceinline__ void load_mask(const uint8_t* from, int64_t index) {
+    if constexpr (kCount == 1) {
+      mask = from[index];
+    } else {
+      using Word = typename WordOf<kCount>::Type;
+      mask = __ldg(reinterpret_cast<const Word*>(from + index));
+    }
+  }
+  __device__ __forceinline__ bool active(int i) const { return (mask >> (8 * i)) & 0xffu; }
+
+  __device__ __forceinline__ Token<E> token(int i, const IpoLossArgs& args) const {
+    return {trainer[i],
+            inference[i],
+            advantage[i],
+            args.teacher_logprobs.data != nullptr ? teacher[i] : E(0),
+            args.loss_weights.data != nullptr ? weight[i] : E(1),
+            active(i),
+            args.entropy.data != nullptr ? entropy[i] : E(0)};
+  }
+};
+
+}  // namespace ipo_ext::cuda

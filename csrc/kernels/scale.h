@@ -1,0 +1,37 @@
+// A gradient times a factor that may be known to the device alone: what a backward pass does with
+// a gradient that the forward pass has made.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/inputs.h"
+#include "kernels/parallel_for.h"
+
+struct CUstream_st;
+
+namespace ipo_ext {
+
+// out = gradient * factor, a product in the compute dtype, rounded to out's dtype once; nothing is
+// touched where factor is 1 and out the gradient.
+struct ScaleArgs {
+  const void* gradient;  // [count]
+  DType dtype;
+  void* out;        // [count]; the gradient itself if of its dtype, else apart from it
+  DType out_dtype;  // the gradient's, or fp16 or bf16 for an fp32 gradient
+  int64_t count;
+  ScalarInput factor;
+};
+
+namespace cpu {
+
+void scale(const ScaleArgs& args, const ParallelFor& parallel_for);
+
+}  // namespace cpu
+
+namespace cuda {
+
+// One launch on `stream`, no host synchronisation. Returns null, or CUDA's words for what failed.
+const char* scale(const ScaleArgs& args, CUstream_st* stream);
+
+}  // namespace cuda
+}  // namespace ipo_ext
