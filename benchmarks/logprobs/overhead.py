@@ -18,6 +18,7 @@ from benchmarks.harness.summary import summarise
 from benchmarks.harness.terminal import Terminal
 from benchmarks.logprobs import baselines
 from benchmarks.logprobs.batch import make_batch
+from ipo_ext._ops.arguments import LossInputs
 
 NAME = "logprobs.overhead"
 
@@ -32,10 +33,11 @@ def subjects(device: str) -> dict[str, Callable[[], object]]:
     leaf, constant = batch.trainer_logprobs, batch.trainer_logprobs.detach()
     settings = batch.config.settings(torch.float32)
     rest = (batch.inference_logprobs, batch.advantages, batch.loss_mask)
+    inputs = LossInputs(*rest)
     operator = torch.ops.ipo_ext.ipo_loss
 
     def bare(trainer_logprobs: torch.Tensor, with_gradient: bool) -> Any:
-        return operator(trainer_logprobs, *rest, None, None, None, None, *settings, with_gradient)
+        return operator(trainer_logprobs, *inputs, *settings, with_gradient)
 
     def loss(trainer_logprobs: torch.Tensor, **options: Any) -> ipo_ext.IPOOutput:
         return ipo_ext.ipo_loss(trainer_logprobs, *rest, **options)

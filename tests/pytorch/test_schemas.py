@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.backends import Backend
 from ipo_ext import _operators
 from ipo_ext._ops import arguments as groups
 from ipo_ext.config import LossSettings
 from ipo_ext.diagnosis import info
+from tests.support.backends import Backend
 
 # Names in the order in which every schema has them; what else a schema has comes before or behind.
 COMMON = [
