@@ -1,6 +1,6 @@
 """Registers and spills of every CUDA kernel, from nvcc's own report; exits 1 on a spill.
 
-Then how tier 2 keeps rows on chip on an H200: the launcher's own choice, and what fits beside it.
+Then how rows of logits are kept on chip on an H200: the launcher's plan, and what fits beside it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import compiled_kernels
 ROOT = compiled_kernels.ROOT
 
 
-def sharing() -> list[list[str]]:
-    """[columns, dtype, blocks, threads, steps, rows in turn, shared bytes] of each row."""
+def plans() -> list[list[str]]:
+    """[columns, dtype, blocks, threads, rows a cluster if pipelined, shared bytes] of each row."""
     with tempfile.TemporaryDirectory() as folder:
-        program = str(Path(folder) / "row_sharing")
+        program = str(Path(folder) / "launch_plan")
         command = ["nvcc", "-std=c++17", "--expt-relaxed-constexpr", "-Icsrc"]
-        subprocess.run([*command, "scripts/row_sharing.cu", "-o", program], cwd=ROOT, check=True)
+        subprocess.run([*command, "scripts/launch_plan.cu", "-o", program], cwd=ROOT, check=True)
         done = subprocess.run([program], capture_output=True, text=True, check=True)
     return [line.split() for line in done.stdout.splitlines()]
 
@@ -33,10 +33,10 @@ def print_rows_on_chip(registers: dict[str, int]) -> None:
         end="",
     )
     print("| blocks a multiprocessor |\n|---|---|---|---|---|---|")
-    for columns, dtype, blocks, threads, _, in_turn, shared in sharing():
+    for columns, dtype, blocks, threads, rows_per_cluster, shared in plans():
         stored = {"bf16": "BFloat16", "fp32": "float"}[dtype]
         kernel = f"logits_rows<{stored}, {stored}, {threads}, false>"
-        if int(in_turn) > 0:
+        if int(rows_per_cluster) > 0:
             kernel = f"logits_rows_in_turn<{stored}, {stored}>"
         used = registers[kernel]
         together = blocks_together(int(threads), used, int(shared))

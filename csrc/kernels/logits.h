@@ -58,7 +58,7 @@ struct LogitsArgs {
   TokenInput grad_logprobs;   // [rows]
   TokenInput grad_entropy;    // [rows], or null: 0
   int32_t* fault = nullptr;   // [1], CUDA: filled by find_faults; not 0 poisons
-  void* workspace = nullptr;  // [workspace_bytes(args)], CUDA: aligned to 16 bytes
+  void* workspace = nullptr;  // [plan.workspace_bytes], CUDA: aligned to 16 bytes
 };
 
 constexpr int64_t kIgnoredLabel = -100;
@@ -197,13 +197,42 @@ void logits(const LogitsArgs& args, const ParallelFor& parallel_for);
 
 namespace cuda {
 
+// The ways in which rows of logits go through the kernels.
+enum class RowPath : int32_t {
+  kResident,   // a cluster of blocks for each row, which keeps it on chip between the passes
+  kPipelined,  // the same for several rows, each of which is copied while the last is worked on
+  kSplit,      // few rows: many blocks for each reduce it, a second launch writes its gradient
+  kStreamed,   // the backward pass, which knows the rows' sums: blocks that keep nothing
+};
+
+// How a launch walks the rows, made once for each call. Vectors are 16 bytes of neighbouring
+// columns, which a thread loads at once.
+struct LaunchPlan {
+  // What kernels read.
+  int vectors = 0;           // of a thread
+  int shared_vectors = 0;    // of these, those that shared memory has room for
+  int splits = 0;            // kSplit: blocks that reduce a row
+  int stream_splits = 1;     // kSplit, kStreamed: blocks that write the gradient of a row
+  int stream_vectors = 0;    // of a thread of those
+  int rows_per_cluster = 0;  // kPipelined
+
+  // What launches read.
+  RowPath path = RowPath::kResident;
+  int cluster_blocks = 1;       // blocks of a row
+  int threads = 0;              // of a block
+  int64_t shared_bytes = 0;     // of a block, but for the blocks that stream
+  int64_t workspace_bytes = 0;  // what args.workspace must hold
+};
+
+// Fills `plan` for the current device. Returns null, or CUDA's words for what failed.
+const char* make_plan(const LogitsArgs& args, LaunchPlan& plan);
+
 // At most two launches on `stream`, no host synchronisation. find_faults fills *args.fault: not 0
 // for a contract fault, which is a label or a temperature of an active row, more active rows than
 // args.max_active, the loss's cu_seqlens or normalizer. It reads no logits. Under a fault logits()
 // makes every output NaN.
-size_t workspace_bytes(const LogitsArgs& args);
 const char* find_faults(const LogitsArgs& args, CUstream_st* stream);
-const char* logits(const LogitsArgs& args, CUstream_st* stream);
+const char* logits(const LogitsArgs& args, const LaunchPlan& plan, CUstream_st* stream);
 
 }  // namespace cuda
 }  // namespace ipo_ext

@@ -20,13 +20,19 @@ struct CpuBackend {
   static constexpr bool kFaultsRaise = true;
 
   static size_t workspace_bytes(const IpoLossArgs& args) { return cpu::workspace_bytes(args); }
-  static size_t workspace_bytes(const LogitsArgs&, const Tensor&) { return 0; }
+  // The CPU walks all rows in one way.
+  struct LaunchPlan {
+    static constexpr int64_t workspace_bytes = 0;
+  };
+  static LaunchPlan make_plan(const LogitsArgs&, const Tensor&) { return {}; }
 
   static void ipo_loss(const IpoLossArgs& args, const Tensor&) {
     cpu::ipo_loss(args, parallel_for);
   }
   static void metric_means(const MetricMeansArgs& args, const Tensor&) { cpu::metric_means(args); }
-  static void logits(const LogitsArgs& args, const Tensor&) { cpu::logits(args, parallel_for); }
+  static void logits(const LogitsArgs& args, const LaunchPlan&, const Tensor&) {
+    cpu::logits(args, parallel_for);
+  }
   static void scale(const ScaleArgs& args, const Tensor&) { cpu::scale(args, parallel_for); }
 
  private:
@@ -41,11 +47,14 @@ struct CudaBackend {
   static constexpr bool kFaultsRaise = false;
 
   static size_t workspace_bytes(const IpoLossArgs& args) { return cuda::workspace_bytes(args); }
-  // By the device: few rows are shared by as many blocks as it can run.
-  static size_t workspace_bytes(const LogitsArgs& args, const Tensor& on) {
+  // By the device: few rows are split among as many blocks as it can run.
+  static cuda::LaunchPlan make_plan(const LogitsArgs& args, const Tensor& on) {
     std::optional<torch::stable::accelerator::DeviceGuard> guard;
     if (on.is_cuda()) guard.emplace(on.get_device_index());
-    return cuda::workspace_bytes(args);
+    cuda::LaunchPlan plan;
+    const char* error = cuda::make_plan(args, plan);
+    IPO_EXT_CHECK(error == nullptr, "ipo_ext::logits: no CUDA device: ", error);
+    return plan;
   }
 
   static void ipo_loss(const IpoLossArgs& args, const Tensor& on) {
@@ -62,8 +71,9 @@ struct CudaBackend {
                  [&](CUstream_st* stream) { return cuda::find_faults(args, stream); });
   }
 
-  static void logits(const LogitsArgs& args, const Tensor& on) {
-    check_launch("logits", on, [&](CUstream_st* stream) { return cuda::logits(args, stream); });
+  static void logits(const LogitsArgs& args, const cuda::LaunchPlan& plan, const Tensor& on) {
+    check_launch("logits", on,
+                 [&](CUstream_st* stream) { return cuda::logits(args, plan, stream); });
   }
 
   static void scale(const ScaleArgs& args, const Tensor& on) {

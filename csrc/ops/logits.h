@@ -220,10 +220,10 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
 
   template <typename Backend>
   void run() {
-    const Tensor workspace =
-        empty({static_cast<int64_t>(Backend::workspace_bytes(args, on_))}, ScalarType::Byte, on_);
+    const auto plan = Backend::make_plan(args, on_);
+    const Tensor workspace = empty({plan.workspace_bytes}, ScalarType::Byte, on_);
     args.workspace = workspace.mutable_data_ptr();
-    Backend::logits(args, on_);
+    Backend::logits(args, plan, on_);
   }
 
   LogitsCall(const LogitsCall&) = delete;

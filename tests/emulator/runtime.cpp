@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "include/cuda_runtime.h"
 
@@ -35,8 +36,10 @@ const std::map<int, int> kDeviceDefaults = {
     {cudaDevAttrClusterLaunch, 1},
 };
 
-std::mutex mutex;  // guards the two maps
-std::map<int, int> device_overrides;
+std::mutex mutex;  // guards what follows
+// A device never changes, and programs may remember what it is: each change of an attribute makes a
+// new device, which is the current one from then on.
+std::vector<std::map<int, int>> devices = {kDeviceDefaults};
 std::map<const void*, KernelAttributes> kernel_attributes;
 thread_local cudaError_t last_error = cudaSuccess;
 
@@ -176,7 +179,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  const std::lock_guard lock(mutex);
+  *device = static_cast<int>(devices.size()) - 1;
   return cudaSuccess;
 }
 
@@ -186,18 +190,17 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 
 cudaError_t cudaSetDevice(int device) {
-  return remember(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+  int current = 0;
+  cudaGetDevice(&current);
+  return remember(device == current ? cudaSuccess : cudaErrorInvalidDevice);
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return remember(cudaErrorInvalidDevice);
   const std::lock_guard lock(mutex);
-  if (const auto set = device_overrides.find(attribute); set != device_overrides.end()) {
-    *value = set->second;
-    return cudaSuccess;
-  }
-  const auto found = kDeviceDefaults.find(attribute);
-  if (found == kDeviceDefaults.end()) return remember(cudaErrorInvalidValue);
+  if (device < 0 || static_cast<std::size_t>(device) >= devices.size())
+    return remember(cudaErrorInvalidDevice);
+  const auto found = devices[device].find(attribute);
+  if (found == devices[device].end()) return remember(cudaErrorInvalidValue);
   *value = found->second;
   return cudaSuccess;
 }
@@ -217,9 +220,13 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 extern "C" void emulator_set_device_attribute(int attribute, int value) {
   const std::lock_guard lock(mutex);
-  if (value < 0) {
-    device_overrides.erase(attribute);
+  std::map<int, int> device = devices.back();
+  if (value >= 0) {
+    device[attribute] = value;
+  } else if (const auto normal = kDeviceDefaults.find(attribute); normal != kDeviceDefaults.end()) {
+    device[attribute] = normal->second;
   } else {
-    device_overrides[attribute] = value;
+    device.erase(attribute);
   }
+  devices.push_back(device);
 }

@@ -5,6 +5,10 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+#include <map>
+#include <mutex>
+
 namespace ipo_ext::cuda {
 
 // The block's shared memory as a T; a kernel has one, and its launch reserves sizeof(T).
@@ -99,9 +103,9 @@ struct Device {
   int shared_bytes_reserved = 0;  // in addition to what a block asks for
 };
 
-inline cudaError_t current_device(Device& device) {
-  int index = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&index);
+inline cudaError_t read_device(int index, Device& device) {
+  int major = 0, minor = 0;
+  cudaError_t error = cudaSuccess;
   const auto get = [&](int& value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, index);
   };
@@ -115,17 +119,40 @@ inline cudaError_t current_device(Device& device) {
   return error;
 }
 
-// Lets the kernel ask for as much shared memory as a block can have, and takes it from the L1 cache
-// for as many blocks as possible. No work for a stream, so a capture may do it; always the same
-// values, so threads may race.
-template <typename Args>
-cudaError_t allow_all_shared_memory(void (*kernel)(Args), const Device& device) {
-  constexpr int kPercent = 100;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kPercent);
+// The current device, whose attributes are asked for once in the process.
+inline cudaError_t current_device(Device& device) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;  // by index
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
   if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              device.shared_bytes);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  if (found != known.end()) {
+    device = found->second;
+  } else if ((error = read_device(index, device)) == cudaSuccess) {
+    known[index] = device;
+  }
+  return error;
+}
+
+// launch() of a kernel that may ask for as much shared memory as a block can have, and takes it
+// from the L1 cache for as many blocks as possible. Saying so is no work for a stream, so a capture
+// may do it; it is always the same, so threads may race.
+template <typename Args>
+cudaError_t launch_with_all_shared(void (*kernel)(Args), int64_t blocks, int threads,
+                                   size_t shared_bytes, cudaStream_t stream, const Args& args,
+                                   int cluster_blocks = 1) {
+  constexpr int kPercent = 100;
+  Device device;
+  cudaError_t error = current_device(device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kPercent);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 device.shared_bytes);
+  if (error != cudaSuccess) return error;
+  return launch(kernel, blocks, threads, shared_bytes, stream, args, cluster_blocks);
 }
 
 // Null for success, else CUDA's words.

@@ -3,6 +3,7 @@
 
 namespace ipo_ext::cuda {
 
-template cudaError_t launch_logits<Float16>(const LogitsArgs& args, cudaStream_t stream);
+template cudaError_t launch_logits<Float16>(const LogitsArgs& args, const LaunchPlan& plan,
+                                            cudaStream_t stream);
 
 }  // namespace ipo_ext::cuda

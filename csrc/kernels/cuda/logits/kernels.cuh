@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, blocks_together(kThreads))
                                    static_cast<int>(args.logits.columns), cluster.rank,
                                    cluster.blocks);
   if (!row_flows<E>(args, index)) {
-    fill_row<E>(args, index, cluster.rank == 0, share, rows.steps,
+    fill_row<E>(args, index, cluster.rank == 0, share, rows.plan.vectors,
                 gradient_of_row<Gradient>(args, index));
   } else {
     storage.prepare();
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, blocks_together(kThreads))
 // The same for rows that registers hold, some of them in turn: each is copied ahead while the one
 // before is worked on.
 template <typename Stored, typename Gradient>
-__global__ void __launch_bounds__(kTurnThreads, kTurnBlocksTogether)
+__global__ void __launch_bounds__(kPipelinedThreads, kPipelinedBlocksTogether)
     logits_rows_in_turn(const RowsArgs rows) {
   using E = Compute<Stored>;
   using Held = RowInTurn<Stored>;
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kTurnThreads, kTurnBlocksTogether)
         typename Held::Share(args.logits.row<Stored>(index), static_cast<int>(args.logits.columns),
                              cluster.rank, cluster.blocks);
   };
-  const int64_t first = blockIdx.x / cluster.blocks * int64_t{rows.rows_in_turn};
-  const int64_t end = min(first + rows.rows_in_turn, args.logits.rows);
+  const int64_t first = blockIdx.x / cluster.blocks * int64_t{rows.plan.rows_per_cluster};
+  const int64_t end = min(first + rows.plan.rows_per_cluster, args.logits.rows);
   // The label's column, or -1 for a row that does not flow.
   const auto label_if_flowing = [&](int64_t index) {
     return index < end && row_flows<E>(args, index) ? label_column(args, index) : -1;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kTurnThreads, kTurnBlocksTogether)
       process_row<Gradient, false>(rows, index, label, share, cluster, turn++, held, storage,
                                    [] {});
     } else {
-      fill_row<E>(args, index, cluster.rank == 0, share, rows.steps,
+      fill_row<E>(args, index, cluster.rank == 0, share, rows.plan.vectors,
                   gradient_of_row<Gradient>(args, index));
     }
     label = next_label;
@@ -84,20 +84,20 @@ __global__ void __launch_bounds__(kTurnThreads, kTurnBlocksTogether)
 
 // Few rows: `parts` blocks for each, which leave what they found in the workspace.
 template <typename Stored, bool kCapped>
-__global__ void __launch_bounds__(kPartThreads, blocks_together(kPartThreads))
+__global__ void __launch_bounds__(kSplitThreads, blocks_together(kSplitThreads))
     logits_parts(const RowsArgs rows) {
   using E = Compute<Stored>;
-  RowStorage<Stored, kPartThreads>& storage = shared_storage<RowStorage<Stored, kPartThreads>>();
+  RowStorage<Stored, kSplitThreads>& storage = shared_storage<RowStorage<Stored, kSplitThreads>>();
   const LogitsArgs& args = rows.logits;
-  const int64_t index = blockIdx.x / rows.parts;
+  const int64_t index = blockIdx.x / rows.plan.splits;
   if (!row_flows<E>(args, index)) return;
-  RowShare<Stored, kPartThreads> share(args.logits.row<Stored>(index),
-                                       static_cast<int>(args.logits.columns),
-                                       blockIdx.x % rows.parts, rows.parts);
+  RowShare<Stored, kSplitThreads> share(args.logits.row<Stored>(index),
+                                        static_cast<int>(args.logits.columns),
+                                        blockIdx.x % rows.plan.splits, rows.plan.splits);
   const Cluster alone = {0, 1};
-  HeldRow<Stored, kPartThreads, kCapped> held(rows, share, storage);
-  const RowPart<E> part = reduce_row<kCapped, kPartThreads>(args, index, label_column(args, index),
-                                                            alone, 0, held, storage, [] {});
+  HeldRow<Stored, kSplitThreads, kCapped> held(rows, share, storage);
+  const RowPart<E> part = reduce_row<kCapped, kSplitThreads>(args, index, label_column(args, index),
+                                                             alone, 0, held, storage, [] {});
   if (threadIdx.x == 0) static_cast<RowPart<E>*>(args.workspace)[blockIdx.x] = part;
 }
 
@@ -110,14 +110,14 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
   RowStorage<Stored, kStreamThreads>& storage =
       shared_storage<RowStorage<Stored, kStreamThreads>>();
   const LogitsArgs& args = rows.logits;
-  const int64_t index = blockIdx.x / rows.stream_parts;
-  const int part = blockIdx.x % rows.stream_parts;
+  const int64_t index = blockIdx.x / rows.plan.stream_splits;
+  const int part = blockIdx.x % rows.plan.stream_splits;
   Gradient* gradient = gradient_of_row<Gradient>(args, index);
   const RowShare<Stored, kStreamThreads> share(args.logits.row<Stored>(index),
                                                static_cast<int>(args.logits.columns), part,
-                                               rows.stream_parts);
+                                               rows.plan.stream_splits);
   if (!row_flows<E>(args, index))
-    return fill_row<E>(args, index, part == 0, share, rows.stream_steps, gradient);
+    return fill_row<E>(args, index, part == 0, share, rows.plan.stream_vectors, gradient);
   const int label = label_column(args, index);
   if (is_backward(args)) {
     // Only the block that has the label's column may read it: others may have overwritten theirs.
@@ -132,8 +132,9 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
                            owned ? storage.label_logit : E(0));
     }
   } else {
-    const RowPart<E>* parts = static_cast<const RowPart<E>*>(args.workspace) + index * rows.parts;
-    const RowPart<E> row = merge_parts(args, index, parts, rows.parts, storage);
+    const RowPart<E>* parts =
+        static_cast<const RowPart<E>*>(args.workspace) + index * rows.plan.splits;
+    const RowPart<E> row = merge_parts(args, index, parts, rows.plan.splits, storage);
     if (threadIdx.x == 0) {
       storage.scale = scale_of<E>(args, index);
       finish_row<kCapped>(args, index, row, part == 0, storage);
@@ -142,8 +143,9 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
   if (gradient == nullptr) return;
   __syncthreads();
   const RowPlan<E> plan = storage.plan;
-  if (plan.derivative.slopes.are_zero()) return share.fill(gradient, rows.stream_steps, E(0));
-  stream_gradient<kCapped>(share, rows.stream_steps, plan, gradient);
+  if (plan.derivative.slopes.are_zero())
+    return share.fill(gradient, rows.plan.stream_vectors, E(0));
+  stream_gradient<kCapped>(share, rows.plan.stream_vectors, plan, gradient);
   if (share.is_mine(label)) gradient[label] = narrow<Gradient>(plan.label);
 }
 
@@ -152,78 +154,70 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <typename Stored, typename Gradient, int kThreads, bool kCapped>
-cudaError_t launch_rows(const RowsArgs& rows, const RowSharing& sharing, const Device& device,
-                        cudaStream_t stream) {
-  const auto kernel = logits_rows<Stored, Gradient, kThreads, kCapped>;
-  const cudaError_t error = allow_all_shared_memory(kernel, device);
-  if (error != cudaSuccess) return error;
-  return launch(kernel, rows.logits.logits.rows * sharing.blocks, kThreads, sharing.shared_bytes,
-                stream, rows, sharing.blocks);
+cudaError_t launch_resident(const RowsArgs& rows, cudaStream_t stream) {
+  const LaunchPlan& plan = rows.plan;
+  return launch_with_all_shared(logits_rows<Stored, Gradient, kThreads, kCapped>,
+                                rows.logits.logits.rows * plan.cluster_blocks, kThreads,
+                                plan.shared_bytes, stream, rows, plan.cluster_blocks);
 }
 
 template <typename Stored, typename Gradient>
-cudaError_t launch_rows_in_turn(const RowsArgs& rows, const RowSharing& sharing,
-                                const Device& device, cudaStream_t stream) {
-  const auto kernel = logits_rows_in_turn<Stored, Gradient>;
-  const cudaError_t error = allow_all_shared_memory(kernel, device);
-  if (error != cudaSuccess) return error;
-  const int64_t clusters = divide_up(rows.logits.logits.rows, sharing.rows_in_turn);
-  return launch(kernel, clusters * sharing.blocks, kTurnThreads, sharing.shared_bytes, stream, rows,
-                sharing.blocks);
+cudaError_t launch_resident(const RowsArgs& rows, cudaStream_t stream) {
+  if (rows.logits.softcap != 0)
+    return launch_resident<Stored, Gradient, kCappedThreads, true>(rows, stream);
+  return rows.plan.threads == 256 ? launch_resident<Stored, Gradient, 256, false>(rows, stream)
+                                  : launch_resident<Stored, Gradient, 512, false>(rows, stream);
 }
 
 template <typename Stored, typename Gradient>
-cudaError_t launch_stream(const RowsArgs& rows, cudaStream_t stream) {
+cudaError_t launch_pipelined(const RowsArgs& rows, cudaStream_t stream) {
+  if constexpr (sizeof(Compute<Stored>) == 4) {
+    const LaunchPlan& plan = rows.plan;
+    const int64_t clusters = divide_up(rows.logits.logits.rows, plan.rows_per_cluster);
+    return launch_with_all_shared(logits_rows_in_turn<Stored, Gradient>,
+                                  clusters * plan.cluster_blocks, kPipelinedThreads,
+                                  plan.shared_bytes, stream, rows, plan.cluster_blocks);
+  }
+  return cudaErrorInvalidValue;  // no plan asks for it
+}
+
+template <typename Stored, typename Gradient>
+cudaError_t launch_streamed(const RowsArgs& rows, cudaStream_t stream) {
   const auto kernel = rows.logits.softcap == 0 ? logits_stream<Stored, Gradient, false>
                                                : logits_stream<Stored, Gradient, true>;
-  return launch(kernel, rows.logits.logits.rows * rows.stream_parts, kStreamThreads, kStorageBytes,
-                stream, rows);
+  return launch(kernel, rows.logits.logits.rows * rows.plan.stream_splits, kStreamThreads,
+                kStorageBytes, stream, rows);
 }
 
 template <typename Stored>
-cudaError_t launch_parts(RowsArgs rows, const RowSharing& sharing, const Device& device,
-                         cudaStream_t stream) {
+cudaError_t launch_split(const RowsArgs& rows, cudaStream_t stream) {
   const auto kernel =
       rows.logits.softcap == 0 ? logits_parts<Stored, false> : logits_parts<Stored, true>;
-  cudaError_t error = allow_all_shared_memory(kernel, device);
-  if (error != cudaSuccess) return error;
-  error = launch(kernel, rows.logits.logits.rows * rows.parts, kPartThreads, sharing.shared_bytes,
-                 stream, rows);
-  if (error != cudaSuccess) return error;
-  if (rows.logits.gradient.data == nullptr) rows.stream_parts = 1;
-  return launch_stream<Stored, Stored>(rows, stream);
+  const cudaError_t error =
+      launch_with_all_shared(kernel, rows.logits.logits.rows * rows.plan.splits, kSplitThreads,
+                             rows.plan.shared_bytes, stream, rows);
+  return error == cudaSuccess ? launch_streamed<Stored, Stored>(rows, stream) : error;
 }
 
 template <typename Stored, typename Gradient>
-cudaError_t launch_variant(const LogitsArgs& args, const Device& device, cudaStream_t stream) {
-  const RowSharing sharing = sharing_of<Stored>(args, device);
-  const RowsArgs rows = {args,
-                         sharing.steps,
-                         sharing.shared_steps,
-                         sharing.parts,
-                         sharing.stream_parts,
-                         sharing.stream_steps,
-                         sharing.rows_in_turn};
-  if (is_backward(args)) return launch_stream<Stored, Gradient>(rows, stream);
-  if (sharing.parts > 0) return launch_parts<Stored>(rows, sharing, device, stream);
-  if constexpr (sizeof(Compute<Stored>) == 4) {
-    if (sharing.rows_in_turn > 0)
-      return launch_rows_in_turn<Stored, Gradient>(rows, sharing, device, stream);
+cudaError_t launch_planned(const RowsArgs& rows, cudaStream_t stream) {
+  switch (rows.plan.path) {
+    case RowPath::kResident:
+      return launch_resident<Stored, Gradient>(rows, stream);
+    case RowPath::kPipelined:
+      return launch_pipelined<Stored, Gradient>(rows, stream);
+    case RowPath::kSplit:
+      return launch_split<Stored>(rows, stream);
+    case RowPath::kStreamed:
+      return launch_streamed<Stored, Gradient>(rows, stream);
   }
-  if (args.softcap != 0)
-    return launch_rows<Stored, Gradient, kCappedThreads, true>(rows, sharing, device, stream);
-  return sharing.threads == 256
-             ? launch_rows<Stored, Gradient, 256, false>(rows, sharing, device, stream)
-             : launch_rows<Stored, Gradient, 512, false>(rows, sharing, device, stream);
+  return cudaErrorInvalidValue;
 }
 
 template <typename Stored>
-cudaError_t launch_logits(const LogitsArgs& args, cudaStream_t stream) {
-  Device device;
-  const cudaError_t error = current_device(device);
-  if (error != cudaSuccess) return error;
+cudaError_t launch_logits(const LogitsArgs& args, const LaunchPlan& plan, cudaStream_t stream) {
   return dispatch_gradient<Stored>(args.gradient.dtype, [&](auto gradient) {
-    return launch_variant<Stored, TypeOf<decltype(gradient)>>(args, device, stream);
+    return launch_planned<Stored, TypeOf<decltype(gradient)>>({args, plan}, stream);
   });
 }
 

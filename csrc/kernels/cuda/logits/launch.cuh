@@ -1,32 +1,29 @@
-// Tier 2's launchers for one dtype of logits. Each dtype is compiled in a file of its own,
-// logits_<dtype>.cu, side by side with the others.
+// The plan and the launches for logits of one dtype. Each dtype is compiled in a file of its own,
+// side by side with the others.
 #pragma once
 
+#include "kernels/cuda/logits/plan.h"
 #include "kernels/cuda/logits/storage.cuh"
 
 namespace ipo_ext::cuda {
 
 template <typename Stored>
-RowSharing sharing_of(const LogitsArgs& args, const Device& device) {
-  constexpr int kColumns = kGroupColumns<Stored>;
+LaunchPlan plan_for(const LogitsArgs& args, const Device& device) {
   const LogitsMatrix& logits = args.logits;
-  RowsToShare rows = {logits.rows, logits.columns, kColumns, sizeof(Compute<Stored>),
-                      kHeldGroups<Stored>};
-  rows.capped = args.softcap != 0;
+  RowWork work = {logits.rows, logits.columns, kGroupColumns<Stored>, sizeof(Compute<Stored>),
+                  kHeldGroups<Stored>};
+  work.capped = args.softcap != 0;
+  work.has_gradient = args.gradient.data != nullptr;
   // A narrower gradient may lie over columns that another block has yet to read.
-  rows.apart = args.gradient.data == nullptr || args.gradient.dtype == logits.dtype;
-  rows.reduces = !is_backward(args);
-  return share_rows(rows, device);
-}
-
-template <typename Stored>
-size_t part_bytes(const LogitsArgs& args, const Device& device) {
-  return args.logits.rows * sharing_of<Stored>(args, device).parts *
-         sizeof(RowPart<Compute<Stored>>);
+  work.apart = !work.has_gradient || args.gradient.dtype == logits.dtype;
+  work.reduces = !is_backward(args);
+  LaunchPlan plan = plan_rows(work, device);
+  plan.workspace_bytes = logits.rows * plan.splits * sizeof(RowPart<Compute<Stored>>);
+  return plan;
 }
 
 // What `args` asks for, of logits of that dtype.
 template <typename Stored>
-cudaError_t launch_logits(const LogitsArgs& args, cudaStream_t stream);
+cudaError_t launch_logits(const LogitsArgs& args, const LaunchPlan& plan, cudaStream_t stream);
 
 }  // namespace ipo_ext::cuda

@@ -41,12 +41,16 @@ constexpr int64_t kMostColumns = int64_t{1} << 30;
 
 }  // namespace
 
-size_t workspace_bytes(const LogitsArgs& args) {
+const char* make_plan(const LogitsArgs& args, LaunchPlan& plan) {
+  plan = {};
+  if (args.logits.rows == 0) return nullptr;
   Device device;
-  if (args.logits.rows == 0 || current_device(device) != cudaSuccess) return 0;
-  return dispatch_floating(args.logits.dtype, [&](auto stored) {
-    return part_bytes<TypeOf<decltype(stored)>>(args, device);
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error_text(error);
+  plan = dispatch_floating(args.logits.dtype, [&](auto stored) {
+    return plan_for<TypeOf<decltype(stored)>>(args, device);
   });
+  return nullptr;
 }
 
 const char* find_faults(const LogitsArgs& args, CUstream_st* stream) {
@@ -54,11 +58,11 @@ const char* find_faults(const LogitsArgs& args, CUstream_st* stream) {
   return error_text(launch(look_for_faults, 1, kFaultThreads, sizeof(Storage), stream, args));
 }
 
-const char* logits(const LogitsArgs& args, CUstream_st* stream) {
+const char* logits(const LogitsArgs& args, const LaunchPlan& plan, CUstream_st* stream) {
   if (args.logits.rows == 0) return nullptr;
   if (args.logits.columns > kMostColumns) return "more than 2^30 columns";
   return error_text(dispatch_floating(args.logits.dtype, [&](auto stored) {
-    return launch_logits<TypeOf<decltype(stored)>>(args, stream);
+    return launch_logits<TypeOf<decltype(stored)>>(args, plan, stream);
   }));
 }
 

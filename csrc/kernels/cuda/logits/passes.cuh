@@ -110,7 +110,7 @@ __device__ __forceinline__ void process_row(const RowsArgs& rows, int64_t index,
   __syncthreads();
   const RowPlan<E> plan = storage.plan;
   Gradient* gradient = static_cast<Gradient*>(storage.gradient);
-  if (plan.derivative.slopes.are_zero()) return share.fill(gradient, rows.steps, E(0));
+  if (plan.derivative.slopes.are_zero()) return share.fill(gradient, rows.plan.vectors, E(0));
   held.write_gradient(plan, gradient);
   if (share.is_mine(storage.label)) gradient[storage.label] = narrow<Gradient>(plan.label);
 }

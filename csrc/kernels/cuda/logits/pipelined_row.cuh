@@ -15,9 +15,9 @@ namespace ipo_ext::cuda {
 template <typename Stored>
 class RowInTurn {
  public:
-  static constexpr int kSteps = kTurnSteps;
-  using Share = RowShare<Stored, kTurnThreads>;
-  using Storage = RowStorage<Stored, kTurnThreads, kSteps>;
+  static constexpr int kSteps = kPipelinedVectors;
+  using Share = RowShare<Stored, kPipelinedThreads>;
+  using Storage = RowStorage<Stored, kPipelinedThreads, kSteps>;
   using E = typename Share::E;
   static constexpr int kColumns = Share::kColumns;
   static constexpr bool kKeepsExponentials = sizeof(Stored) == sizeof(E);
@@ -109,7 +109,7 @@ class RowInTurn {
 
  private:
   static __device__ __forceinline__ uint4* staged(Storage& storage, int step) {
-    return storage.template held<kTurnStorageBytes>() + step * kTurnThreads + threadIdx.x;
+    return storage.template held<kPipelinedStorageBytes>() + step * kPipelinedThreads + threadIdx.x;
   }
   __device__ __forceinline__ bool has_extra() const { return extra_ >= 0; }
   __device__ __forceinline__ E& extra() const { return storage_.extras[threadIdx.x]; }

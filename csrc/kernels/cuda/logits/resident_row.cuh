@@ -22,8 +22,8 @@ class HeldRow {
   static constexpr int kRegisterSteps = kCapped ? 0 : kHeldGroups<Stored>;
 
   __device__ __forceinline__ HeldRow(const RowsArgs& rows, Share& share, Storage& storage)
-      : share_(share), storage_(storage), steps_(rows.steps) {
-    held_ = min(kRegisterSteps + rows.shared_steps, rows.steps);
+      : share_(share), storage_(storage), steps_(rows.plan.vectors) {
+    held_ = min(kRegisterSteps + rows.plan.shared_vectors, rows.plan.vectors);
   }
 
   __device__ __forceinline__ E logit(int64_t column) const {

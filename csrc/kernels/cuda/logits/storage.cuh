@@ -11,15 +11,10 @@ namespace ipo_ext::cuda {
 
 using namespace ipo_ext::math;
 
-// How a launch shares a row.
+// What the kernels are given.
 struct RowsArgs {
   LogitsArgs logits;
-  int steps = 0;         // of a thread
-  int shared_steps = 0;  // for which a block has shared memory
-  int parts = 0;         // few rows: blocks that reduce one without being a cluster
-  int stream_parts = 0;  // blocks that write the gradient of a row of which nothing is held
-  int stream_steps = 0;  // of a thread of those
-  int rows_in_turn = 0;  // of a cluster whose blocks hold rows in registers alone
+  LaunchPlan plan;
 };
 
 // A NaN loses.
