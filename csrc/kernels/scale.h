@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/inputs.h"
+#include "kernels/matrix.h"
 #include "kernels/parallel_for.h"
 
 struct CUstream_st;
@@ -22,16 +23,25 @@ struct ScaleArgs {
   ScalarInput factor;
 };
 
+// The same in place, for rows that do not follow each other.
+struct ScaleRowsArgs {
+  LogitsMatrix gradient;
+  ScalarInput factor;
+};
+
 namespace cpu {
 
 void scale(const ScaleArgs& args, const ParallelFor& parallel_for);
+void scale_rows(const ScaleRowsArgs& args, const ParallelFor& parallel_for);
 
 }  // namespace cpu
 
 namespace cuda {
 
-// One launch on `stream`, no host synchronisation. Returns null, or CUDA's words for what failed.
+// One launch on `stream`, no host synchronisation. They return null, or CUDA's words for what
+// failed.
 const char* scale(const ScaleArgs& args, CUstream_st* stream);
+const char* scale_rows(const ScaleRowsArgs& args, CUstream_st* stream);
 
 }  // namespace cuda
 }  // namespace ipo_ext

@@ -37,6 +37,15 @@ struct __attribute__((visibility("hidden"))) LossInputs {
 
 #undef IPO_EXT_MEMBER
 
+// For an operator that writes over `written`.
+#define IPO_EXT_APART(schema, Type, name) apart_from(written, inputs.name),
+
+inline LossInputs apart_from(const Tensor& written, const LossInputs& inputs) {
+  return {IPO_EXT_LOSS_INPUTS(IPO_EXT_APART)};
+}
+
+#undef IPO_EXT_APART
+
 using LossSettings = math::LossSettings<double>;
 
 }  // namespace ipo_ext

@@ -34,6 +34,9 @@ struct CpuBackend {
     cpu::logits(args, parallel_for);
   }
   static void scale(const ScaleArgs& args, const Tensor&) { cpu::scale(args, parallel_for); }
+  static void scale_rows(const ScaleRowsArgs& args, const Tensor&) {
+    cpu::scale_rows(args, parallel_for);
+  }
 
  private:
   static void parallel_for(int64_t count, int64_t grain,
@@ -78,6 +81,10 @@ struct CudaBackend {
 
   static void scale(const ScaleArgs& args, const Tensor& on) {
     check_launch("scale", on, [&](CUstream_st* stream) { return cuda::scale(args, stream); });
+  }
+
+  static void scale_rows(const ScaleRowsArgs& args, const Tensor& on) {
+    check_launch("scale", on, [&](CUstream_st* stream) { return cuda::scale_rows(args, stream); });
   }
 
  private:

@@ -89,7 +89,7 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     IPO_EXT_CHECK(loss_mask.scalar_type() == ScalarType::Bool,
                   "loss_mask: expected dtype torch.bool");
     check_per_token(loss_mask, like_, "loss_mask");
-    mask_ = as_contiguous(loss_mask);
+    mask_ = as_contiguous(loss_mask, "loss_mask");
     args.loss_mask = static_cast<const uint8_t*>(mask_.const_data_ptr());
   }
 
@@ -99,7 +99,7 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     IPO_EXT_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 &&
                       cu_seqlens->numel() > 0 && same_device(*cu_seqlens, like_),
                   "cu_seqlens: expected int32 [segments + 1] on the device of trainer_logprobs");
-    cu_seqlens_ = as_contiguous(*cu_seqlens);
+    cu_seqlens_ = as_contiguous(*cu_seqlens, "cu_seqlens");
     args.segments.cu_seqlens = static_cast<const int32_t*>(cu_seqlens_.const_data_ptr());
     args.segments.count = cu_seqlens_.numel() - 1;
   }
@@ -149,8 +149,8 @@ Tensor metric_means(const Tensor& sums, const Tensor& extremes, bool float64) {
                     same_device(extremes, sums),
                 "extremes: expected float64 [", math::extreme::kNumRows, "] or [",
                 math::extreme::kNumRows, ", segments] on the device of sums");
-  const Tensor sums_rows = as_contiguous(sums);
-  const Tensor extreme_rows = as_contiguous(extremes);
+  const Tensor sums_rows = as_contiguous(sums, "sums");
+  const Tensor extreme_rows = as_contiguous(extremes, "extremes");
   Tensor means = empty_rows(math::mean::kNumRows, segments, packed,
                             float64 ? ScalarType::Double : ScalarType::Float, sums);
   Backend::metric_means(

@@ -8,85 +8,13 @@
 #include <utility>
 
 #include "ops/ipo_loss.h"
+#include "ops/matrix.h"
 
 namespace ipo_ext {
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return {sizes.begin(), sizes.end()};
-}
-
-// The logits as rows of adjacent columns at no more than two strides, without a copy where their
-// layout allows it; holds the copy where it does not.
-class __attribute__((visibility("hidden"))) LogitsTensor {
- public:
-  explicit LogitsTensor(const Tensor& tensor) : tensor_(tensor) {
-    IPO_EXT_CHECK(tensor.dim() > 0, "logits: expected shape [..., vocabulary], got a 0-dim tensor");
-    if (!describe()) {
-      tensor_ = torch::stable::contiguous(tensor_);
-      is_copy_ = true;
-      describe();
-    }
-    matrix_.data = const_cast<void*>(tensor_.const_data_ptr());
-    matrix_.dtype = dtype_of(tensor_, "logits");
-    IPO_EXT_CHECK(is_floating(matrix_.dtype), "logits: expected a floating dtype");
-  }
-  const LogitsMatrix& matrix() const { return matrix_; }
-  bool is_copy() const { return is_copy_; }
-
- private:
-  // Folds the dimensions before the last, from the inside: first into rows of a block, then, from
-  // where the strides stop matching, into blocks. False if that does not fit the layout.
-  bool describe() {
-    const int64_t last = tensor_.dim() - 1;
-    matrix_.columns = tensor_.size(last);
-    if (tensor_.stride(last) != 1 && matrix_.columns > 1) return false;
-    int64_t blocks = 1;
-    matrix_.block_rows = 1;
-    matrix_.row_stride = matrix_.block_stride = 0;
-    for (int64_t dim = last - 1; dim >= 0; --dim) {
-      const int64_t size = tensor_.size(dim), stride = tensor_.stride(dim);
-      if (size == 1) continue;
-      if (blocks == 1 &&
-          (matrix_.block_rows == 1 || stride == matrix_.row_stride * matrix_.block_rows)) {
-        if (matrix_.block_rows == 1) matrix_.row_stride = stride;
-        matrix_.block_rows *= size;
-      } else if (blocks == 1 || stride == matrix_.block_stride * blocks) {
-        if (blocks == 1) matrix_.block_stride = stride;
-        blocks *= size;
-      } else {
-        return false;
-      }
-    }
-    matrix_.rows = matrix_.block_rows * blocks;
-    if (matrix_.block_rows == 0) matrix_.block_rows = 1;
-    return true;
-  }
-
-  Tensor tensor_;
-  LogitsMatrix matrix_;
-  bool is_copy_ = false;
-};
-
-// Whether no element of the matrix belongs to two rows: rows within blocks, or blocks within rows.
-inline bool rows_are_apart(const LogitsMatrix& matrix) {
-  const int64_t blocks = matrix.rows / matrix.block_rows;
-  const auto apart = [&](int64_t inner, int64_t inner_stride, int64_t outer, int64_t outer_stride) {
-    const int64_t extent = (inner - 1) * inner_stride + matrix.columns;
-    return (inner == 1 || inner_stride >= matrix.columns) && (outer <= 1 || outer_stride >= extent);
-  };
-  return apart(matrix.block_rows, matrix.row_stride, blocks, matrix.block_stride) ||
-         apart(blocks, matrix.block_stride, matrix.block_rows, matrix.row_stride);
-}
-
-// The same matrix, contiguous: where the gradient goes.
-inline LogitsMatrix contiguous_like(const LogitsMatrix& logits, void* data) {
-  LogitsMatrix matrix = logits;
-  matrix.data = data;
-  matrix.block_rows = logits.rows > 0 ? logits.rows : 1;
-  matrix.block_stride = 0;
-  matrix.row_stride = logits.columns;
-  return matrix;
 }
 
 // CPU only: reads the values. The word "labels" at the start tells Python to raise IndexError.
@@ -118,7 +46,7 @@ inline int32_t* fault_flag(const Tensor& fault, const Tensor& like) {
 class __attribute__((visibility("hidden"))) RowsCall {
  public:
   RowsCall(const Tensor& labels, int64_t columns, const std::optional<Tensor>& temperature)
-      : labels_(as_contiguous(labels)) {
+      : labels_(as_contiguous(labels, "labels")) {
     args.logits.rows = labels.numel();
     args.logits.columns = columns;
     args.labels = labels_.const_data_ptr();
@@ -160,7 +88,9 @@ class __attribute__((visibility("hidden"))) RowsCall {
 class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
  public:
   LogitsCall(const Tensor& logits, const Tensor& labels, const LogitScaling& scaling)
-      : RowsCall(labels, logits.size(-1), scaling.temperature), on_(logits), logits_(logits) {
+      : RowsCall(labels, logits.size(-1), scaling.temperature),
+        on_(logits),
+        logits_(logits, "logits") {
     args.logits = logits_.matrix();
     args.compute_dtype = is_float64(logits) ? DType::kFloat64 : DType::kFloat32;
     args.softcap = scaling.softcap;
@@ -180,7 +110,7 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
     IPO_EXT_CHECK(
         tensor.scalar_type() == compute() && tensor.numel() == count && same_device(tensor, on_),
         name, ": expected ", count, " elements in the compute dtype, on the device of logits");
-    kept_.push_back(as_contiguous(tensor));
+    kept_.push_back(as_contiguous(tensor, name));
     return const_cast<void*>(kept_.back().const_data_ptr());
   }
 
@@ -199,7 +129,7 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
 
   // Into a tensor of the same shape, fp16 or bf16 for fp32 logits; it may lie over them.
   void write_gradient_to(const Tensor& gradient) {
-    const LogitsTensor matrix(gradient);
+    const LogitsTensor matrix(gradient, "gradient");
     args.gradient = matrix.matrix();
     const DType dtype = args.gradient.dtype;
     const bool narrower = args.logits.dtype == DType::kFloat32 && dtype != DType::kFloat64;
@@ -296,9 +226,10 @@ template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits_(
     const Tensor& logits, const Tensor& labels, const LogitScaling& scaling,
     const LossInputs& inputs, const LossSettings& settings) {
-  LogitsCall rows(logits, labels, scaling);
+  LogitsCall rows(logits, apart_from(logits, labels),
+                  {apart_from(logits, scaling.temperature), scaling.softcap});
   rows.write_gradient_over_logits();
-  return loss_of_logits<Backend>(rows, inputs, settings);
+  return loss_of_logits<Backend>(rows, apart_from(logits, inputs), settings);
 }
 
 template <typename Backend>

@@ -2,12 +2,15 @@
 #pragma once
 
 #include "ops/backend.h"
+#include "ops/matrix.h"
 
 namespace ipo_ext {
 
 template <typename Backend>
 void scale_into(const Tensor& gradient, const Tensor& factor, const Tensor& out) {
   IPO_EXT_CHECK(gradient.is_contiguous(), "gradient: expected a contiguous tensor");
+  check_within_storage(gradient, "gradient");
+  check_within_storage(out, "out");
   IPO_EXT_CHECK(out.is_contiguous() && out.numel() == gradient.numel(), "out: expected ",
                 gradient.numel(), " contiguous elements");
   IPO_EXT_CHECK(same_device(out, gradient), "out: expected the device of gradient");
@@ -23,7 +26,12 @@ void scale_into(const Tensor& gradient, const Tensor& factor, const Tensor& out)
 
 template <typename Backend>
 void scale_(const Tensor& gradient, const Tensor& factor) {
-  scale_into<Backend>(gradient, factor, gradient);
+  const Tensor apart = apart_from(gradient, factor);
+  if (gradient.is_contiguous()) return scale_into<Backend>(gradient, apart, gradient);
+  const LogitsTensor rows(gradient, "gradient");
+  IPO_EXT_CHECK(!rows.is_copy() && rows_are_apart(rows.matrix()),
+                "gradient: expected rows of adjacent elements that share no memory");
+  Backend::scale_rows({rows.matrix(), scalar_input(apart, gradient, "factor")}, gradient);
 }
 
 }  // namespace ipo_ext

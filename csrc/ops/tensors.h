@@ -40,12 +40,53 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   return DType::kFloat32;
 }
 
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+// From a tensor's first byte to behind its last; strides are never negative.
+inline int64_t extent_in_bytes(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t elements = 1;
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    if (sizes[dim] == 0) return 0;
+    elements += (sizes[dim] - 1) * strides[dim];
+  }
+  return elements * static_cast<int64_t>(tensor.element_size());
+}
+
+// A compiler may hand over a view of a buffer that is too small for it: what lies behind the buffer
+// is someone else's, to read and all the more to write.
+inline void check_within_storage(const Tensor& tensor, const char* name) {
+  int64_t storage = 0;
+  const AOTITorchError status = aoti_torch_get_storage_size(tensor.get(), &storage);
+  IPO_EXT_CHECK(status == AOTI_TORCH_SUCCESS, name, ": expected a tensor with a storage");
+  const int64_t end = tensor.storage_offset() * static_cast<int64_t>(tensor.element_size()) +
+                      extent_in_bytes(tensor);
+  IPO_EXT_CHECK(end <= storage || tensor.numel() == 0, name,
+                ": expected a view within its storage of ", storage,
+                " bytes, got one that ends at byte ", end,
+                "; pass its contiguous() copy, made where it is still whole");
+}
+
+inline Tensor as_contiguous(const Tensor& tensor, const char* name) {
+  if (tensor.is_contiguous()) return tensor;
+  check_within_storage(tensor, name);
+  return torch::stable::contiguous(tensor);
 }
 
 inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+// An input of an operator that writes over `written`: a copy where the two may share memory, since
+// nothing orders what is read after what is written.
+inline Tensor apart_from(const Tensor& written, const Tensor& input) {
+  const auto address = [](const Tensor& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  };
+  const bool may_overlap = address(input) < address(written) + extent_in_bytes(written) &&
+                           address(written) < address(input) + extent_in_bytes(input);
+  return may_overlap ? torch::stable::clone(input) : input;
+}
+inline std::optional<Tensor> apart_from(const Tensor& written, const std::optional<Tensor>& input) {
+  return input.has_value() ? std::optional(apart_from(written, *input)) : std::nullopt;
 }
 
 // Memory-safety checks of one per-token tensor against the trainer's log-probabilities.
@@ -62,7 +103,8 @@ class __attribute__((visibility("hidden"))) PerToken {
  public:
   PerToken() = default;
   PerToken(const Tensor& tensor, const Tensor& trainer_logprobs, const char* name)
-      : tensor_(as_contiguous(tensor)), input_{tensor_->const_data_ptr(), dtype_of(tensor, name)} {
+      : tensor_(as_contiguous(tensor, name)),
+        input_{tensor_->const_data_ptr(), dtype_of(tensor, name)} {
     check_per_token(tensor, trainer_logprobs, name);
     IPO_EXT_CHECK(is_floating(input_.dtype), name, ": expected a floating dtype");
   }

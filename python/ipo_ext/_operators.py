@@ -530,12 +530,17 @@ class IPOLossFromLogitsInplace(IPOLossFromLogitsFunction):
     The operator bumps no version. Done here, a producer that has saved its output, the logits, for
     its own backward pass finds them changed and raises, instead of using a gradient as if it were
     logits.
+
+    A compiler must see the logits themselves: it makes the tensor that they are a slice of as a
+    whole. Detached they hide it, and inductor hands over a buffer of its own, whose layout is not
+    that of the slice.
     """
 
     @staticmethod
     def forward(anchor: torch.Tensor | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
         logits, *others, _ = inputs
-        outputs = library().ipo_loss_from_logits_(logits.detach(), *others)
+        written = logits if torch.compiler.is_compiling() else logits.detach()
+        outputs = library().ipo_loss_from_logits_(written, *others)
         torch.autograd.graph.increment_version(logits)
         return tuple(outputs)
 
@@ -562,10 +567,21 @@ def run_ipo_loss_from_logits(
     elif not arguments.with_gradient:
         loss, _, *others = library().ipo_loss_from_logits(*flatten(arguments))
         return (loss, *others)
+    elif inplace:
+        function, arguments = IPOLossFromLogitsInplace, _with_kept_normalizer(arguments)
     else:
-        function = IPOLossFromLogitsInplace if inplace else IPOLossFromLogitsFunction
+        function = IPOLossFromLogitsFunction
     outputs = function.apply(anchor(arguments.logits), *flatten(arguments))
     return cast("tuple[torch.Tensor, ...]", outputs)[:6]
+
+
+def _with_kept_normalizer(arguments: IPOLossFromLogitsArguments) -> IPOLossFromLogitsArguments:
+    """The arguments, a normalizer that backward needs apart from logits that it may be one of."""
+    inputs = arguments.inputs
+    kept = normalizer_to_keep(arguments.logits.dtype, inputs.normalizer)
+    if kept is None:
+        return arguments
+    return arguments._replace(inputs=inputs._replace(normalizer=kept.clone()))
 
 
 class TokenLogprobsGradient(torch.autograd.Function):

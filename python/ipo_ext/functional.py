@@ -148,14 +148,16 @@ def ipo_loss_from_logits(
         inplace: writes the gradient over the logits, which saves as much memory as they take. They
             hold no logits afterwards, so they must come from an operation whose backward pass does
             not need them: a matrix product, not a softmax or tanh, whose backward pass then raises.
-            Without a gradient to write nothing is overwritten. Default False.
+            Slices such as ``logits[:, :-1]`` are written where they lie, compiled too; what lies
+            beside them stays. Without a gradient to write nothing is overwritten. Default False.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
         loss mask leaves out. Nothing is synchronised.
 
     Raises:
-        TypeError, ValueError: as for ``ipo_loss``.
+        TypeError, ValueError: as for ``ipo_loss``; ValueError also where ``inplace`` may not be:
+            logits that are a leaf or a view of one, or a part of ``unbind``, ``split``, ``chunk``.
         IndexError: on CPU, a label of an active token is not in ``[0, V)``. (A RuntimeError in a
             compiled graph; on CUDA the loss and every gradient are NaN instead.)
         RuntimeError: on CPU, as for ``ipo_loss``, or a temperature of an active token is not finite
@@ -372,10 +374,19 @@ def linear_token_logprobs(
 
 
 def _check_may_be_overwritten(logits: torch.Tensor) -> None:
-    if logits.is_leaf:
+    base = logits._base
+    if logits.is_leaf or (base is not None and base.is_leaf):
         raise ValueError(
-            "logits: expected the result of an operation because inplace is True, got a leaf, "
-            "whose value belongs to the caller; pass inplace=False"
+            "logits: expected the result of an operation because inplace is True, got a leaf or a "
+            "view of one, whose value belongs to the caller; pass inplace=False"
+        )
+    if base is None or torch.compiler.is_compiling():  # the compiler refuses it while it traces
+        return
+    if torch._C._autograd._get_creation_meta(logits) != torch._C._autograd.CreationMeta.DEFAULT:
+        raise ValueError(
+            "logits: expected no part of unbind, split or chunk and no view made in a custom "
+            "Function because inplace is True: autograd lets no one change them; pass "
+            "inplace=False or a slice, such as logits[:, :-1]"
         )
 
 

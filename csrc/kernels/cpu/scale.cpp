@@ -1,6 +1,8 @@
 // A gradient times a factor on the CPU: its elements in parallel, each by one thread.
 #include "kernels/scale.h"
 
+#include <algorithm>
+
 #include "kernels/cpu/scale_simd.h"
 
 namespace ipo_ext::cpu {
@@ -16,6 +18,21 @@ void scale(const ScaleArgs& args, const ParallelFor& parallel_for) {
   if (factor == 1 && args.out == args.gradient) return;
   parallel_for(args.count, kElementsPerTask,
                [&](int64_t begin, int64_t end) { elements(args, factor, begin, end); });
+}
+
+void scale_rows(const ScaleRowsArgs& args, const ParallelFor& parallel_for) {
+  static const auto elements = IPO_EXT_CHOOSE(scale_elements);
+  const LogitsMatrix& rows = args.gradient;
+  const ScaleArgs in_place = {rows.data, rows.dtype, rows.data, rows.dtype, 0, args.factor};
+  const double factor = load_scalar(args.factor);
+  if (factor == 1) return;
+  const int64_t rows_per_task = kElementsPerTask / std::max<int64_t>(1, rows.columns);
+  parallel_for(rows.rows, std::max<int64_t>(1, rows_per_task), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t first = rows.offset(row);
+      elements(in_place, factor, first, first + rows.columns);
+    }
+  });
 }
 
 }  // namespace ipo_ext::cpu

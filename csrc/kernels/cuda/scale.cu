@@ -1,6 +1,7 @@
 // A gradient times a factor that only the device knows, in place or into a narrower dtype, rounded
 // once: one pass at the speed of a copy, and a factor of 1 in place reads nothing but itself. The
-// grid is as large as the device and no larger, since blocks that only return are not free.
+// grid is as large as the device and no larger, since blocks that only return are not free. Rows
+// that do not follow each other are scaled in place, a block a row.
 #include <algorithm>
 
 #include "kernels/cuda/common/vector.cuh"
@@ -67,6 +68,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether) scale_elements(cons
   }
 }
 
+// The same in place for rows that do not follow each other, each by one block.
+template <typename Stored, int kCount>
+__global__ void __launch_bounds__(kThreads, kBlocksTogether)
+    scale_each_row(const ScaleRowsArgs args) {
+  const Compute<Stored> factor = static_cast<Compute<Stored>>(load_scalar(args.factor));
+  if (factor == 1) return;
+  const int64_t columns = args.gradient.columns;
+  for (int64_t index = blockIdx.x; index < args.gradient.rows; index += gridDim.x) {
+    Stored* row = args.gradient.row<Stored>(index);
+    int64_t column = int64_t{threadIdx.x} * kCount;
+    for (; column + kCount <= columns; column += kThreads * kCount) {
+      Stored loaded[kCount];
+      load_mutable(row + column, loaded);
+      store_scaled(loaded, factor, row + column);
+    }
+    for (; column < columns; ++column) {
+      const Stored last[] = {row[column]};
+      store_scaled(last, factor, row + column);
+    }
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Launchers
 // ---------------------------------------------------------------------------------------------------------------------
@@ -96,11 +119,36 @@ cudaError_t launch_scale(const ScaleArgs& args, cudaStream_t stream) {
   });
 }
 
+bool rows_are_aligned(const LogitsMatrix& rows, int64_t element_bytes) {
+  return is_aligned_to_16(rows.data) && rows.row_stride * element_bytes % 16 == 0 &&
+         rows.block_stride * element_bytes % 16 == 0;
+}
+
+template <typename Stored>
+cudaError_t launch_scale_rows(const ScaleRowsArgs& args, cudaStream_t stream) {
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const int64_t blocks =
+      std::min<int64_t>(args.gradient.rows, device.multiprocessors * kBlocksTogether);
+  const auto kernel = rows_are_aligned(args.gradient, sizeof(Stored))
+                          ? scale_each_row<Stored, kGroupColumns<Stored>>
+                          : scale_each_row<Stored, 1>;
+  return launch(kernel, blocks, kThreads, 0, stream, args);
+}
+
 }  // namespace
 
 const char* scale(const ScaleArgs& args, CUstream_st* stream) {
   if (args.count == 0) return nullptr;
   return error_text(launch_scale(args, stream));
+}
+
+const char* scale_rows(const ScaleRowsArgs& args, CUstream_st* stream) {
+  if (args.gradient.rows == 0 || args.gradient.columns == 0) return nullptr;
+  return error_text(dispatch_floating(args.gradient.dtype, [&](auto stored) {
+    return launch_scale_rows<TypeOf<decltype(stored)>>(args, stream);
+  }));
 }
 
 }  // namespace ipo_ext::cuda
