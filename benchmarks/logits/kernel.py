@@ -12,7 +12,7 @@ from benchmarks.harness import results, words
 from benchmarks.harness.command import base_parser, begin
 from benchmarks.harness.terminal import Terminal
 from benchmarks.logits.batch import CONFIG, DTYPES, make_batch
-from ipo_ext import _operators
+from ipo_ext._ops import library
 from ipo_ext._ops.arguments import LossInputs
 
 NAME = "logits.kernel"
@@ -60,7 +60,7 @@ def calls(case: Case, device: str = "cuda") -> dict[str, Callable[[], torch.Tens
     logits, labels, inference_logprobs, advantages, _ = (tensor.detach() for tensor in batch)
     mask = torch.rand(case.rows, device=device) * 100 < case.active
     gradient = torch.empty_like(logits, dtype=DTYPES[case.gradient])
-    operators = _operators.library()
+    operators = library.operators()
     fault = operators.find_faults(labels, None, mask, None, None, case.columns, case.rows)
 
     def kernel(into: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,5 +1,5 @@
 // From torch's tensors to the kernels' views. Checks only what memory safety needs: the words for
-// users are Python's (ipo_ext/_checks.py), which has looked at every argument before.
+// users are Python's (ipo_ext/_ops/checks.py), which has looked at every argument before.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

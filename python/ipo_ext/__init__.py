@@ -2,6 +2,8 @@
 
 from ipo_ext import reference
 from ipo_ext._C import VERSION as __version__
+from ipo_ext._ops.library import NAMESPACE as _NAMESPACE
+from ipo_ext._ops.register import register as _register
 from ipo_ext._precision import LowPrecisionWarning
 from ipo_ext.batch import LossBatch
 from ipo_ext.config import IPOConfig
@@ -33,3 +35,5 @@ __all__ = [
     "reference",
     "token_logprobs",
 ]
+
+_register(_NAMESPACE)

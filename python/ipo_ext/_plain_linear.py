@@ -5,18 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.parametrize import is_parametrized
+
+from ipo_ext._ops import torch_internals
 
 # Taken at import, so that a class-wide replacement that comes later is seen as well.
 _LINEAR_FORWARD = nn.Linear.forward
-
-_HOOKS = {
-    "_forward_pre_hooks": "forward pre-hook",
-    "_forward_hooks": "forward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-    "_backward_hooks": "backward hook",
-}
 
 _INSTEAD = "or use ipo_loss_from_logits on its output"
 
@@ -47,11 +41,7 @@ def check_plain_linear(linear: object) -> None:
 
 def _check_own_forward(linear: nn.Linear) -> None:
     """Raises where a call runs other code than torch's: of a subclass, or put on the instance."""
-    expected = {
-        "forward": _LINEAR_FORWARD,
-        "__call__": nn.Module.__call__,
-        "_call_impl": nn.Module._call_impl,
-    }
+    expected = {"forward": _LINEAR_FORWARD, **torch_internals.calls_of_modules()}
     for name, function in expected.items():
         method = getattr(linear, name)
         # A bound method put on the instance is the same method: what a removed wrapper leaves.
@@ -67,8 +57,8 @@ def _check_own_forward(linear: nn.Linear) -> None:
 
 def _check_type_of_weight(linear: nn.Linear) -> None:
     """Raises for a tensor subclass, which computes a product of its own or is no whole matrix."""
-    weight = linear._parameters.get("weight")
-    if weight is None or type(weight) in (nn.Parameter, FakeTensor):
+    weight = torch_internals.own_parameter(linear, "weight")
+    if weight is None or type(weight) is nn.Parameter or torch_internals.is_fake(weight):
         return
     remedies = {
         "DTensor": "make the head before fully_shard or parallelize_module, and shard the head",
@@ -82,18 +72,18 @@ def _check_type_of_weight(linear: nn.Linear) -> None:
 
 
 def _check_no_hooks(linear: nn.Linear) -> None:
-    for registry, kind in _HOOKS.items():
-        for hook in getattr(linear, registry).values():
-            raise ValueError(
-                f"linear: expected an nn.Linear without hooks, got {_described(linear)} with the "
-                f"{kind} {_full_name(hook)}, which the head would not run; remove it "
-                "(handle.remove(), or torch's remove_weight_norm, remove_spectral_norm or "
-                "prune.remove) and, to keep it, apply it to the head"
-            )
+    for kind, hook in torch_internals.hooks_of(linear):
+        raise ValueError(
+            f"linear: expected an nn.Linear without hooks, got {_described(linear)} with the "
+            f"{kind} {_full_name(hook)}, which the head would not run; remove it "
+            "(handle.remove(), or torch's remove_weight_norm, remove_spectral_norm or "
+            "prune.remove) and, to keep it, apply it to the head"
+        )
 
 
 def _check_weight_is_a_parameter(linear: nn.Linear) -> None:
-    if linear._parameters.get("weight") is not linear.weight or linear.weight is None:
+    own = torch_internals.own_parameter(linear, "weight")
+    if own is not linear.weight or own is None:
         raise ValueError(
             f"linear.weight: expected a parameter of the linear, got {_full_name(linear.weight)} "
             f"that is none in {_described(linear)}: a buffer, a view or an attribute, which the "

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from ipo_ext import _checks, _chunks, _linear, _operators
+from ipo_ext._ops import checks, torch_internals
 from ipo_ext._ops.arguments import (
     HeadInputs,
     IPOLossArguments,
@@ -22,6 +22,10 @@ from ipo_ext._ops.arguments import (
     NeedsGrad,
     TokenLogprobsArguments,
 )
+from ipo_ext._ops.chunks import default_chunk_size
+from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_logprobs
+from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
+from ipo_ext._ops.from_logprobs import run_ipo_loss
 from ipo_ext.config import IPOConfig, is_number
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
@@ -93,16 +97,14 @@ def ipo_loss(
         cu_seqlens,
         _scalar("normalizer", normalizer, trainer_logprobs),
     )
-    _checks.check_per_token_loss(trainer_logprobs, inputs, config.teacher_tau)
-    _checks.check_no_gradient(inputs)
+    checks.check_per_token_loss(trainer_logprobs, inputs, config.teacher_tau)
+    checks.check_no_gradient(inputs)
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
-    compute = _checks.compute_dtype(trainer_logprobs, inference_logprobs)
+    compute = checks.compute_dtype(trainer_logprobs, inference_logprobs)
     if config.has_rollout_rule:
         inputs = _with_sequences(inputs)
     settings = config.settings(compute)
-    loss, *rows = _operators.run_ipo_loss(
-        IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient)
-    )
+    loss, *rows = run_ipo_loss(IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient))
     return IPOOutput(loss, _metrics(rows, cu_seqlens, inputs, config))
 
 
@@ -181,9 +183,9 @@ def ipo_loss_from_logits(
         _scalar("normalizer", normalizer, logits),
     )
     temperature = _scalar("temperature", temperature, logits)
-    _checks.check_logits_loss(logits, labels, temperature, inputs, config.teacher_tau)
-    _checks.check_no_gradient(inputs, temperature)
-    compute = _checks.compute_dtype(logits, inference_logprobs)
+    checks.check_logits_loss(logits, labels, temperature, inputs, config.teacher_tau)
+    checks.check_no_gradient(inputs, temperature)
+    compute = checks.compute_dtype(logits, inference_logprobs)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
         _check_may_be_overwritten(logits)
@@ -192,7 +194,7 @@ def ipo_loss_from_logits(
     scaling = LogitScaling(temperature, _softcap(softcap))
     settings = config.settings(compute)
     loss, logprobs, entropy, *rows = _with_index_error(
-        functools.partial(_operators.run_ipo_loss_from_logits, inplace=inplace),
+        functools.partial(run_ipo_loss_from_logits, inplace=inplace),
         IPOLossFromLogitsArguments(logits, labels, scaling, inputs, settings, with_gradient),
     )
     metrics = _metrics(rows, cu_seqlens, inputs, config, has_entropy=True)
@@ -223,10 +225,10 @@ def token_logprobs(
             what would raise an IndexError or a RuntimeError makes everything NaN.
     """
     temperature = _scalar("temperature", temperature, logits)
-    _checks.check_logits(logits, labels, temperature)
-    _checks.check_no_gradient(None, temperature)
+    checks.check_logits(logits, labels, temperature)
+    checks.check_no_gradient(None, temperature)
     logprobs, entropy, _ = _with_index_error(
-        _operators.run_token_logprobs,
+        run_token_logprobs,
         TokenLogprobsArguments(logits, labels, LogitScaling(temperature, _softcap(softcap))),
     )
     return logprobs, entropy
@@ -311,15 +313,15 @@ def ipo_loss_from_hidden(
     )
     temperature = _scalar("temperature", temperature, hidden)
     head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap)))
-    _checks.check_hidden_loss(head, inputs, config.teacher_tau)
-    _checks.check_no_gradient(inputs, temperature)
-    compute = _checks.compute_dtype(hidden, inference_logprobs)
+    checks.check_hidden_loss(head, inputs, config.teacher_tau)
+    checks.check_no_gradient(inputs, temperature)
+    compute = checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
     if config.has_rollout_rule:
         inputs = _with_sequences(inputs)
     loss, logprobs, entropy, *rows = _with_index_error(
-        _linear.run_ipo_loss_from_hidden,
-        _checks.product_dtype(hidden, weight),
+        run_ipo_loss_from_hidden,
+        checks.product_dtype(hidden, weight),
         IPOLossFromHiddenArguments(
             head,
             inputs,
@@ -363,18 +365,18 @@ def linear_token_logprobs(
     """
     temperature = _scalar("temperature", temperature, hidden)
     head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap)))
-    _checks.check_hidden(head)
-    _checks.check_no_gradient(None, temperature)
+    checks.check_hidden(head)
+    checks.check_no_gradient(None, temperature)
     logprobs, entropy, _ = _with_index_error(
-        _linear.run_linear_token_logprobs,
-        _checks.product_dtype(hidden, weight),
+        run_linear_token_logprobs,
+        checks.product_dtype(hidden, weight),
         LinearTokenLogprobsArguments(head, _chunk_size(chunk_size, hidden, weight)),
     )
     return logprobs, entropy
 
 
 def _check_may_be_overwritten(logits: torch.Tensor) -> None:
-    base = logits._base
+    base = torch_internals.base_of_view(logits)
     if logits.is_leaf or (base is not None and base.is_leaf):
         raise ValueError(
             "logits: expected the result of an operation because inplace is True, got a leaf or a "
@@ -382,7 +384,7 @@ def _check_may_be_overwritten(logits: torch.Tensor) -> None:
         )
     if base is None or torch.compiler.is_compiling():  # the compiler refuses it while it traces
         return
-    if torch._C._autograd._get_creation_meta(logits) != torch._C._autograd.CreationMeta.DEFAULT:
+    if not torch_internals.view_may_change(logits):
         raise ValueError(
             "logits: expected no part of unbind, split or chunk and no view made in a custom "
             "Function because inplace is True: autograd lets no one change them; pass "
@@ -474,7 +476,7 @@ def _as_int(name: str, value: Any) -> int:
 def _chunk_size(chunk_size: int | None, hidden: torch.Tensor, weight: torch.Tensor) -> int:
     given = _count("chunk_size", chunk_size, 1)
     if given is None:
-        return _chunks.default_chunk_size(weight.shape[0], hidden.dtype, hidden.device)
+        return default_chunk_size(weight.shape[0], hidden.dtype, hidden.device)
     return given
 
 

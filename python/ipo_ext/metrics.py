@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 
-from ipo_ext import _C, _operators
+from ipo_ext import _C
+from ipo_ext._ops import library, torch_internals
 
 
 class IPOMetrics(Mapping[str, torch.Tensor]):
@@ -113,7 +113,7 @@ class IPOMetrics(Mapping[str, torch.Tensor]):
 
     def _made_of(self, sums: torch.Tensor, extremes: torch.Tensor) -> IPOMetrics:
         float64 = self.means.dtype == torch.float64
-        means = _operators.library().metric_means(sums, extremes, float64)
+        means = library.operators().metric_means(sums, extremes, float64)
         return _unflatten((means, sums, extremes), _optional(self))
 
 
@@ -150,11 +150,4 @@ def _unflatten(leaves: Any, context: tuple[bool, ...]) -> IPOMetrics:
     )
 
 
-pytree.register_pytree_node(
-    IPOMetrics,
-    _flatten,
-    _unflatten,
-    serialized_type_name="ipo_ext.IPOMetrics",
-    to_dumpable_context=list,
-    from_dumpable_context=tuple,
-)
+torch_internals.register_pytree(IPOMetrics, _flatten, _unflatten, name="ipo_ext.IPOMetrics")

@@ -33,10 +33,25 @@ class IPOLoss(nn.Module):
         inference_logprobs: torch.Tensor | LossBatch,
         advantages: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
-        **optional: Any,
+        *,
+        teacher_logprobs: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
     ) -> IPOOutput:
-        """As ``ipo_loss``, which names the optional arguments; a ``LossBatch`` may hold them."""
-        inputs = inputs_of_loss(inference_logprobs, advantages, loss_mask, **optional)
+        """As ``ipo_loss``.
+
+        A ``LossBatch`` may stand for ``inference_logprobs`` and all that it holds.
+        """
+        inputs = inputs_of_loss(
+            inference_logprobs,
+            advantages,
+            loss_mask,
+            teacher_logprobs=teacher_logprobs,
+            loss_weights=loss_weights,
+            cu_seqlens=cu_seqlens,
+            normalizer=normalizer,
+        )
         return ipo_loss(trainer_logprobs, config=self.config, **inputs)
 
     def extra_repr(self) -> str:
@@ -71,19 +86,39 @@ class LinearIPOLoss(nn.Module):
         inference_logprobs: torch.Tensor | LossBatch,
         advantages: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
-        **optional: Any,
+        *,
+        temperature: float | torch.Tensor | None = None,
+        softcap: float | None = None,
+        teacher_logprobs: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+        chunk_size: int | None = None,
+        num_active: int | None = None,
     ) -> IPOOutput:
-        """As ``ipo_loss_from_hidden``, which names the optional arguments.
+        """As ``ipo_loss_from_hidden``; ``softcap`` and ``chunk_size`` are by default the module's.
 
         A ``LossBatch`` may stand for ``inference_logprobs`` and all that it holds.
         """
-        inputs = inputs_of_loss(inference_logprobs, advantages, loss_mask, **optional)
+        inputs = inputs_of_loss(
+            inference_logprobs,
+            advantages,
+            loss_mask,
+            temperature=temperature,
+            teacher_logprobs=teacher_logprobs,
+            loss_weights=loss_weights,
+            cu_seqlens=cu_seqlens,
+            normalizer=normalizer,
+        )
         return ipo_loss_from_hidden(
             hidden,
             weight,
             labels,
             config=self.config,
-            **{"softcap": self.softcap, "chunk_size": self.chunk_size, **inputs},
+            softcap=self.softcap if softcap is None else softcap,
+            chunk_size=self.chunk_size if chunk_size is None else chunk_size,
+            num_active=num_active,
+            **inputs,
         )
 
     def extra_repr(self) -> str:
@@ -145,20 +180,47 @@ class IPOLMHead(LinearIPOLoss):
             self.weight = linear.weight
 
     def forward(  # type: ignore[override]
-        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, *args: Any, **optional: Any
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        inference_logprobs: torch.Tensor | LossBatch | None = None,
+        advantages: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        *,
+        temperature: float | torch.Tensor | None = None,
+        softcap: float | None = None,
+        teacher_logprobs: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+        chunk_size: int | None = None,
+        num_active: int | None = None,
     ) -> IPOOutput | torch.Tensor:
         """``LinearIPOLoss`` over the head's own weight.
 
         Without labels: the linear's ``[..., V]`` logits of ``hidden``, not capped.
         """
-        if labels is None:
-            if args or optional:
-                raise TypeError(
-                    "labels: expected a tensor beside the loss's other arguments, got None; "
-                    "without labels the head gives logits, of the hidden states alone"
-                )
-            return F.linear(hidden, self.weight)
-        return super().forward(hidden, self.weight, labels, *args, **optional)
+        inputs: dict[str, Any] = {
+            "inference_logprobs": inference_logprobs,
+            "advantages": advantages,
+            "loss_mask": loss_mask,
+            "temperature": temperature,
+            "softcap": softcap,
+            "teacher_logprobs": teacher_logprobs,
+            "loss_weights": loss_weights,
+            "cu_seqlens": cu_seqlens,
+            "normalizer": normalizer,
+            "chunk_size": chunk_size,
+            "num_active": num_active,
+        }
+        if labels is not None:
+            return super().forward(hidden, self.weight, labels, **inputs)
+        if any(value is not None for value in inputs.values()):
+            raise TypeError(
+                "labels: expected a tensor beside the loss's other arguments, got None; "
+                "without labels the head gives logits, of the hidden states alone"
+            )
+        return F.linear(hidden, self.weight)
 
 
 def _share_parametrization(source: nn.Module, target: nn.Module) -> None:

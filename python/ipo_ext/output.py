@@ -1,4 +1,4 @@
-"""What every tier returns."""
+"""What every form of the loss returns."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.utils._pytree as pytree
+
+from ipo_ext._ops import torch_internals
 
 
 class IPOOutput(NamedTuple):
-    """Loss, metrics and, where a tier computes them, per-token log-probabilities and entropies.
+    """Loss, metrics and, where logits are seen, per-token log-probabilities and entropies.
 
     Attributes:
         loss: 0-dim, in the compute dtype (float64 if either log-probability is, else float32).
         metrics: name to tensor, ``[]``, or ``[segments]`` with ``cu_seqlens``; an ``IPOMetrics``.
-        logprobs: per token, float32 (float64 for float64 logits), detached; None in tier 1.
+        logprobs: per token, float32 (float64 for float64 logits), detached; None where
+            the loss is made from log-probabilities.
         entropy: likewise.
     """
 
@@ -26,4 +28,4 @@ class IPOOutput(NamedTuple):
 
 
 # So that an exported program that returns it can be saved.
-pytree._register_namedtuple(IPOOutput, serialized_type_name="ipo_ext.IPOOutput")
+torch_internals.register_namedtuple(IPOOutput, name="ipo_ext.IPOOutput")

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import ipo_ext
-from ipo_ext import _C, _operators
+from ipo_ext import _C
 from ipo_ext.__main__ import main
+from ipo_ext._ops import library
 from ipo_ext.config import MaskRule
 from ipo_ext.diagnosis import info, verify
 from tests.support.backends import Backend
@@ -103,7 +104,7 @@ Break = Callable[[list[torch.Tensor]], None]
 
 def broken(operator: str, damage: Break) -> Any:
     """The operators, one of them with damaged outputs."""
-    sound = _operators.library()
+    sound = library.operators()
 
     def call(*inputs: Any) -> list[torch.Tensor]:
         outputs = [tensor.clone() for tensor in getattr(sound, operator)(*inputs)]
@@ -154,8 +155,8 @@ def test_a_broken_operator_is_noticed(
     damage: Break,
     complaint: str,
 ) -> None:
-    library = broken(operator, damage)
-    monkeypatch.setattr(_operators, "library", lambda: library)
+    unsound = broken(operator, damage)
+    monkeypatch.setattr(library, "operators", lambda: unsound)
     monkeypatch.setattr(verify, "DTYPES", (torch.float32,))
     monkeypatch.setattr(verify, "OPERATORS", {operator: verify.OPERATORS[operator]})
     assert main(["verify"]) == 1
@@ -168,8 +169,8 @@ def test_an_operator_that_raises_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
     def damage(outputs: list[torch.Tensor]) -> None:
         raise RuntimeError("no kernel image is available")
 
-    library = broken("ipo_loss", damage)
-    monkeypatch.setattr(_operators, "library", lambda: library)
+    unsound = broken("ipo_loss", damage)
+    monkeypatch.setattr(library, "operators", lambda: unsound)
     check = verify.Check("cpu", "ipo_loss", torch.float32, verify.INPUTS[0])
     assert check.run() == "RuntimeError: no kernel image is available"
 

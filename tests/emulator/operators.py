@@ -46,12 +46,11 @@ def load() -> ctypes.CDLL:
     IPO_EXT_EMULATED_LIBRARY names a library built elsewhere (under sanitizers, say) to load
     instead.
     """
-    from ipo_ext import _linear, _operators
+    from ipo_ext._ops.register import register
 
     library = os.environ.get("IPO_EXT_EMULATED_LIBRARY") or str(build_operators())
     torch.ops.load_library(library)
-    _operators.register(NAMESPACE)
-    _linear.register(NAMESPACE)
+    register(NAMESPACE)
     emulator = ctypes.CDLL(library)
     emulator.emulator_set_schedule.argtypes = [ctypes.c_uint64]
     emulator.emulator_launches.restype = ctypes.c_uint64

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ipo_ext
-from ipo_ext import _chunks
+from ipo_ext._ops import chunks
 from tests.support.backends import Backend
 from tests.support.cases import HiddenCase, assert_same_bits, evaluate
 from tests.support.hidden import WIDTH, CountsRows, assert_accurate, leaves_of, random_case
@@ -80,7 +80,7 @@ def test_all_rows_are_worked_on_where_nothing_may_be_counted(
         return torch.autograd.grad((logprobs * 2 + entropy).sum(), (hidden, weight))
 
     expected_gradients = gradients(case)
-    monkeypatch.setattr(_chunks, "is_capturing", lambda tensor: True)
+    monkeypatch.setattr(chunks, "is_capturing", lambda tensor: True)
     counts = CountsRows(monkeypatch)
     ours = evaluate(spoiled)
     assert sum(counts.rows) == 50
@@ -96,7 +96,7 @@ def test_rows_of_logits_may_be_padded(backend: Backend, monkeypatch: pytest.Monk
         case = random_case(dtype=dtype).to(backend.device)
         expected = evaluate(case)
         with monkeypatch.context() as patch:
-            patch.setattr(_chunks, "_row_length", lambda weight: 64)
+            patch.setattr(chunks, "_row_length", lambda weight: 64)
             ours = evaluate(case)
         torch.testing.assert_close(ours.grad_weight, expected.grad_weight)
         torch.testing.assert_close(ours.grad_hidden, expected.grad_hidden)
@@ -104,13 +104,13 @@ def test_rows_of_logits_may_be_padded(backend: Backend, monkeypatch: pytest.Monk
 
 def test_default_chunk_size() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert _chunks.default_chunk_size(151936, torch.bfloat16, gpu) == 2048
-    assert _chunks.default_chunk_size(32000, torch.float32, cpu) % 128 == 0
-    assert _chunks.default_chunk_size(10**9, torch.float32, cpu) == 128
+    assert chunks.default_chunk_size(151936, torch.bfloat16, gpu) == 2048
+    assert chunks.default_chunk_size(32000, torch.float32, cpu) % 128 == 0
+    assert chunks.default_chunk_size(10**9, torch.float32, cpu) == 128
     for rows, size in itertools.product((1, 127, 128, 300, 4097), (1, 100, 256, 10**6)):
-        chunks = _chunks.chunks_of(rows, size)
-        assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(rows))
-        assert max(c.stop - c.start for c in chunks) <= size
+        parts = chunks.chunks_of(rows, size)
+        assert [i for c in parts for i in range(c.start, c.stop)] == list(range(rows))
+        assert max(c.stop - c.start for c in parts) <= size
 
 
 # -------------------------------------------------------------------------------------------------
@@ -124,14 +124,14 @@ def test_only_gradients_that_are_needed(
     case = random_case().to(backend.device)
     both = evaluate(case)
     seen = []
-    finished = _chunks.Gradients.finished
+    finished = chunks.Gradients.finished
 
     def spy(self: Any) -> tuple[torch.Tensor, ...]:
         gradients = finished(self)
         seen.append(tuple(gradient.numel() > 0 for gradient in gradients))
         return gradients
 
-    monkeypatch.setattr(_chunks.Gradients, "finished", spy)
+    monkeypatch.setattr(chunks.Gradients, "finished", spy)
     hidden, weight = (
         t.detach().requires_grad_(on)
         for t, on in zip((case.hidden, case.weight), wanted, strict=True)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from ipo_ext import _operators
 from ipo_ext._ops import arguments as groups
+from ipo_ext._ops import library
 from ipo_ext.config import LossSettings
 from ipo_ext.diagnosis import info
 from tests.support.backends import Backend
@@ -36,7 +36,7 @@ def test_every_operator_has_its_arguments() -> None:
 
 @pytest.mark.parametrize("operator", groups.OPERATORS)
 def test_the_fields_are_the_schema_s(backend: Backend, operator: str) -> None:
-    expected = arguments_of(_operators.library(), operator)
+    expected = arguments_of(library.operators(), operator)
     assert groups.schema_fields(groups.OPERATORS[operator]) == expected
 
 
@@ -75,4 +75,4 @@ def test_the_operator_says_which_rule_it_does_not_know(backend: Backend) -> None
     inputs = groups.LossInputs(*(torch.zeros(2, device=backend.device),) * 2, torch.ones(2) == 1)
     settings = LossSettings(-1.0, 1.0, 1.0, 0.0, 0.0, 99, False, None)
     with pytest.raises(RuntimeError, match="mask_rule: expected the index of a rule, got 99"):
-        _operators.library().ipo_loss(torch.zeros(2), *inputs, *settings, False)
+        library.operators().ipo_loss(torch.zeros(2), *inputs, *settings, False)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ipo_ext import _C, _operators
+from ipo_ext import _C
+from ipo_ext._ops import library
 from tests.emulator import operators as emulated
 
 
@@ -49,9 +50,9 @@ class Backend:
         """Points the Python API at this backend's operators."""
         if self.name == "emulated":
             emulated.load()
-        before = _operators._namespace
-        _operators._namespace = self.namespace
+        before = library._namespace
+        library._namespace = self.namespace
         try:
             yield self
         finally:
-            _operators._namespace = before
+            library._namespace = before

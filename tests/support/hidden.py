@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import ipo_ext
-from ipo_ext import _chunks, reference
+from ipo_ext import reference
+from ipo_ext._ops import chunks
 from tests.support.backends import Backend
 from tests.support.cases import HiddenCase, evaluate
 from tests.support.closeness import assert_close
@@ -60,13 +61,13 @@ class CountsRows:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[int] = []
-        logits = _chunks.Head.logits
+        logits = chunks.Head.logits
 
         def counted(head: Any, hidden: torch.Tensor) -> torch.Tensor:
             self.rows.append(hidden.shape[0])
             return logits(head, hidden)
 
-        monkeypatch.setattr(_chunks.Head, "logits", counted)
+        monkeypatch.setattr(chunks.Head, "logits", counted)
 
 
 # ---------------------------------------------------------------------------------------------

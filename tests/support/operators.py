@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from ipo_ext import _C, IPOConfig, _operators
+from ipo_ext import _C, IPOConfig
+from ipo_ext._ops import library
 from tests.support.cases import Case, LogitsCase, LogprobsCase
 from tests.support.subjects import TOKENS, VOCABULARY
 
 
 def operator(name: str) -> Any:
-    return getattr(_operators.library(), name).default
+    return getattr(library.operators(), name).default
 
 
 def names_of(name: str) -> list[str]:

@@ -279,6 +279,17 @@ def unflatten(kind: type[Arguments], flat: Sequence[Any]) -> Arguments:
     return kind(*values)
 
 
+def by_name(operator: str, function: Callable[[Any], Any]) -> Callable[..., Any]:
+    """``function`` of the operator's named arguments as a function of their values in a row."""
+    kind = OPERATORS[operator]
+
+    def run(*values: Any) -> Any:
+        results = function(unflatten(kind, values))
+        return flatten(results) if isinstance(results, tuple) else results
+
+    return run
+
+
 def _layout(kind: type[Any]) -> list[tuple[type[Any] | None, int]]:
     """Of each field of ``kind``: its group, if it is one, and how many arguments it stands for."""
     layout: list[tuple[type[Any] | None, int]] = []

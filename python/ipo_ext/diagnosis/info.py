@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from ipo_ext import _C
+from ipo_ext._ops import torch_internals
+from ipo_ext._ops.library import NAMESPACE
 
 DISPATCH_KEYS = ("CPU", "CUDA", "Meta", "Autograd")
 
@@ -88,10 +90,10 @@ def _number(architecture: str) -> int:
 
 def operators() -> dict[str, list[str]]:
     """Operator to the dispatch keys that it has a kernel for."""
-    registered = torch._C._dispatch_get_all_op_names()
-    names = sorted(name for name in registered if name.startswith("ipo_ext::"))
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {name: [key for key in DISPATCH_KEYS if has(name, key)] for name in names}
+    return {
+        name: [key for key in DISPATCH_KEYS if torch_internals.has_kernel(name, key)]
+        for name in torch_internals.registered_operators(NAMESPACE)
+    }
 
 
 def lines(facts: dict[str, Any]) -> list[str]:

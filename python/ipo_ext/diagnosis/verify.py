@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 import ipo_ext
-from ipo_ext import _C, _checks, reference
+from ipo_ext import _C, reference
+from ipo_ext._ops import checks
 
-DTYPES = _checks.FLOATING
+DTYPES = checks.FLOATING
 DIFFERENTIABLE = ("trainer_logprobs", "logits", "hidden", "weight")
 BUDGET = 4.0  # times the error of eager torch and a rounding of the result; all values are O(1)
 Arguments = dict[str, Any]

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from ipo_ext import _checks
+from ipo_ext._ops import checks
 from ipo_ext._ops.arguments import NeedsGrad
 
 # Bytes of a chunk's logits: enough rows to keep the matrix products at full speed, which on a GPU
@@ -28,7 +28,7 @@ _COLUMNS_MULTIPLE = 64  # what a GPU's matrix products want a row of logits to b
 def default_chunk_size(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """The largest multiple of 128 rows whose logits fit the budget, at least 128."""
     budget = _LOGITS_BYTES["cuda" if device.type == "cuda" else "cpu"]
-    row_bytes = vocabulary * _checks.widened(dtype).itemsize
+    row_bytes = vocabulary * checks.widened(dtype).itemsize
     return max(budget // row_bytes // _ROWS_MULTIPLE, 1) * _ROWS_MULTIPLE
 
 
@@ -131,7 +131,7 @@ class Head:
 
     def __init__(self, weight: torch.Tensor, rows: int) -> None:
         self.dtype = weight.dtype
-        self.compute = _checks.widened(weight.dtype)
+        self.compute = checks.widened(weight.dtype)
         self.weight = _as_operand(weight, self.compute)
         self._buffer = weight.new_empty((rows, _row_length(weight)), dtype=self.compute)
 

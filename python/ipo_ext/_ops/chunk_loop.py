@@ -1,0 +1,283 @@
+"""The operators from hidden states and the LM head's weight, over the C++ operators of a chunk.
+
+The [tokens, vocabulary] logits never exist: a chunk of the tokens that take part becomes logits,
+and these become their own gradient. Whatever traces does not see the loop over chunks: a graph
+holds one node.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from ipo_ext._ops.arguments import (
+    HeadInputs,
+    IPOLossFromHiddenArguments,
+    IPOLossFromHiddenResults,
+    LinearTokenLogprobsArguments,
+    LinearTokenLogprobsBackwardArguments,
+    LinearTokenLogprobsBackwardResults,
+    LinearTokenLogprobsResults,
+    LogprobsBackward,
+    Metrics,
+    NeedsGrad,
+)
+from ipo_ext._ops.autograd import gradient_is_normalized
+from ipo_ext._ops.chunks import Gradients, Head, Rows
+
+_IGNORED_LABEL = -100
+
+# -------------------------------------------------------------------------------------------------
+# The loss
+
+
+def _ipo_loss_from_hidden(
+    ops: Any, arguments: IPOLossFromHiddenArguments
+) -> IPOLossFromHiddenResults:
+    shape = arguments.head.labels.shape
+    arguments = arguments._replace(
+        head=_flat_head(arguments.head), inputs=arguments.inputs.map_tokens(_flat)
+    )
+    head, inputs, num_active = arguments.head, arguments.inputs, arguments.num_active
+    fault = ops.find_faults(
+        head.labels,
+        head.scaling.temperature,
+        inputs.loss_mask,
+        inputs.cu_seqlens,
+        inputs.normalizer,
+        head.weight.shape[0],
+        head.labels.numel() if num_active is None else num_active,
+    )
+    in_one_pass = arguments.settings.rollout_low is None
+    make = _loss_in_one_pass if in_one_pass else _loss_of_whole_rollouts
+    results = make(ops, arguments, fault)
+    return results._replace(
+        logprobs=results.logprobs.view(shape), entropy=results.entropy.view(shape)
+    )
+
+
+def _loss_in_one_pass(
+    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor
+) -> IPOLossFromHiddenResults:
+    """What tokens pay, and the gradients, as soon as a chunk's logits are there."""
+    (hidden, weight, labels, scaling), inputs = arguments.head, arguments.inputs
+    rows = Rows.of(inputs.loss_mask, arguments.num_active)
+    chunks = rows.chunks(arguments.chunk_size)
+    head = Head(weight, _longest(chunks))
+    fill = _value_of_no_row(fault, head.compute)
+    logprobs = rows.new_output((rows.tokens,), fill)
+    entropy = rows.new_output((rows.tokens,), fill)
+    gradients = Gradients(head, hidden, rows, fill, arguments.needs_grad)
+    for chunk in chunks:
+        take = functools.partial(rows.take, chunk=chunk)
+        states = rows.take_states(hidden, chunk)
+        inputs_here = inputs.map_tokens(take)._replace(cu_seqlens=None)
+        logits = head.logits(states)
+        gradient = gradients.over(logits)
+        logprobs_here, entropy_here = ops.chunk_logprobs_and_gradient(
+            logits,
+            take(labels),
+            take(scaling.temperature),
+            scaling.softcap,
+            *inputs_here,
+            *arguments.settings,
+            fault,
+            gradient,
+        )
+        rows.put(logprobs, chunk, logprobs_here)
+        rows.put(entropy, chunk, entropy_here)
+        pays = inputs_here.loss_mask & logprobs_here.isfinite()
+        gradients.add(chunk, gradient, states, pays)
+
+    loss, _, metrics = _loss_and_metrics(ops, arguments, fault, logprobs, entropy, False)
+    return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients.finished())
+
+
+def _loss_of_whole_rollouts(
+    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor
+) -> IPOLossFromHiddenResults:
+    """A rollout rule needs all log-probabilities of a sequence before any gradient.
+
+    So the logits are made twice, the second time for tokens that pay; without ``num_active`` each
+    time reads a count back.
+    """
+    loss_mask, num_active = arguments.inputs.loss_mask, arguments.num_active
+    labels = arguments.head.labels.masked_fill(~loss_mask, _IGNORED_LABEL)
+    head, chunk_size = arguments.head._replace(labels=labels), arguments.chunk_size
+    rows = Rows.of(loss_mask, num_active)
+    logprobs, entropy, softmax_stats = _logprobs_of(ops, rows, fault, head, chunk_size)
+    needs_grad_logprobs = any(arguments.needs_grad)
+    loss, grad_logprobs, metrics = _loss_and_metrics(
+        ops, arguments, fault, logprobs, entropy, needs_grad_logprobs
+    )
+    grad_logprobs = grad_logprobs.to(logprobs.dtype)
+    if needs_grad_logprobs:
+        rows = Rows.of(loss_mask & (grad_logprobs != 0), num_active)
+    backward = LogprobsBackward(entropy, softmax_stats, grad_logprobs, torch.zeros_like(entropy))
+    gradients = _gradients_of(ops, rows, fault, head, chunk_size, backward, arguments.needs_grad)
+    return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients)
+
+
+def _loss_and_metrics(
+    ops: Any,
+    arguments: IPOLossFromHiddenArguments,
+    fault: torch.Tensor,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    needs_grad_logprobs: bool,
+) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+    """Loss, its derivatives by the log-probabilities, metrics."""
+    dtype = arguments.head.weight.dtype
+    loss, grad_logprobs, *metrics = ops.loss_and_metrics(
+        logprobs,
+        entropy,
+        *arguments.inputs,
+        *arguments.settings,
+        fault,
+        needs_grad_logprobs,
+        not needs_grad_logprobs or gradient_is_normalized(dtype),
+    )
+    return loss, grad_logprobs, Metrics(*metrics)
+
+
+# -------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+def _linear_token_logprobs(
+    ops: Any, arguments: LinearTokenLogprobsArguments
+) -> LinearTokenLogprobsResults:
+    head, shape = _flat_head(arguments.head), arguments.head.labels.shape
+    fault = _faults_of_head(ops, head)
+    rows = Rows.of(head.labels != _IGNORED_LABEL, None)
+    logprobs, entropy, stats = _logprobs_of(ops, rows, fault, head, arguments.chunk_size)
+    return LinearTokenLogprobsResults(logprobs.view(shape), entropy.view(shape), stats)
+
+
+def _logprobs_of(
+    ops: Any, rows: Rows, fault: torch.Tensor, inputs: HeadInputs, chunk_size: int
+) -> LinearTokenLogprobsResults:
+    """All of them as ``[tokens]``."""
+    chunks = rows.chunks(chunk_size)
+    head = Head(inputs.weight, _longest(chunks))
+    fill = _value_of_no_row(fault, head.compute)
+    logprobs = rows.new_output((rows.tokens,), fill)
+    entropy = rows.new_output((rows.tokens,), fill)
+    softmax_stats = rows.new_output((2, rows.tokens), fill)
+    for chunk in chunks:
+        take = functools.partial(rows.take, chunk=chunk)
+        logits = head.logits(rows.take_states(inputs.hidden, chunk))
+        logprobs_here, entropy_here, stats_here = ops.chunk_logprobs(
+            logits,
+            take(inputs.labels),
+            take(inputs.scaling.temperature),
+            inputs.scaling.softcap,
+            fault,
+        )
+        rows.put(logprobs, chunk, logprobs_here)
+        rows.put(entropy, chunk, entropy_here)
+        rows.put(softmax_stats.t(), chunk, stats_here.t())
+    return LinearTokenLogprobsResults(logprobs, entropy, softmax_stats)
+
+
+def _linear_token_logprobs_backward(
+    ops: Any, arguments: LinearTokenLogprobsBackwardArguments
+) -> LinearTokenLogprobsBackwardResults:
+    head, (entropy, softmax_stats, *grads) = _flat_head(arguments.head), arguments.backward
+    backward = LogprobsBackward(_flat(entropy), softmax_stats, *map(_flat, grads))
+    fault = _faults_of_head(ops, head)
+    flows = (backward.grad_logprobs != 0) | (backward.grad_entropy != 0)
+    rows = Rows.of((head.labels != _IGNORED_LABEL) & flows, None)
+    return _gradients_of(
+        ops, rows, fault, head, arguments.chunk_size, backward, arguments.needs_grad
+    )
+
+
+def _gradients_of(
+    ops: Any,
+    rows: Rows,
+    fault: torch.Tensor,
+    inputs: HeadInputs,
+    chunk_size: int,
+    backward: LogprobsBackward,
+    needs_grad: NeedsGrad,
+) -> LinearTokenLogprobsBackwardResults:
+    """By hidden states and weight, of the active rows, whose logits are made again."""
+    chunks = rows.chunks(chunk_size) if any(needs_grad) else []
+    head = Head(inputs.weight, _longest(chunks))
+    fill = _value_of_no_row(fault, head.compute)
+    gradients = Gradients(head, inputs.hidden, rows, fill, needs_grad)
+    for chunk in chunks:
+        take = functools.partial(rows.take, chunk=chunk)
+        states = rows.take_states(inputs.hidden, chunk)
+        logits = head.logits(states)
+        gradient = gradients.over(logits)
+        ops.chunk_logprobs_backward(
+            logits,
+            take(inputs.labels),
+            take(inputs.scaling.temperature),
+            inputs.scaling.softcap,
+            take(backward.entropy),
+            take(backward.softmax_stats.t()).t(),
+            take(backward.grad_logprobs),
+            take(backward.grad_entropy),
+            fault,
+            gradient,
+        )
+        gradients.add(chunk, gradient, states, take(rows.active))
+    return LinearTokenLogprobsBackwardResults(*gradients.finished())
+
+
+# -------------------------------------------------------------------------------------------------
+# What both need
+
+
+def _faults_of_head(ops: Any, head: HeadInputs) -> torch.Tensor:
+    fault = ops.find_faults(
+        head.labels,
+        head.scaling.temperature,
+        None,
+        None,
+        None,
+        head.weight.shape[0],
+        head.labels.numel(),
+    )
+    return cast(torch.Tensor, fault)
+
+
+def _flat_head(head: HeadInputs) -> HeadInputs:
+    """With what belongs to tokens as ``[tokens]``."""
+    temperature = head.scaling.temperature
+    if temperature is not None and temperature.dim() > 0:
+        temperature = _flat(temperature)
+    scaling = head.scaling._replace(temperature=temperature)
+    return head._replace(labels=_flat(head.labels), scaling=scaling)
+
+
+def _flat(tensor: Any) -> Any:
+    """[...] -> [tokens]; None as it is."""
+    return None if tensor is None else tensor.reshape(-1)
+
+
+def _longest(chunks: list[slice]) -> int:
+    return max((chunk.stop - chunk.start for chunk in chunks), default=0)
+
+
+def _value_of_no_row(fault: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What tokens hold that take no part, a scalar: 0, or NaN under a contract fault."""
+    return torch.where(fault[0] != 0, math.nan, torch.zeros((), dtype=dtype, device=fault.device))
+
+
+# Operator to what it returns and its kernel, a function of the C++ operators and its arguments.
+KERNELS: dict[str, tuple[type[Any], Callable[[Any, Any], tuple[Any, ...]]]] = {
+    "ipo_loss_from_hidden": (IPOLossFromHiddenResults, _ipo_loss_from_hidden),
+    "linear_token_logprobs": (LinearTokenLogprobsResults, _linear_token_logprobs),
+    "linear_token_logprobs_backward": (
+        LinearTokenLogprobsBackwardResults,
+        _linear_token_logprobs_backward,
+    ),
+}

@@ -1,0 +1,198 @@
+"""Shapes and dtypes of every operator's results, for whatever traces: fakes, as torch calls them.
+
+The public functions' checks run here too, so that a traced call says what an eager one says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ipo_ext import _C
+from ipo_ext._ops import checks
+from ipo_ext._ops.arguments import (
+    ChunkLogprobsArguments,
+    ChunkLossArguments,
+    FindFaultsArguments,
+    HeadInputs,
+    IPOLossArguments,
+    IPOLossFromHiddenArguments,
+    IPOLossFromHiddenResults,
+    IPOLossFromLogitsArguments,
+    IPOLossFromLogitsInplaceArguments,
+    LinearTokenLogprobsArguments,
+    LinearTokenLogprobsBackwardArguments,
+    LinearTokenLogprobsBackwardResults,
+    LinearTokenLogprobsResults,
+    LossAndMetricsArguments,
+    MetricMeansArguments,
+    Metrics,
+    NeedsGrad,
+    TokenLogprobsArguments,
+    TokenLogprobsBackwardArguments,
+)
+
+Tensors = tuple[Any, ...]
+
+
+def _metrics(like: torch.Tensor, cu_seqlens: torch.Tensor | None, compute: torch.dtype) -> Metrics:
+    segments = () if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
+    return Metrics(
+        like.new_empty((len(_C.MEAN_ROWS), *segments), dtype=compute),
+        like.new_empty((len(_C.SUM_ROWS), *segments), dtype=torch.float64),
+        like.new_empty((len(_C.EXTREME_ROWS), *segments), dtype=torch.float64),
+    )
+
+
+def _logprobs_and_entropy(
+    like: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = checks.widened(like.dtype)
+    return like.new_empty(labels.shape, dtype=dtype), like.new_empty(labels.shape, dtype=dtype)
+
+
+def _softmax_stats(like: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return like.new_empty((2, labels.numel()), dtype=checks.widened(like.dtype))
+
+
+# -------------------------------------------------------------------------------------------------
+# From log-probabilities
+
+
+def _ipo_loss(arguments: IPOLossArguments) -> Tensors:
+    like, inputs = arguments.trainer_logprobs, arguments.inputs
+    checks.check_per_token_loss(like, inputs, arguments.settings.teacher_tau)
+    compute = checks.compute_dtype(like, inputs.inference_logprobs)
+    return (
+        like.new_empty((), dtype=compute),
+        like.new_empty(like.shape if arguments.with_gradient else (0,), dtype=compute),
+        _metrics(like, inputs.cu_seqlens, compute),
+    )
+
+
+def _metric_means(arguments: MetricMeansArguments) -> torch.Tensor:
+    dtype = torch.float64 if arguments.float64 else torch.float32
+    sums = arguments.sums
+    return sums.new_empty((len(_C.MEAN_ROWS), *sums.shape[1:]), dtype=dtype)
+
+
+# -------------------------------------------------------------------------------------------------
+# From logits
+
+
+def _ipo_loss_from_logits(arguments: IPOLossFromLogitsArguments) -> Tensors:
+    logits, labels, scaling, inputs, settings, with_gradient = arguments
+    checks.check_logits_loss(logits, labels, scaling.temperature, inputs, settings.teacher_tau)
+    compute = checks.compute_dtype(logits, inputs.inference_logprobs)
+    return (
+        logits.new_empty((), dtype=compute),
+        logits.new_empty(logits.shape if with_gradient else (0,)),
+        *_logprobs_and_entropy(logits, labels),
+        _metrics(logits, inputs.cu_seqlens, compute),
+    )
+
+
+def _ipo_loss_from_logits_inplace(arguments: IPOLossFromLogitsInplaceArguments) -> Tensors:
+    loss, _, *others = _ipo_loss_from_logits(IPOLossFromLogitsArguments(*arguments, False))
+    return (loss, *others)
+
+
+def _token_logprobs(arguments: TokenLogprobsArguments) -> Tensors:
+    logits, labels, scaling = arguments
+    checks.check_logits(logits, labels, scaling.temperature)
+    return (*_logprobs_and_entropy(logits, labels), _softmax_stats(logits, labels))
+
+
+def _token_logprobs_backward(arguments: TokenLogprobsBackwardArguments) -> torch.Tensor:
+    return arguments.logits.new_empty(arguments.logits.shape)
+
+
+# -------------------------------------------------------------------------------------------------
+# From hidden states
+
+
+def _ipo_loss_from_hidden(arguments: IPOLossFromHiddenArguments) -> IPOLossFromHiddenResults:
+    head, inputs = arguments.head, arguments.inputs
+    checks.check_hidden_loss(head, inputs, arguments.settings.teacher_tau)
+    compute = checks.compute_dtype(head.hidden, inputs.inference_logprobs)
+    return IPOLossFromHiddenResults(
+        head.hidden.new_empty((), dtype=compute),
+        *_logprobs_and_entropy(head.hidden, head.labels),
+        _metrics(head.hidden, inputs.cu_seqlens, compute),
+        *_gradients(head, arguments.needs_grad),
+    )
+
+
+def _gradients(head: HeadInputs, needs_grad: NeedsGrad) -> LinearTokenLogprobsBackwardResults:
+    vocabulary, width = head.weight.shape
+    tokens = head.labels.numel()
+    return LinearTokenLogprobsBackwardResults(
+        head.hidden.new_empty((tokens if needs_grad.needs_grad_hidden else 0, width)),
+        head.weight.new_empty(
+            (vocabulary if needs_grad.needs_grad_weight else 0, width),
+            dtype=checks.widened(head.weight.dtype),
+        ),
+    )
+
+
+def _linear_token_logprobs(arguments: LinearTokenLogprobsArguments) -> LinearTokenLogprobsResults:
+    hidden, labels = arguments.head.hidden, arguments.head.labels
+    checks.check_hidden(arguments.head)
+    return LinearTokenLogprobsResults(
+        *_logprobs_and_entropy(hidden, labels), _softmax_stats(hidden, labels)
+    )
+
+
+def _linear_token_logprobs_backward(
+    arguments: LinearTokenLogprobsBackwardArguments,
+) -> LinearTokenLogprobsBackwardResults:
+    return _gradients(arguments.head, arguments.needs_grad)
+
+
+def _find_faults(arguments: FindFaultsArguments) -> torch.Tensor:
+    return arguments.labels.new_empty((1,), dtype=torch.int32)
+
+
+def _chunk_loss(arguments: ChunkLossArguments) -> Tensors:
+    return _logprobs_and_entropy(arguments.logits, arguments.labels)
+
+
+def _loss_and_metrics(arguments: LossAndMetricsArguments) -> Tensors:
+    logprobs, inputs = arguments.logprobs, arguments.inputs
+    compute = checks.compute_dtype(logprobs, inputs.inference_logprobs)
+    return (
+        logprobs.new_empty((), dtype=compute),
+        logprobs.new_empty(logprobs.shape if arguments.with_gradient else (0,), dtype=compute),
+        _metrics(logprobs, inputs.cu_seqlens, compute),
+    )
+
+
+def _chunk_logprobs(arguments: ChunkLogprobsArguments) -> Tensors:
+    logits, labels, scaling, _ = arguments
+    return _token_logprobs(TokenLogprobsArguments(logits, labels, scaling))
+
+
+def _nothing(_: Any) -> None:
+    """Of an operator that writes to an argument."""
+
+
+FAKES: dict[str, Callable[[Any], Any]] = {
+    "ipo_loss": _ipo_loss,
+    "metric_means": _metric_means,
+    "ipo_loss_from_logits": _ipo_loss_from_logits,
+    "ipo_loss_from_logits_": _ipo_loss_from_logits_inplace,
+    "token_logprobs": _token_logprobs,
+    "token_logprobs_backward": _token_logprobs_backward,
+    "ipo_loss_from_hidden": _ipo_loss_from_hidden,
+    "linear_token_logprobs": _linear_token_logprobs,
+    "linear_token_logprobs_backward": _linear_token_logprobs_backward,
+    "find_faults": _find_faults,
+    "chunk_logprobs_and_gradient": _chunk_loss,
+    "loss_and_metrics": _loss_and_metrics,
+    "chunk_logprobs": _chunk_logprobs,
+    "chunk_logprobs_backward": _nothing,
+    "scale_": _nothing,
+    "scale_into": _nothing,
+}

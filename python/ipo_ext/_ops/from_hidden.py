@@ -1,0 +1,283 @@
+"""From hidden states: how a call for the loss or for log-probabilities differentiates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ipo_ext._ops import library
+from ipo_ext._ops.arguments import (
+    IPOLossFromHiddenArguments,
+    IPOLossFromHiddenResults,
+    LinearTokenLogprobsArguments,
+    NeedsGrad,
+    flatten,
+    unflatten,
+)
+from ipo_ext._ops.autograd import (
+    NO_SECOND_DERIVATIVE,
+    Formula,
+    NoSecondDerivative,
+    anchor,
+    gradient_factor,
+    hand_over_once,
+    logprobs_backward,
+    normalizer_to_keep,
+    refuse_vmap,
+    refusing_tangents,
+    scale_once,
+)
+from ipo_ext._ops.torch_internals import in_forward_mode
+
+# -------------------------------------------------------------------------------------------------
+# The loss
+
+
+def _loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    arguments = unflatten(IPOLossFromHiddenArguments, inputs)
+    _keep_gradients(ctx, arguments, output, arguments.head.weight.dtype, None)
+    ctx.num_inputs = len(inputs)
+
+
+def _keep_gradients(
+    ctx: Any,
+    arguments: IPOLossFromHiddenArguments,
+    output: tuple[Any, ...],
+    dtype: torch.dtype,
+    anchor: torch.Tensor | None,
+) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    hidden, weight, *_ = arguments.head
+    ctx.shape, ctx.needs_grad = hidden.shape, arguments.needs_grad
+    ctx.dtypes = hidden.dtype, weight.dtype
+    normalizer = normalizer_to_keep(dtype, arguments.inputs.normalizer)
+    results = unflatten(IPOLossFromHiddenResults, output)
+    ctx.save_for_backward(results.grad_hidden, results.grad_weight, normalizer, anchor)
+
+
+def _loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """For those who call the operator: leaves the gradients, two of its outputs, as they are."""
+    others = (None,) * (ctx.num_inputs - 2)
+    if grad_loss is None:
+        return (None, None, *others)
+    if torch.is_grad_enabled():
+        raise NotImplementedError(NO_SECOND_DERIVATIVE)
+    for name, made, needed in zip(
+        NeedsGrad._fields, ctx.needs_grad, ctx.needs_input_grad, strict=False
+    ):
+        if needed and not made:
+            raise RuntimeError(
+                f"ipo_ext::ipo_loss_from_hidden: expected {name}=True to run backward, got False"
+            )
+    grad_hidden, grad_weight, normalizer, _ = ctx.saved_tensors
+    factor = gradient_factor(grad_loss, normalizer)
+    hidden_dtype, weight_dtype = ctx.dtypes
+    needs_hidden, needs_weight = ctx.needs_grad
+    return (
+        (grad_hidden * factor).to(hidden_dtype).view(ctx.shape) if needs_hidden else None,
+        (grad_weight * factor).to(weight_dtype) if needs_weight else None,
+        *others,
+    )
+
+
+class IPOLossFromHiddenFunction(torch.autograd.Function):
+    """``ipo_loss_from_hidden``, whose gradients are scaled where they lie: one backward only.
+
+    Hidden states and weight are cast to ``dtype`` here, so that under autocast the gradient of a
+    float32 weight is never rounded to less.
+    """
+
+    @staticmethod
+    def forward(
+        anchor: torch.Tensor | None, dtype: torch.dtype, *inputs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple(library.operators().ipo_loss_from_hidden(*_cast(dtype, inputs)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        anchor, dtype, *values = inputs
+        arguments = unflatten(IPOLossFromHiddenArguments, values)
+        _keep_gradients(ctx, arguments, output, dtype, anchor)
+        ctx.num_inputs = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+        others = (None,) * (ctx.num_inputs - 4)
+        if grad_loss is None:
+            return (None, None, None, None, *others)
+        hand_over_once(ctx)
+        grad_hidden, grad_weight, normalizer, anchor = ctx.saved_tensors
+        factor = gradient_factor(grad_loss, normalizer)
+        hidden_dtype, weight_dtype = ctx.dtypes
+        needs_hidden, needs_weight = ctx.needs_grad
+        of_hidden = of_weight = None
+        if needs_hidden:
+            of_hidden = scale_once(grad_hidden, factor, hidden_dtype, anchor).view(ctx.shape)
+        if needs_weight:
+            of_weight = scale_once(grad_weight, factor, weight_dtype, anchor)
+        return (None, None, of_hidden, of_weight, *others)
+
+    vmap = staticmethod(refuse_vmap)
+
+
+IPOLossFromHiddenInForwardMode = refusing_tangents(IPOLossFromHiddenFunction)
+
+
+def run_ipo_loss_from_hidden(
+    dtype: torch.dtype, arguments: IPOLossFromHiddenArguments
+) -> tuple[torch.Tensor, ...]:
+    """Loss, log-probabilities, entropy, means, sums, extremes; differentiates as the inputs ask."""
+    values = flatten(arguments)
+    function: Any
+    if in_forward_mode():
+        function = IPOLossFromHiddenInForwardMode
+    elif not any(arguments.needs_grad):
+        return tuple(library.operators().ipo_loss_from_hidden(*_cast(dtype, values)))[:6]
+    else:
+        function = IPOLossFromHiddenFunction
+    leaves = arguments.head.hidden, arguments.head.weight
+    return tuple(function.apply(anchor(*leaves), dtype, *values))[:6]
+
+
+def _cast(dtype: torch.dtype, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Hidden states and weight, which come first, in ``dtype``."""
+    hidden, weight, *others = values
+    return hidden.to(dtype), weight.to(dtype), *others
+
+
+# -------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+class LinearTokenLogprobsGradient(NoSecondDerivative):
+    """The backward pass of ``linear_token_logprobs``, refusing to be differentiated in turn.
+
+    Its arguments are named one by one: torch.compile traces no ``*inputs`` of a Function within a
+    Function.
+    """
+
+    @staticmethod
+    def forward(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: torch.Tensor | None,
+        softcap: float,
+        chunk_size: int,
+        entropy: torch.Tensor,
+        softmax_stats: torch.Tensor,
+        grad_logprobs: torch.Tensor,
+        grad_entropy: torch.Tensor,
+        needs_grad_hidden: bool,
+        needs_grad_weight: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        gradients = library.operators().linear_token_logprobs_backward(
+            hidden,
+            weight,
+            labels,
+            temperature,
+            softcap,
+            chunk_size,
+            entropy,
+            softmax_stats,
+            grad_logprobs,
+            grad_entropy,
+            needs_grad_hidden,
+            needs_grad_weight,
+        )
+        return tuple(gradients)
+
+    vmap = staticmethod(refuse_vmap)
+
+
+def _logprobs_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    arguments = unflatten(LinearTokenLogprobsArguments, inputs)
+    _keep_for_logprobs(ctx, arguments, output, arguments.head.weight.dtype)
+
+
+def _keep_for_logprobs(
+    ctx: Any,
+    arguments: LinearTokenLogprobsArguments,
+    output: tuple[Any, ...],
+    dtype: torch.dtype,
+) -> None:
+    hidden, weight, labels, (temperature, ctx.softcap) = arguments.head
+    _, entropy, softmax_stats = output
+    ctx.mark_non_differentiable(softmax_stats)
+    ctx.save_for_backward(hidden, weight, labels, temperature, entropy, softmax_stats)
+    ctx.set_materialize_grads(False)  # not for the statistics
+    ctx.chunk_size, ctx.dtype = arguments.chunk_size, dtype
+
+
+def _logprobs_backward(
+    ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    others = (None,) * 4
+    if grad_logprobs is None and grad_entropy is None:
+        return (None, None, *others)
+    hidden, weight, labels, temperature, entropy, softmax_stats = ctx.saved_tensors
+    backward = logprobs_backward(entropy, softmax_stats, grad_logprobs, grad_entropy)
+    needs_hidden, needs_weight, *_ = ctx.needs_input_grad[-6:]
+    run: Any = LinearTokenLogprobsGradient.apply
+    grad_hidden, grad_weight = run(
+        hidden.to(ctx.dtype),
+        weight.to(ctx.dtype),
+        labels,
+        temperature,
+        ctx.softcap,
+        ctx.chunk_size,
+        *backward,
+        needs_hidden,
+        needs_weight,
+    )
+    of_hidden = grad_hidden.to(hidden.dtype).view(hidden.shape) if needs_hidden else None
+    of_weight = grad_weight.to(weight.dtype) if needs_weight else None
+    return (of_hidden, of_weight, *others)
+
+
+class LinearTokenLogprobsFunction(torch.autograd.Function):
+    """``linear_token_logprobs`` as a function that torch.func understands; casts as the loss."""
+
+    @staticmethod
+    def forward(dtype: torch.dtype, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(library.operators().linear_token_logprobs(*_cast(dtype, inputs)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        dtype, *values = inputs
+        _keep_for_logprobs(ctx, unflatten(LinearTokenLogprobsArguments, values), output, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        gradients: tuple[Any, ...] = _logprobs_backward(ctx, *grad_outputs)
+        return (None, *gradients)
+
+    vmap = staticmethod(refuse_vmap)
+
+
+LinearTokenLogprobsInForwardMode = refusing_tangents(LinearTokenLogprobsFunction)
+
+
+def run_linear_token_logprobs(
+    dtype: torch.dtype, arguments: LinearTokenLogprobsArguments
+) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities, entropy and what the backward pass needs."""
+    hidden, weight, *_ = arguments.head
+    values = flatten(arguments)
+    function: Any
+    if in_forward_mode():
+        function = LinearTokenLogprobsInForwardMode
+    elif not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return tuple(library.operators().linear_token_logprobs(*_cast(dtype, values)))
+    else:
+        function = LinearTokenLogprobsFunction
+    return tuple(function.apply(dtype, *values))
+
+
+# Operator to its formula for whoever calls it through torch.ops: backward, setup_context.
+AUTOGRAD: dict[str, Formula] = {
+    "ipo_loss_from_hidden": (_loss_backward, _loss_setup_context),
+    "linear_token_logprobs": (_logprobs_backward, _logprobs_setup_context),
+}

@@ -1,0 +1,241 @@
+"""From logits: how a call for the loss or for log-probabilities differentiates."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from ipo_ext._ops import library
+from ipo_ext._ops.arguments import (
+    IPOLossFromLogitsArguments,
+    TokenLogprobsArguments,
+    flatten,
+    unflatten,
+)
+from ipo_ext._ops.autograd import (
+    NO_SECOND_DERIVATIVE,
+    Formula,
+    NoSecondDerivative,
+    anchor,
+    gradient_factor,
+    hand_over_once,
+    logprobs_backward,
+    normalizer_to_keep,
+    refuse_vmap,
+    refusing_tangents,
+    scale_once,
+)
+from ipo_ext._ops.torch_internals import in_forward_mode
+
+# -------------------------------------------------------------------------------------------------
+# The loss
+
+
+def run_ipo_loss_from_logits(
+    arguments: IPOLossFromLogitsArguments, *, inplace: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """Loss, log-probabilities, entropy, means, sums and extremes; as ``run_ipo_loss``."""
+    function: Any
+    if in_forward_mode():
+        function = IPOLossFromLogitsInForwardMode
+    elif not arguments.with_gradient:
+        loss, _, *others = library.operators().ipo_loss_from_logits(*flatten(arguments))
+        return (loss, *others)
+    elif inplace:
+        function, arguments = IPOLossFromLogitsInplace, _with_kept_normalizer(arguments)
+    else:
+        function = IPOLossFromLogitsFunction
+    outputs = function.apply(anchor(arguments.logits), *flatten(arguments))
+    return cast("tuple[torch.Tensor, ...]", outputs)[:6]
+
+
+def _with_kept_normalizer(arguments: IPOLossFromLogitsArguments) -> IPOLossFromLogitsArguments:
+    """The arguments, a normalizer that backward needs apart from logits that it may be one of."""
+    inputs = arguments.inputs
+    kept = normalizer_to_keep(arguments.logits.dtype, inputs.normalizer)
+    if kept is None:
+        return arguments
+    return arguments._replace(inputs=inputs._replace(normalizer=kept.clone()))
+
+
+def _keep_gradient(
+    ctx: Any,
+    arguments: IPOLossFromLogitsArguments,
+    gradient: torch.Tensor,
+    anchor: torch.Tensor | None,
+) -> None:
+    normalizer = normalizer_to_keep(gradient.dtype, arguments.inputs.normalizer)
+    ctx.save_for_backward(gradient, normalizer, anchor)  # not the logits: they may be freed
+    ctx.set_materialize_grads(False)  # else backward makes zeros as large as the logits
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    arguments = unflatten(IPOLossFromLogitsArguments, inputs)
+    _, gradient, *_ = output
+    ctx.mark_non_differentiable(*output[1:])
+    _keep_gradient(ctx, arguments, gradient, None)
+    ctx.with_gradient = arguments.with_gradient
+    ctx.num_inputs = len(inputs)
+
+
+def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    """For those who call the operator: leaves the gradient, one of its outputs, as it is."""
+    if not ctx.with_gradient:
+        raise RuntimeError(
+            "ipo_ext::ipo_loss_from_logits: expected with_gradient=True to run backward, got False"
+        )
+    others = (None,) * (ctx.num_inputs - 1)
+    if grad_loss is None:
+        return (None, *others)
+    if torch.is_grad_enabled():
+        raise NotImplementedError(NO_SECOND_DERIVATIVE)
+    gradient, normalizer, _ = ctx.saved_tensors
+    factor = gradient_factor(grad_loss, normalizer)
+    return ((gradient * factor).to(gradient.dtype), *others)
+
+
+def _set_up(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...], gradient: torch.Tensor
+) -> None:
+    anchor, *values = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.num_inputs = len(inputs)
+    _keep_gradient(ctx, unflatten(IPOLossFromLogitsArguments, values), gradient, anchor)
+
+
+class IPOLossFromLogitsFunction(torch.autograd.Function):
+    """``ipo_loss_from_logits``, whose gradient is scaled where it lies: one backward only."""
+
+    @staticmethod
+    def forward(anchor: torch.Tensor | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        loss, gradient, *others = library.operators().ipo_loss_from_logits(*inputs)
+        return (loss, *others, gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        _set_up(ctx, inputs, output, gradient=output[-1])
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_loss: torch.Tensor | None, *_: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        others = (None,) * (ctx.num_inputs - 2)
+        if grad_loss is None:
+            return (None, None, *others)
+        hand_over_once(ctx)
+        gradient, normalizer, anchor = ctx.saved_tensors
+        factor = gradient_factor(grad_loss, normalizer)
+        return (None, scale_once(gradient.detach(), factor, gradient.dtype, anchor), *others)
+
+    vmap = staticmethod(refuse_vmap)
+
+
+class IPOLossFromLogitsInplace(IPOLossFromLogitsFunction):
+    """The same with the gradient written over the logits.
+
+    The operator bumps no version. Done here, a producer that has saved its output, the logits, for
+    its own backward pass finds them changed and raises, instead of using a gradient as if it were
+    logits.
+
+    A compiler must see the logits themselves: it makes the tensor that they are a slice of as a
+    whole. Detached they hide it, and inductor hands over a buffer of its own, whose layout is not
+    that of the slice.
+    """
+
+    @staticmethod
+    def forward(anchor: torch.Tensor | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        logits, *others, _ = inputs
+        written = logits if torch.compiler.is_compiling() else logits.detach()
+        outputs = library.operators().ipo_loss_from_logits_(written, *others)
+        torch.autograd.graph.increment_version(logits)
+        return tuple(outputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        _, logits, *_ = inputs
+        _set_up(ctx, inputs, output, gradient=logits)
+
+
+IPOLossFromLogitsInForwardMode = refusing_tangents(IPOLossFromLogitsFunction)
+
+
+# -------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+def run_token_logprobs(arguments: TokenLogprobsArguments) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities, entropy and what the backward pass needs; as ``run_ipo_loss``."""
+    run: Any
+    if in_forward_mode():
+        run = TokenLogprobsInForwardMode.apply
+    elif arguments.logits.requires_grad and torch.is_grad_enabled():
+        run = TokenLogprobsFunction.apply
+    else:
+        run = library.operators().token_logprobs
+    return cast("tuple[torch.Tensor, ...]", run(*flatten(arguments)))
+
+
+class TokenLogprobsGradient(NoSecondDerivative):
+    """The backward pass of ``token_logprobs``, refusing to be differentiated in turn.
+
+    Its arguments are named one by one: torch.compile traces no ``*inputs`` of a Function within a
+    Function.
+    """
+
+    @staticmethod
+    def forward(
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: torch.Tensor | None,
+        softcap: float,
+        entropy: torch.Tensor,
+        softmax_stats: torch.Tensor,
+        grad_logprobs: torch.Tensor,
+        grad_entropy: torch.Tensor,
+    ) -> torch.Tensor:
+        saved = (entropy, softmax_stats, grad_logprobs, grad_entropy)
+        gradient = library.operators().token_logprobs_backward(
+            logits, labels, temperature, softcap, *saved
+        )
+        return cast(torch.Tensor, gradient)
+
+
+def _logprobs_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    logits, labels, (temperature, ctx.softcap) = unflatten(TokenLogprobsArguments, inputs)
+    _, entropy, softmax_stats = output
+    ctx.mark_non_differentiable(softmax_stats)
+    ctx.save_for_backward(logits, labels, temperature, entropy, softmax_stats)
+    ctx.set_materialize_grads(False)  # not for the statistics
+
+
+def _logprobs_backward(
+    ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    logits, labels, temperature, entropy, softmax_stats = ctx.saved_tensors
+    if grad_logprobs is None and grad_entropy is None:
+        return None, None, None, None
+    backward = logprobs_backward(entropy, softmax_stats, grad_logprobs, grad_entropy)
+    run: Any = TokenLogprobsGradient.apply
+    return run(logits, labels, temperature, ctx.softcap, *backward), None, None, None
+
+
+class TokenLogprobsFunction(torch.autograd.Function):
+    """``token_logprobs`` as a function that torch.func understands."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(library.operators().token_logprobs(*inputs))
+
+    setup_context = staticmethod(_logprobs_setup_context)
+    backward = staticmethod(_logprobs_backward)
+    vmap = staticmethod(refuse_vmap)
+
+
+TokenLogprobsInForwardMode = refusing_tangents(TokenLogprobsFunction)
+
+# Operator to its formula for whoever calls it through torch.ops: backward, setup_context.
+AUTOGRAD: dict[str, Formula] = {
+    "ipo_loss_from_logits": (_backward, _setup_context),
+    "token_logprobs": (_logprobs_backward, _logprobs_setup_context),
+}

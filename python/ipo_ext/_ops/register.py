@@ -1,0 +1,59 @@
+"""Registers the Python half of the operators with torch; csrc/ops/register.cpp does the C++ half.
+
+The operators from hidden states are defined here: their matrix products are torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ipo_ext._ops import from_hidden, from_logits, from_logprobs
+from ipo_ext._ops.arguments import OPERATORS, by_name, schema
+from ipo_ext._ops.autograd import Formula, refuse_vmap
+from ipo_ext._ops.chunk_loop import KERNELS
+from ipo_ext._ops.fakes import FAKES
+from ipo_ext._ops.torch_internals import without_tracking_views
+
+AUTOGRAD: dict[str, Formula] = {
+    **from_logprobs.AUTOGRAD,
+    **from_logits.AUTOGRAD,
+    **from_hidden.AUTOGRAD,
+}
+
+# Libraries unregister what they hold when they are collected.
+_libraries: list[torch.library.Library] = []
+
+
+def register(namespace: str) -> None:
+    """Defines what Python does of the operators of ``namespace``, whose C++ half is loaded."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _libraries.append(library)
+    for name, (results, kernel) in KERNELS.items():
+        text = name + schema(OPERATORS[name], results)
+        # They read counts back, unless told.
+        library.define(text, tags=(torch.Tag.cudagraph_unsafe,))
+        for key in ("CPU", "CUDA"):
+            library.impl(name, _kernel(name, kernel, namespace), key)
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", by_name(name, fake), lib=library)
+    for name, (backward, setup_context) in AUTOGRAD.items():
+        torch.library.register_autograd(
+            f"{namespace}::{name}", backward, setup_context=setup_context, lib=library
+        )
+    for name in (*AUTOGRAD, "linear_token_logprobs_backward"):
+        torch.library.register_vmap(f"{namespace}::{name}", refuse_vmap, lib=library)
+
+
+def _kernel(name: str, function: Callable[..., Any], namespace: str) -> Callable[..., Any]:
+    """``function`` over the C++ operators of ``namespace``, in the precision that it asks for."""
+    run = by_name(name, lambda arguments: function(getattr(torch.ops, namespace), arguments))
+
+    def kernel(hidden: torch.Tensor, *others: Any) -> Any:
+        autocast = torch.autocast(hidden.device.type, enabled=False)
+        with torch.no_grad(), autocast, without_tracking_views():
+            return run(hidden, *others)
+
+    return kernel
