@@ -11,13 +11,17 @@
 
 namespace ipo_ext {
 
-// One struct for the three uses:
-//   loss      loss.loss_mask set, and `active` to it: derivatives are those of the loss, written in
-//             the same pass
-//   forward   nothing set: log-probabilities, entropies, and the softmax for the backward pass
-//   backward  grad_logprobs set; logprobs is not used, entropy and softmax are read
+// What a pass over the rows is for.
+enum class LogitsMode : int32_t {
+  kForward,   // log-probabilities, entropies and, where wanted, softmax_stats
+  kLoss,      // log-probabilities, entropies and the gradient of their loss
+  kBackward,  // the gradient, from derivatives by log-probabilities and entropies and from what the
+              // forward pass has left: entropies and softmax_stats
+};
+
 struct LogitsArgs {
-  DType compute_dtype;    // kFloat64 for fp64 logits, else kFloat32; below "compute"
+  DType compute_dtype;  // kFloat64 for fp64 logits, else kFloat32; below "compute"
+  LogitsMode mode = LogitsMode::kForward;
   LogitsMatrix logits;    // [rows, columns]
   LogitsMatrix gradient;  // [rows, columns]; no data where none is wanted. Of the logits' dtype,
                           // or fp16 or bf16 for fp32 logits; each of its rows may start where
@@ -30,22 +34,24 @@ struct LogitsArgs {
   TokenInput temperatures;          // [rows], or null:
   ScalarInput temperature;          // one for all rows
   double softcap;                   // 0 for none
-  IpoLossArgs loss = {};      // tokens are the rows; its trainer_logprobs and outputs are not used
-  void* logprobs = nullptr;   // [rows] compute
-  void* entropy = nullptr;    // [rows] compute
-  void* softmax = nullptr;    // [2, rows] compute: the largest capped logit, the sum of
-                              // exponentials; null where nothing will need them
-  TokenInput grad_logprobs;   // [rows]
-  TokenInput grad_entropy;    // [rows], or null: 0
-  int32_t* fault = nullptr;   // [1], CUDA: filled by find_faults; not 0 poisons
-  void* workspace = nullptr;  // [plan.workspace_bytes], CUDA: aligned to 16 bytes
+  IpoLossArgs loss = {};     // kLoss: tokens are the rows; its trainer_logprobs and outputs are
+                             // not used
+  void* logprobs = nullptr;  // [rows] compute; kForward, kLoss
+  void* entropy = nullptr;   // [rows] compute; kBackward reads it
+  void* softmax_stats = nullptr;  // [2, rows] compute: the row's maximum, of capped logits, and its
+                                  // sum of exponentials; kBackward reads it; else null where
+                                  // nothing will need them
+  TokenInput grad_logprobs;       // [rows]; kBackward
+  TokenInput grad_entropy;        // [rows], or null: 0; kBackward
+  int32_t* fault = nullptr;       // [1], CUDA: filled by find_faults; not 0 poisons
+  void* workspace = nullptr;      // [plan.workspace_bytes], CUDA: aligned to 16 bytes
 };
 
 constexpr int64_t kIgnoredLabel = -100;
 
-IPO_HOST_DEVICE bool has_loss(const LogitsArgs& args) { return args.loss.loss_mask != nullptr; }
+IPO_HOST_DEVICE bool has_loss(const LogitsArgs& args) { return args.mode == LogitsMode::kLoss; }
 IPO_HOST_DEVICE bool is_backward(const LogitsArgs& args) {
-  return args.grad_logprobs.data != nullptr;
+  return args.mode == LogitsMode::kBackward;
 }
 
 IPO_HOST_DEVICE int64_t label_of(const LogitsArgs& args, int64_t row) {
@@ -83,9 +89,9 @@ IPO_HOST_DEVICE void fill_results(const LogitsArgs& args, int64_t row, E value) 
   if (is_backward(args)) return;
   static_cast<E*>(args.logprobs)[row] = value;
   static_cast<E*>(args.entropy)[row] = value;
-  if (args.softmax != nullptr) {
-    static_cast<E*>(args.softmax)[row] = value;
-    static_cast<E*>(args.softmax)[args.logits.rows + row] = value;
+  if (args.softmax_stats != nullptr) {
+    static_cast<E*>(args.softmax_stats)[row] = value;
+    static_cast<E*>(args.softmax_stats)[args.logits.rows + row] = value;
   }
 }
 
@@ -127,9 +133,9 @@ IPO_HOST_DEVICE void store_results(const LogitsArgs& args, int64_t row,
                                    E largest) {
   static_cast<E*>(args.logprobs)[row] = result.logprob;
   static_cast<E*>(args.entropy)[row] = result.entropy;
-  if (args.softmax != nullptr) {
-    static_cast<E*>(args.softmax)[row] = largest;
-    static_cast<E*>(args.softmax)[args.logits.rows + row] = static_cast<E>(sums.exponentials);
+  if (args.softmax_stats != nullptr) {
+    static_cast<E*>(args.softmax_stats)[row] = largest;
+    static_cast<E*>(args.softmax_stats)[args.logits.rows + row] = static_cast<E>(sums.exponentials);
   }
 }
 
@@ -159,13 +165,13 @@ template <typename E>
 IPO_HOST_DEVICE math::RowDerivative<E> restore_row(const LogitsArgs& args, int64_t row,
                                                    const math::RowSlopes<E>& slopes) {
   return math::row_derivative<E>(
-      slopes, static_cast<const E*>(args.softmax)[args.logits.rows + row],
+      slopes, static_cast<const E*>(args.softmax_stats)[args.logits.rows + row],
       static_cast<const E*>(args.entropy)[row], scale_of<E>(args, row).inverse_temperature);
 }
 
 template <typename E>
 IPO_HOST_DEVICE E saved_largest(const LogitsArgs& args, int64_t row) {
-  return static_cast<const E*>(args.softmax)[row];
+  return static_cast<const E*>(args.softmax_stats)[row];
 }
 
 namespace cpu {

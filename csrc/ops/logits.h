@@ -146,6 +146,7 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
     loss.args.normalized = args.gradient.dtype != DType::kFloat16;  // it would underflow
     args.loss = loss.args;
     args.active = loss.args.loss_mask;
+    args.mode = LogitsMode::kLoss;
   }
 
   template <typename Backend>
@@ -178,12 +179,13 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
 template <typename Backend>
 void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss) {
   const LogitsMatrix gradient = std::exchange(rows.args.gradient, {});
-  rows.args.loss = {};
+  rows.args.mode = LogitsMode::kForward;
   std::optional<Tensor> softmax_stats;
-  if (gradient.data != nullptr) softmax_stats = rows.per_token(2, rows.args.softmax);
+  if (gradient.data != nullptr) softmax_stats = rows.per_token(2, rows.args.softmax_stats);
   rows.run<Backend>();
   loss.run<Backend>();
   if (gradient.data == nullptr) return;
+  rows.args.mode = LogitsMode::kBackward;
   rows.args.gradient = gradient;
   rows.args.grad_logprobs = {loss.args.gradient, loss.args.compute_dtype};
   rows.run<Backend>();
@@ -244,6 +246,7 @@ Tensor find_faults(const Tensor& labels, const std::optional<Tensor>& temperatur
     loss->check_values<Backend>();
     rows.args.loss = loss->args;
     rows.args.active = loss->args.loss_mask;
+    rows.args.mode = LogitsMode::kLoss;
   }
   rows.find_faults<Backend>();
   return rows.fault;
@@ -287,7 +290,7 @@ template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor> forward_rows(LogitsCall& rows) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
-  const Tensor softmax_stats = rows.per_token(2, rows.args.softmax);
+  const Tensor softmax_stats = rows.per_token(2, rows.args.softmax_stats);
   rows.run<Backend>();
   return {logprobs, entropy, softmax_stats};
 }
@@ -313,8 +316,9 @@ template <typename Backend>
 void backward_rows(LogitsCall& rows, const Tensor& entropy, const Tensor& softmax_stats,
                    const Tensor& grad_logprobs, const Tensor& grad_entropy) {
   const int64_t count = rows.args.logits.rows;
+  rows.args.mode = LogitsMode::kBackward;
   rows.args.entropy = rows.saved(entropy, count, "entropy");
-  rows.args.softmax = rows.saved(softmax_stats, 2 * count, "softmax_stats");
+  rows.args.softmax_stats = rows.saved(softmax_stats, 2 * count, "softmax_stats");
   const DType compute = rows.args.compute_dtype;
   rows.args.grad_logprobs = {rows.saved(grad_logprobs, count, "grad_logprobs"), compute};
   rows.args.grad_entropy = {rows.saved(grad_entropy, count, "grad_entropy"), compute};
