@@ -38,7 +38,10 @@ class Case:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """All of them by name, the operands first."""
+        others = (field.name for field in dataclasses.fields(self))
+        names = dict.fromkeys((*self.operands, *others))
+        return {name: getattr(self, name) for name in names}
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
