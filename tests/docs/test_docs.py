@@ -205,3 +205,9 @@ def test_links_and_anchors_are_read_as_github_reads_them() -> None:
     assert {"under-torchs-machinery", "one-wheel-for-every-torch"} <= anchors_of(
         "docs/installing.md"
     )
+
+
+def test_the_readme_is_short_and_has_the_command_that_ci_takes_from_it() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 150
+    assert any(re.fullmatch(r"pip install .*test.*pytest.*", line) for line in lines)
