@@ -14,6 +14,13 @@ def lint(session: nox.Session) -> None:
     session.run("pre-commit", "run", "--all-files")
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site, in build/docs; a warning is an error."""
+    session.install(".[docs]")
+    session.run("python", "-m", "sphinx", "--fail-on-warning", "docs", "build/docs")
+
+
 @nox.session(python=["3.10", "3.11", "3.12", "3.13", "3.14"])
 def tests(session: nox.Session) -> None:
     """All tests, the CUDA kernels on the CPU: `nox -s tests-3.12 -- -m emulated`."""

@@ -1,1 +1,1 @@
-"""The tests of ipo_ext, a folder for each subject: docs/testing.md says what goes where."""
+"""The tests of ipo_ext, a folder for each subject: docs/dev/testing.md says what goes where."""

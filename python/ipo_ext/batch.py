@@ -35,7 +35,8 @@ class LossBatch:
 
     Example:
         >>> batch = LossBatch(inference, advantages, mask, normalizer=num_tokens).to(device)
-        >>> out = model.lm_head(hidden[:, :-1], tokens[:, 1:], batch)
+        >>> head = IPOLMHead(model.lm_head)
+        >>> out = head(hidden[:, :-1], tokens[:, 1:], batch)
     """
 
     # Neither a dataclass nor a pytree node: hosts walk the one, and may come to walk the other.

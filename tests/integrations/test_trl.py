@@ -7,16 +7,19 @@ import math
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import GRPOConfig, GRPOTrainer
 
 from ipo_ext import IPOConfig
 from ipo_ext.integrations.trl import IPOTrainer
+from tests.docs.page_blocks import blocks_of_host
 from tests.integrations.eager import token_losses
 
 SYMBOLS = ["<pad>", "<eos>", *"0123456789+="]
@@ -72,6 +75,28 @@ def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
     return out
 
 
+TINY = {
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "num_generations": 4,
+    "gradient_accumulation_steps": 2,
+    "max_completion_length": 8,
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
+def rewards(completions: list[str], **_: object) -> list[float]:
+    return [float(text.count("1")) for text in completions]
+
+
 def trainer_of(
     kind: type[GRPOTrainer] = IPOTrainer,
     *,
@@ -80,27 +105,10 @@ def trainer_of(
     ipo_config: IPOConfig | None = None,
     **options,
 ) -> GRPOTrainer:
-    settings = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "num_generations": 4,
-        "gradient_accumulation_steps": 2,
-        "max_completion_length": 8,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        **options,
-    }
     return kind(
         model=model if model is not None else policy(),
-        reward_funcs=lambda completions, **_: [float(text.count("1")) for text in completions],
-        args=GRPOConfig(**settings),
+        reward_funcs=rewards,
+        args=GRPOConfig(**TINY | options),
         train_dataset=PROMPTS,
         eval_dataset=PROMPTS,
         processing_class=tokenizer(),
@@ -345,3 +353,19 @@ def test_a_second_correction_for_the_engine_raises() -> None:
 def test_a_teacher_raises() -> None:
     with pytest.raises(ValueError, match=r"ipo_config.teacher_tau: expected 0, got 0\.5"):
         trainer_of(ipo_config=IPOConfig(teacher_tau=0.5))
+
+
+def test_the_guide_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its block as it stands, but for sizes, and for vLLM, which needs a GPU."""
+    policy().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+
+    def tiny(**options: object) -> GRPOConfig:
+        return GRPOConfig(**options | TINY | {"use_vllm": False})
+
+    monkeypatch.setattr(trl, "GRPOConfig", tiny)
+    names = {"model": str(tmp_path / "model"), "reward_funcs": rewards, "data": PROMPTS}
+    (block,) = blocks_of_host("trl")
+    block.run(names)
+    logs = names["trainer"].state.log_history
+    assert sum("ipo/is_masked" in log for log in logs) == TINY["max_steps"]

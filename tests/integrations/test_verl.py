@@ -24,6 +24,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from ipo_ext import IPOConfig
 from ipo_ext.integrations import verl as adapter
+from tests.docs.page_blocks import blocks_of_host
 from tests.integrations.eager import token_losses
 
 BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.1)
@@ -287,3 +288,18 @@ def test_another_name_and_another_config() -> None:
 def test_a_teacher_raises() -> None:
     with pytest.raises(ValueError, match=r"teacher_tau: expected 0, got 0\.5"):
         adapter.register(IPOConfig(teacher_tau=0.5))
+
+
+def test_the_guide_registers_its_loss() -> None:
+    """Its block as it stands: what verl then calls is the loss with the block's settings."""
+    (block,) = blocks_of_host("verl")
+    data = batch(LOCAL)
+    output = {"log_probs": packed_logprobs(policy(), data)}
+
+    def loss_of(config: IPOConfig) -> float:
+        adapter.register(config)
+        return ppo_loss(actor_config(), output, data)[0].item()
+
+    theirs, other = loss_of(IPOConfig(kl_tau=1e-3)), loss_of(BAND)
+    block.run({})
+    assert ppo_loss(actor_config(), output, data)[0].item() == theirs != other

@@ -1,0 +1,59 @@
+"""Sphinx's settings: `python -m sphinx -W docs build/docs` builds the site, without a network."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import ipo_ext
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+
+project = "ipo_ext"
+author = "The ipo_ext authors"
+copyright = "The ipo_ext authors, Apache-2.0"
+release = ipo_ext.__version__
+version = release.partition(".dev")[0]
+
+extensions = [
+    "myst_parser",
+    "reference_tables",  # ours, in _extensions
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_extensions"]
+nitpicky = True  # a name that leads nowhere is a warning
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|nn|numpy)(\..*)?"),  # the pages of others: nothing is fetched
+    ("py:.*", r"(collections\.abc\.)?(Callable|Iterator|Mapping|Sequence)|optional"),
+]
+
+myst_heading_anchors = 3  # links to headings, made as GitHub makes them
+myst_enable_extensions: list[str] = []
+
+autodoc_mock_imports = ["transformers", "trl", "verl"]  # hosts of the integrations
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+maximum_signature_line_length = 90  # beyond it, an argument a line
+napoleon_numpy_docstring = False
+napoleon_use_admonition_for_examples = False
+
+html_theme = "furo"
+html_title = "ipo_ext"
+html_copy_source = False
+html_show_sphinx = False
+pygments_style = "friendly"
+pygments_dark_style = "native"
+
+
+def show_default_config(
+    app: Any, what: str, name: str, thing: Any, options: Any, signature: str | None, returned: Any
+) -> tuple[str | None, Any]:
+    """A default that the source calls _DEFAULT is `IPOConfig()` to whoever reads the signature."""
+    return signature and signature.replace("_DEFAULT", "IPOConfig()"), returned
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-signature", show_default_config)

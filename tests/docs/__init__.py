@@ -1,0 +1,1 @@
+"""Whether README and docs are true: what they run, name and link to."""
