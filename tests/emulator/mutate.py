@@ -492,6 +492,20 @@ MUTATIONS = (
             "test_scale_into_a_narrower_dtype_rounds_once",
         ),
     ),
+    Mutation(
+        "scale-rows-without-their-rest",
+        SCALE,
+        "for (; column < columns; ++column)",
+        "for (; column + 1 < columns; ++column)",
+        scale("test_scale_of_rows_that_lie_apart"),
+    ),
+    Mutation(
+        "scale-rows-one-round",
+        SCALE,
+        "index += gridDim.x",
+        "index += args.gradient.rows",
+        scale("test_scale_of_rows_goes_round_on_a_small_device"),
+    ),
 )
 
 

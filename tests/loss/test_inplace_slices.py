@@ -12,7 +12,7 @@ from ipo_ext import IPOConfig
 from tests.support.backends import Backend
 from tests.support.cases import LogitsCase, same_bits
 from tests.support.logits import WIDE_BAND, random_case
-from tests.support.operators import call_operator, operator
+from tests.support.operators import call_operator
 
 ROWS, COLUMNS = 9, 40
 Cut = Callable[[torch.Tensor], torch.Tensor]
@@ -155,24 +155,6 @@ def test_what_lies_beside_a_slice_stays(backend: Backend, dtype: torch.dtype, cu
     assert not torch.equal(logits[inside], before[inside])
 
 
-@pytest.mark.parametrize("width", [1, 7, 8, 600, 1031])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_scaled_rows(backend: Backend, dtype: torch.dtype, width: int) -> None:
-    """Rounded once; for 1 nothing is touched; rows aligned for vectors or not."""
-    generator = torch.Generator().manual_seed(0)
-    for begin, row in ((0, width + 8 - width % 8), (0, width + 1), (3, width + 8)):
-        room = torch.randn(3, 5, row, generator=generator).to(backend.device, dtype)
-        before, factor = room.clone(), torch.tensor(0.3, device=backend.device)
-        cut = (slice(None), slice(None, -1), slice(begin, begin + width))
-        operator("scale_")(room[cut], torch.ones_like(factor))
-        assert torch.equal(room, before)
-        operator("scale_")(room[cut], factor)
-        wide = torch.promote_types(dtype, torch.float32)
-        expected = before.clone()
-        expected[cut] = (before[cut].to(wide) * factor.to(wide)).to(dtype)
-        assert torch.equal(room, expected)
-
-
 # -------------------------------------------------------------------------------------------------
 # A view that its storage is too small for
 
@@ -296,15 +278,6 @@ def test_a_normalizer_that_is_a_logit(backend: Backend, dtype: torch.dtype, comp
     (gradient,) = torch.autograd.grad(our_loss * 2, leaf)
     torch.testing.assert_close(our_loss, loss)
     torch.testing.assert_close(gradient, expected)
-
-
-def test_a_factor_in_the_memory_of_the_gradient(backend: Backend) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for gradient in (torch.randn(70_000, generator=generator), torch.randn(90, 800)[:, :700]):
-        gradient = gradient.to(backend.device).detach()
-        expected = gradient * gradient.flatten()[0].clone()
-        operator("scale_")(gradient, gradient[0] if gradient.dim() == 1 else gradient[0, 0])
-        assert torch.equal(gradient, expected)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -47,10 +47,48 @@ def test_scale_into_a_narrower_dtype_rounds_once(
                 torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.tempts_kernels_out_of_bounds
+@pytest.mark.parametrize("width", [1, 7, 8, 600, 1031])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scale_of_rows_that_lie_apart(backend: Backend, dtype: torch.dtype, width: int) -> None:
+    """Rounded once; for 1 nothing is touched; rows aligned for vectors or not."""
+    generator = torch.Generator().manual_seed(0)
+    for begin, row in ((0, width + 8 - width % 8), (0, width + 1), (3, width + 8)):
+        room = torch.randn(3, 8, row, generator=generator).to(backend.device, dtype)
+        before, factor = room.clone(), torch.tensor(0.3, device=backend.device)
+        cut = (slice(None), slice(None, -1), slice(begin, begin + width))
+        operator("scale_")(room[cut], torch.ones_like(factor))
+        assert torch.equal(room, before)
+        operator("scale_")(room[cut], factor)
+        wide = torch.promote_types(dtype, torch.float32)
+        expected = before.clone()
+        expected[cut] = (before[cut].to(wide) * factor.to(wide)).to(dtype)
+        assert torch.equal(room, expected)
+
+
+def test_scale_by_a_factor_in_the_memory_of_the_gradient(backend: Backend) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for gradient in (torch.randn(70_000, generator=generator), torch.randn(90, 800)[:, :700]):
+        gradient = gradient.to(backend.device).detach()
+        expected = gradient * gradient.flatten()[0].clone()
+        operator("scale_")(gradient, gradient[0] if gradient.dim() == 1 else gradient[0, 0])
+        assert torch.equal(gradient, expected)
+
+
 @pytest.mark.emulated
 def test_scale_goes_round_on_a_small_device() -> None:
     """More elements than one round of the grid takes on one multiprocessor."""
     gradient = torch.randn(2**17 + 3)
+    expected = gradient * 3
+    with imagined_device({MULTIPROCESSORS: 1}), Backend("emulated").active():
+        operator("scale_")(gradient, torch.tensor(3.0))
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.emulated
+def test_scale_of_rows_goes_round_on_a_small_device() -> None:
+    """More rows than one multiprocessor has blocks, each longer than a block's threads reach."""
+    gradient = torch.randn(11, 1500)[:, :1203]
     expected = gradient * 3
     with imagined_device({MULTIPROCESSORS: 1}), Backend("emulated").active():
         operator("scale_")(gradient, torch.tensor(3.0))
