@@ -49,7 +49,7 @@ class IPOConfig:
         dppo_mask_low: alpha, the smallest importance ratio kept; 0 keeps every small ratio. Under
             another rule: by how much the probability may fall.
         dppo_mask_high: beta, the largest importance ratio kept; ``inf`` keeps every finite ratio.
-            Under another rule: by how much the probability may rise, or the largest binary KL.
+            Under another rule: by how much the probability may rise, or the largest Bernoulli KL.
         adv_tau: weight of the advantage.
         kl_tau: weight of the squared log-ratio.
         teacher_tau: weight of the teacher's log-ratio in the advantage; above 0 it needs
@@ -159,7 +159,7 @@ class IPOConfig:
 
     @classmethod
     def kpop(cls, threshold: float, **taus: float) -> IPOConfig:
-        """KPop: dropped where the binary KL, in either direction, exceeds ``threshold``.
+        """KPop: dropped where the Bernoulli KL, in either direction, exceeds ``threshold``.
 
         Between the token's two probabilities, clamped to ``[1e-6, 1 - 1e-6]``; every active token
         pays the KL penalty.

@@ -45,7 +45,7 @@ def ipo_loss(
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
 ) -> IPOOutput:
-    r"""The IPO+KL loss from per-token log-probabilities (tier 1).
+    r"""The IPO+KL loss from per-token log-probabilities.
 
     Per active token, with ``x = trainer_logprob - inference_logprob`` and ``r = exp(x)``: kept
     where x and r are finite and ``log(dppo_mask_low) <= x <= log(dppo_mask_high)``; a kept token
@@ -124,7 +124,7 @@ def ipo_loss_from_logits(
     inplace: bool = False,
     config: IPOConfig = _DEFAULT,
 ) -> IPOOutput:
-    r"""The IPO+KL loss straight from the logits (tier 2): the formula of ``ipo_loss``.
+    r"""The IPO+KL loss straight from the logits: the formula of ``ipo_loss``.
 
     The gradient by the logits is made in the same pass over them, so the loss can run backward
     once; backward only scales it, in place, and not even that for ``loss.backward()``. Rows that
@@ -252,7 +252,7 @@ def ipo_loss_from_hidden(
     num_active: int | None = None,
     config: IPOConfig = _DEFAULT,
 ) -> IPOOutput:
-    r"""The IPO+KL loss from hidden states and the LM head's weight (tier 3): that of ``ipo_loss``.
+    r"""The IPO+KL loss from hidden states and the LM head's weight: the formula of ``ipo_loss``.
 
     The logits ``hidden @ weight.T`` never exist as a whole. Tokens that the loss mask leaves out
     are gathered away; of the others a chunk of rows at a time becomes logits, log-probabilities,

@@ -188,7 +188,7 @@ def rollout_rule(
 
 
 def _binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Between two coins, their probabilities clamped away from 0 and 1."""
+    """Bernoulli KL of two probabilities, clamped away from 0 and 1."""
     p, q = p.clamp(1e-6, 1 - 1e-6), q.clamp(1e-6, 1 - 1e-6)
     return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
 
