@@ -506,6 +506,13 @@ MUTATIONS = (
         "index += args.gradient.rows",
         scale("test_scale_of_rows_goes_round_on_a_small_device"),
     ),
+    Mutation(
+        "scale-rows-aligned-by-their-first",
+        SCALE,
+        "rows.row_stride * element_bytes % 16 == 0",
+        "true",
+        scale("test_scale_of_rows_that_lie_apart"),
+    ),
 )
 
 
