@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import hypothesis
@@ -18,6 +19,10 @@ hypothesis.settings.register_profile("nightly", deadline=None, max_examples=10_0
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev")
 )
+
+# Inductor's cache on disk knows an operator by its name: after a change of the operator's results it
+# would hand out graphs that were compiled before. Processes of a parallel run share the one.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="ipo_ext_inductor_"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
