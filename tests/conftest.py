@@ -20,8 +20,8 @@ hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev")
 )
 
-# Inductor's cache on disk knows an operator by its name: after a change of the operator's results it
-# would hand out graphs that were compiled before. Processes of a parallel run share the one.
+# Inductor's cache on disk knows an operator by its name: after a change of the operator's results
+# it would hand out graphs that were compiled before. Processes of a parallel run share the one.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="ipo_ext_inductor_"))
 
 
