@@ -48,7 +48,7 @@ struct Workspace {
                              // sequence; only where there is a rollout rule
 
   static size_t bytes(const IpoLossArgs& args, const Segments& segments) {
-    const size_t flags = args.params.has_rollout_rule() ? segments.num_slots() : 0;
+    const size_t flags = args.params.has_rollout_rule ? segments.num_slots() : 0;
     return segments.num_slots() * sizeof(math::TileSums<E>) +
            segments.num_tiles() * sizeof(double) + flags * sizeof(bool);
   }
@@ -72,11 +72,16 @@ struct MetricMeansArgs {
   void* means;             // [mean::kNumRows, segments] compute
 };
 
+// The settings in the compute dtype.
 template <typename E>
 IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
-  return {math::settings_as<E>(args.params),
-          static_cast<E>(math::inverse_normalizer(load_scalar(args.normalizer))),
-          args.params.rollout_dropped};
+  using math::MaskRule;
+  const math::LossParams<double>& params = args.params;
+#define IPO_EXT_CAST(schema, Type, name) static_cast<Type>(params.name),
+  return {IPO_EXT_LOSS_NUMBERS(IPO_EXT_CAST) static_cast<E>(
+              math::inverse_normalizer(load_scalar(args.normalizer))),
+          IPO_EXT_LOSS_RULES(IPO_EXT_CAST) params.rollout_dropped};
+#undef IPO_EXT_CAST
 }
 
 // The same for a gradient that may be wanted without 1 / normalizer.

@@ -12,19 +12,6 @@
 
 namespace ipo_ext::math {
 
-// The settings, and what a call adds to them. E is the compute dtype's scalar.
-template <typename E>
-struct LossParams : LossSettings<E> {
-  E inv_normalizer = 0;          // see inverse_normalizer
-  bool rollout_dropped = false;  // whether the rollout rule has dropped the tokens at hand
-
-  IPO_HOST_DEVICE Rules rules() const {
-    const bool is_default =
-        this->mask_rule == MaskRule::kRatio && !this->kl_active && !this->has_rollout_rule();
-    return is_default ? Rules::kDefault : Rules::kAny;
-  }
-};
-
 // 1 / normalizer for the gradient and the loss: 0 stands for "loss 0, gradients 0" (a normalizer of
 // 0), NaN for "poison every gradient" (a normalizer that is no count: negative or NaN).
 IPO_HOST_DEVICE double inverse_normalizer(double normalizer) {

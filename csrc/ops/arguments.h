@@ -46,6 +46,7 @@ inline LossInputs apart_from(const Tensor& written, const LossInputs& inputs) {
 
 #undef IPO_EXT_APART
 
-using LossSettings = math::LossSettings<double>;
+// As the operators are given them; the kernels add the rest.
+using LossSettings = math::LossParams<double>;
 
 }  // namespace ipo_ext

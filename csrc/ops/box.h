@@ -38,13 +38,6 @@ inline math::MaskRule ArgumentReader::read<math::MaskRule>() {
   return static_cast<math::MaskRule>(rule);
 }
 
-template <>
-inline math::OptionalNumber<double> ArgumentReader::read<math::OptionalNumber<double>>() {
-  const auto number = read<std::optional<double>>();
-  if (!number.has_value()) return {};
-  return {true, *number};
-}
-
 // Within braces, arguments are read from left to right.
 #define IPO_EXT_READ(schema, Type, name) read<Type>(),
 
@@ -62,7 +55,7 @@ template <>
 inline LossSettings ArgumentReader::read<LossSettings>() {
   using namespace math;
   using E = double;
-  return {IPO_EXT_LOSS_SETTINGS(IPO_EXT_READ)};
+  return {IPO_EXT_LOSS_NUMBERS(IPO_EXT_READ) 0, IPO_EXT_LOSS_RULES(IPO_EXT_READ) false};
 }
 
 #undef IPO_EXT_READ

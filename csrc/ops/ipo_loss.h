@@ -49,7 +49,7 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     args.loss_weights = weight_.input();
     args.entropy = entropy_.input();
     args.normalizer = scalar_input(inputs.normalizer, like_, "normalizer");
-    args.params = {settings};
+    args.params = settings;
     take_mask(inputs.loss_mask);
     take_segments(inputs.cu_seqlens);
     allocate(inputs.cu_seqlens.has_value(), with_gradient);

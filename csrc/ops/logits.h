@@ -196,14 +196,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logits(
     LogitsCall& rows, const LossInputs& inputs, const LossSettings& settings) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
-  const bool needs_grad_logprobs =
-      settings.has_rollout_rule() && rows.args.gradient.data != nullptr;
+  const bool needs_grad_logprobs = settings.has_rollout_rule && rows.args.gradient.data != nullptr;
   IpoLossCall loss(logprobs, inputs, entropy, settings, needs_grad_logprobs);
   loss.check_values<Backend>();
   rows.take_loss(loss);
   rows.find_faults<Backend>();
   loss.args.fault = rows.args.fault;
-  if (settings.has_rollout_rule()) {
+  if (settings.has_rollout_rule) {
     run_in_two_passes<Backend>(rows, loss);
   } else {
     rows.run<Backend>();
@@ -260,8 +259,7 @@ std::tuple<Tensor, Tensor> chunk_logprobs_and_gradient(const Tensor& logits, con
                                                        const Tensor& fault,
                                                        const std::optional<Tensor>& gradient) {
   IPO_EXT_CHECK(!inputs.cu_seqlens.has_value(), "cu_seqlens: expected None, got a tensor");
-  IPO_EXT_CHECK(!settings.has_rollout_rule(), "rollout_low: expected None, got ",
-                settings.rollout_low.value);
+  IPO_EXT_CHECK(!settings.has_rollout_rule, "has_rollout_rule: expected False, got True");
   LogitsCall rows(logits, labels, scaling);
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
@@ -277,7 +275,7 @@ template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_metrics(
     const Tensor& logprobs, const Tensor& entropy, const LossInputs& inputs,
     const LossSettings& settings, const Tensor& fault, bool with_gradient, bool normalized) {
-  IPO_EXT_CHECK(normalized || settings.has_rollout_rule(),
+  IPO_EXT_CHECK(normalized || settings.has_rollout_rule,
                 "normalized: expected True without a rollout rule, got False");
   IpoLossCall loss(logprobs, inputs, entropy, settings, with_gradient);
   loss.args.normalized = normalized;

@@ -30,7 +30,8 @@ class LossSettings(NamedTuple):
     teacher_tau: float
     mask_rule: int  # index in MaskRule
     kl_active: bool
-    rollout_low: float | None  # a logarithm
+    has_rollout_rule: bool
+    rollout_low: float  # a logarithm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,8 @@ class IPOConfig:
             float(self.teacher_tau),
             get_args(MaskRule).index(self.mask_rule),
             self.kl_scope == "active",
-            self._rollout_lows.get(dtype),
+            self.has_rollout_rule,
+            self._rollout_lows.get(dtype, _LOG_RANGE[dtype][0]),
         )
 
     def log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:

@@ -90,7 +90,8 @@ struct Batch {
     args.advantages = {advantages.template as<E>() + shift, kDType<E>};
     args.loss_mask = mask.template as<uint8_t>() + shift;
     args.gradient = gradient.template as<E>() + shift;
-    args.params = {{std::log(0.2), std::log(5.0), 1, 1e-3, 0, math::MaskRule::kRatio}, 1};
+    args.params = {std::log(0.2),          std::log(5.0), 1,    1e-3, 0, 1,
+                   math::MaskRule::kRatio, false,         false};
     args.segments = {nullptr, 1, tokens, 0};
     args.loss = &loss;
     args.means = means.data();

@@ -343,7 +343,7 @@ def test_rows_of_a_chunk_know_no_rollouts(backend: Backend) -> None:
     case = head_case(torch.float32, backend.device).from_logits()
     case = case.map_tokens(lambda tensor: tensor.flatten(0, 1))
     fault = torch.zeros(1, dtype=torch.int32, device=backend.device)
-    with pytest.raises(RuntimeError, match="rollout_low: expected None, got"):
+    with pytest.raises(RuntimeError, match="has_rollout_rule: expected False, got True"):
         call_operator("chunk_logprobs_and_gradient", case, fault=fault, gradient=None)
 
 

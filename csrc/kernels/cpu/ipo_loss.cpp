@@ -75,7 +75,7 @@ void run_tile(const IpoLossArgs& args, const math::LossParams<E>& params, int64_
     if (!params.rollout_dropped || workspace.rollout_flags[slot]) {
       bool drops_sequence = params.rollout_dropped;
       workspace.slots[slot] = piece_sums(args, params, begin, end, drops_sequence);
-      if (params.has_rollout_rule()) workspace.rollout_flags[slot] = drops_sequence;
+      if (params.has_rollout_rule) workspace.rollout_flags[slot] = drops_sequence;
     }
     loss += loss_of_piece(workspace.slots[slot]);
     begin = end;
@@ -108,7 +108,7 @@ void finish_segment(const IpoLossArgs& args, int64_t s) {
   for (int64_t slot = args.segments.first_slot(s); slot < args.segments.end_slot(s); ++slot) {
     total = math::merge(total, math::to_segment_sums(workspace.slots[slot]));
   }
-  if (args.params.has_rollout_rule() && rollout_is_dropped(workspace, args.segments, s))
+  if (args.params.has_rollout_rule && rollout_is_dropped(workspace, args.segments, s))
     math::mark_dropped_rollout(total);
   store_segment<E>(args, total, s);
 }
@@ -120,7 +120,7 @@ void run_group(const IpoLossArgs& args, const math::LossParams<E>& params, int64
   const int64_t end_tile = std::min(first_tile + kTilesPerGroup, segments.num_tiles());
   for (int64_t tile = first_tile; tile < end_tile; ++tile) run_tile<E>(args, params, tile);
 
-  if (params.has_rollout_rule() && !params.rollout_dropped) return;  // sums are not final
+  if (params.has_rollout_rule && !params.rollout_dropped) return;  // sums are not final
   int64_t s = segments_before(segments, group * kGroupSize);
   for (; s < segments.count && group_of_segment(segments, s) == group; ++s) {
     finish_segment<E>(args, s);
@@ -138,7 +138,7 @@ void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
     });
   };
   run_groups();
-  if (params.has_rollout_rule()) {
+  if (params.has_rollout_rule) {
     spread_rollout_flags<E>(args);
     params.rollout_dropped = true;
     run_groups();

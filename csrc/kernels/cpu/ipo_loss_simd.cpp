@@ -152,7 +152,7 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int6
     store(chunk.gradient + i, loss.gradient);
     add_token(sums, token, loss, has);
     if constexpr (kRules == Rules::kAny)
-      drop_sequence |= drops_rollout<T>(token.active, loss.log_ratio, params.rollout_low.value);
+      drop_sequence |= drops_rollout<T>(token.active, loss.log_ratio, params.rollout_low);
   }
   copy_sums(sums, tile);
 }

@@ -52,8 +52,8 @@ def _ipo_loss_from_hidden(
         head.weight.shape[0],
         head.labels.numel() if num_active is None else num_active,
     )
-    in_one_pass = arguments.settings.rollout_low is None
-    make = _loss_in_one_pass if in_one_pass else _loss_of_whole_rollouts
+    whole = arguments.settings.has_rollout_rule
+    make = _loss_of_whole_rollouts if whole else _loss_in_one_pass
     results = make(ops, arguments, fault)
     return results._replace(
         logprobs=results.logprobs.view(shape), entropy=results.entropy.view(shape)

@@ -113,7 +113,7 @@ __device__ __forceinline__ void finish_short_segment(const IpoLossArgs& args,
                                   [&](int i) { return slot + i < slots.end; });
   }
   bool dropped = false;
-  if (args.params.has_rollout_rule()) {
+  if (args.params.has_rollout_rule) {
     for (int64_t slot = slots.begin + lane; slot < slots.end; slot += kWarpSize)
       dropped |= workspace.rollout_flags[slot];
     dropped = __any_sync(kFullWarp, dropped);
@@ -134,7 +134,7 @@ __device__ __forceinline__ void finish_long_segment(
   }
   sums = block_reduce<kThreads>(sums, MergeSegments(), reduction);
   const bool dropped =
-      args.params.has_rollout_rule() && rollout_is_dropped(workspace, args.segments, slots.segment);
+      args.params.has_rollout_rule && rollout_is_dropped(workspace, args.segments, slots.segment);
   if (threadIdx.x == 0) storage.sums = sums;
   if (threadIdx.x < kWarpSize) store_by_lanes<E>(args, slots.segment, dropped, storage);
 }

@@ -63,7 +63,7 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
                             ? tiles_kernel<Rules::kDefault, E>(args)
                             : tiles_kernel<Rules::kAny, E>(args);
     cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, args);
-    if (error == cudaSuccess && args.params.has_rollout_rule()) {
+    if (error == cudaSuccess && args.params.has_rollout_rule) {
       IpoLossArgs again = args;
       again.params.rollout_dropped = true;
       error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, again);

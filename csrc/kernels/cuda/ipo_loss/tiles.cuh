@@ -45,7 +45,7 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
     const TokenLoss<E> loss = token_loss<kRules>(token, params);
     add_token(sums, token, loss, extras_of(args));
     if constexpr (kRules == Rules::kAny) {
-      if (drops_rollout(token.active, loss.log_ratio, params.rollout_low.value))
+      if (drops_rollout(token.active, loss.log_ratio, params.rollout_low))
         storage.drops_sequence = true;
     }
     gradients[i] = loss.gradient;
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
       }
     }
     finish_piece(sums, warp_holds, storage, workspace.slots[slot]);
-    if (kRules == Rules::kAny && threadIdx.x == 0 && params.has_rollout_rule() && !again)
+    if (kRules == Rules::kAny && threadIdx.x == 0 && params.has_rollout_rule && !again)
       workspace.rollout_flags[slot] = storage.drops_sequence;
     begin = end;
   }
