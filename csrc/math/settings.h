@@ -44,7 +44,7 @@ struct LossSettings {
   IPO_HOST_DEVICE bool has_rollout_rule() const { return rollout_low.has_value; }
 };
 
-// The same settings with numbers of another type.
+// Returns the settings with numbers of another type.
 template <typename E, typename From>
 IPO_HOST_DEVICE LossSettings<E> settings_as(const LossSettings<From>& settings) {
 #define IPO_EXT_CAST(schema, Type, name) static_cast<Type>(settings.name),
