@@ -11,7 +11,7 @@ int main() {
   for (const long columns : {32000, 65536, 128256, 151936, 200064, 262144}) {
     for (const int stored_bytes : {2, 4}) {
       const int register_vectors =
-          stored_bytes == 2 ? kHeldGroups<ipo_ext::BFloat16> : kHeldGroups<float>;
+          stored_bytes == 2 ? kRegisterVectors<ipo_ext::BFloat16> : kRegisterVectors<float>;
       const LaunchPlan plan =
           plan_rows({8192, columns, 16 / stored_bytes, 4, register_vectors}, h200);
       std::printf("%ld %s %d %d %d %ld\n", columns, stored_bytes == 2 ? "bf16" : "fp32",

@@ -35,9 +35,9 @@ def print_rows_on_chip(registers: dict[str, int]) -> None:
     print("| blocks a multiprocessor |\n|---|---|---|---|---|---|")
     for columns, dtype, blocks, threads, rows_per_cluster, shared in plans():
         stored = {"bf16": "BFloat16", "fp32": "float"}[dtype]
-        kernel = f"logits_rows<{stored}, {stored}, {threads}, false>"
+        kernel = f"logits_resident<{stored}, {stored}, {threads}, false>"
         if int(rows_per_cluster) > 0:
-            kernel = f"logits_rows_in_turn<{stored}, {stored}>"
+            kernel = f"logits_pipelined<{stored}, {stored}>"
         used = registers[kernel]
         together = blocks_together(int(threads), used, int(shared))
         print(f"| {columns} | {dtype} | {blocks} x {threads} | {used} ", end="")

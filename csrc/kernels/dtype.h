@@ -65,7 +65,7 @@ IPO_HOST_DEVICE auto dispatch_dtype(DType dtype, const Body& body) {
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
-// The same for a tensor that can have floating dtypes alone.
+// dispatch_dtype() for a tensor that can have floating dtypes alone.
 template <typename Body>
 IPO_HOST_DEVICE auto dispatch_floating(DType dtype, const Body& body) {
   switch (dtype) {
@@ -83,7 +83,8 @@ IPO_HOST_DEVICE auto dispatch_floating(DType dtype, const Body& body) {
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
-// The same for a gradient of values of type Stored: their dtype or, for fp32 values, fp16 or bf16.
+// dispatch_dtype() for a gradient by values of type Stored: it has their dtype or, for fp32 values,
+// fp16 or bf16.
 template <typename Stored, typename Body>
 IPO_HOST_DEVICE auto dispatch_gradient(DType dtype, const Body& body) {
   if constexpr (std::is_same_v<Stored, float>) {
@@ -96,7 +97,7 @@ IPO_HOST_DEVICE auto dispatch_gradient(DType dtype, const Body& body) {
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
-// The same for a dtype that is computed in.
+// dispatch_dtype() for a dtype that is computed in.
 template <typename Body>
 IPO_HOST_DEVICE auto dispatch_compute(DType dtype, const Body& body) {
   return dtype == DType::kFloat64 ? body(TypeTag<double>()) : body(TypeTag<float>());
@@ -110,8 +111,8 @@ template <typename To>
 IPO_HOST_DEVICE To convert(BFloat16 value) {
   return math::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }
-// The exponent's bias is mended by a multiplication, which also normalises subnormals; infinities
-// and NaNs keep their mantissa instead. Exact, and free of branches.
+// Widens fp16 exactly and without a branch. A multiplication mends the exponent's bias, which also
+// normalises subnormals; infinities and NaNs keep their mantissa instead.
 template <typename To>
 IPO_HOST_DEVICE To convert(Float16 value) {
   constexpr float kRebias = 5.192296858534828e33f;  // 2^112
@@ -122,7 +123,7 @@ IPO_HOST_DEVICE To convert(Float16 value) {
   return math::bit_cast<float>((overflows ? magnitude | 0x7f800000u : finite) | sign);
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 template <typename Stored>
 IPO_HOST_DEVICE Stored narrow(double value) {
   return static_cast<Stored>(value);

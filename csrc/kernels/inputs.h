@@ -14,15 +14,15 @@ struct TokenInput {
   DType dtype = DType::kFloat32;
 };
 
-// A 0-dim tensor of any floating or integer dtype, read where the kernel runs; `value` where data
-// is null.
+// A 0-dim tensor of any floating or integer dtype, read where the kernel runs, or `value` where
+// data is null.
 struct ScalarInput {
   const void* data = nullptr;
   DType dtype = DType::kFloat64;
   double value = 1;
 };
 
-// Element `index` of a tensor of any dtype.
+// Returns element `index` of a tensor of any dtype.
 template <typename To>
 IPO_HOST_DEVICE To load_element(const void* data, DType dtype, int64_t index) {
   return dispatch_dtype(dtype, [=](auto stored) {
@@ -31,7 +31,7 @@ IPO_HOST_DEVICE To load_element(const void* data, DType dtype, int64_t index) {
   });
 }
 
-// A token of an input, `absent` where there is none.
+// Returns a token of an input, `absent` where there is no input.
 template <typename To>
 IPO_HOST_DEVICE To load_token(const TokenInput& input, int64_t index, To absent) {
   return input.data == nullptr ? absent : load_element<To>(input.data, input.dtype, index);

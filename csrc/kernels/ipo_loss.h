@@ -1,5 +1,5 @@
-// Tier 1: loss, gradient and every metric from per-token log-probabilities, in one pass over the
-// tokens.
+// The loss from log-probabilities: loss, gradient and every metric, in one pass over the tokens.
+// What the kernels are given and what both backends do alike stands here.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ struct CUstream_st;
 namespace ipo_ext {
 
 struct IpoLossArgs {
-  DType compute_dtype;            // kFloat32 or kFloat64, below "compute"
+  DType compute_dtype;            // kFloat32 or kFloat64; the comments below call it "compute"
   TokenInput trainer_logprobs;    // [tokens]
   TokenInput inference_logprobs;  // [tokens]
   TokenInput advantages;          // [tokens]
@@ -44,7 +44,7 @@ template <typename E>
 struct Workspace {
   math::TileSums<E>* slots;  // [segments.num_slots()]
   double* tile_losses;       // [segments.num_tiles()]
-  bool* rollout_flags;       // [segments.num_slots()] whether a token of the piece drops its
+  bool* rollout_flags;       // [segments.num_slots()] whether a token of the span drops its
                              // sequence; only where there is a rollout rule
 
   static size_t bytes(const IpoLossArgs& args, const Segments& segments) {
@@ -58,10 +58,10 @@ struct Workspace {
         rollout_flags(reinterpret_cast<bool*>(tile_losses + args.segments.num_tiles())) {}
 };
 
-// What a piece adds to the loss, before it is normalized.
+// Returns what a span adds to the loss, before it is normalized.
 template <typename E>
-IPO_HOST_DEVICE double loss_of_piece(const math::TileSums<E>& piece) {
-  return piece.sums[math::sum::pg_loss] + piece.sums[math::sum::kl_loss];
+IPO_HOST_DEVICE double loss_of_span(const math::TileSums<E>& span) {
+  return span.sums[math::sum::pg_loss] + span.sums[math::sum::kl_loss];
 }
 
 struct MetricMeansArgs {
@@ -84,7 +84,7 @@ IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
 #undef IPO_EXT_CAST
 }
 
-// The same for a gradient that may be wanted without 1 / normalizer.
+// Returns params_for() a gradient, which may be wanted without 1 / normalizer.
 template <typename E>
 IPO_HOST_DEVICE math::LossParams<E> gradient_params_for(const IpoLossArgs& args) {
   math::LossParams<E> params = params_for<E>(args);
@@ -100,12 +100,13 @@ IPO_HOST_DEVICE double inverse_normalizer_of(const IpoLossArgs& args) {
   return math::inverse_normalizer(load_scalar(args.normalizer));
 }
 
-// Loss of all segments from the fp64 sum of its terms; 0 for a normalizer of 0 whatever the sum.
+// Returns the loss of all segments from the fp64 sum of its terms; 0 for a normalizer of 0,
+// whatever the sum.
 IPO_HOST_DEVICE double normalized_loss(double sum, double inverse) {
   return inverse == 0 ? 0 : sum * inverse;
 }
 
-// Segment s's rows of `sums`, `extremes` and `means`.
+// Stores the means of segment s.
 template <typename E>
 IPO_HOST_DEVICE void store_means(const math::SegmentSums& segment, int64_t s, int64_t segments,
                                  void* means) {
@@ -115,6 +116,7 @@ IPO_HOST_DEVICE void store_means(const math::SegmentSums& segment, int64_t s, in
   }
 }
 
+// Stores the sums, extremes and means of segment s.
 template <typename E>
 IPO_HOST_DEVICE void store_segment(const IpoLossArgs& args, const math::SegmentSums& segment,
                                    int64_t s) {
@@ -152,9 +154,9 @@ namespace cuda {
 
 size_t workspace_bytes(const IpoLossArgs& args);
 
-// Two launches on `stream`, three with a rollout rule, no host synchronisation. They return null,
-// or CUDA's words for what failed. A cu_seqlens that is no partition makes the loss and every
-// gradient NaN and leaves the metrics undefined.
+// ipo_loss makes two launches on `stream`, three with a rollout rule, without synchronising with
+// the host. Both functions return null, or CUDA's words for what failed. A cu_seqlens that is no
+// partition makes the loss and every gradient NaN and leaves the metrics undefined.
 const char* ipo_loss(IpoLossArgs args, CUstream_st* stream);
 const char* metric_means(const MetricMeansArgs& args, CUstream_st* stream);
 

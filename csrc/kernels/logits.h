@@ -1,6 +1,6 @@
-// Tier 2: log-probabilities, entropies and the gradient straight from a matrix of logits, one row a
-// token. What a row means stands here, once for both backends; they only differ in how they walk
-// it.
+// From logits: log-probabilities, entropies and the gradient straight from a matrix of logits, one
+// row for each token. What a row means stands here, once for both backends; they only differ in how
+// they walk it.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ enum class LogitsMode : int32_t {
 };
 
 struct LogitsArgs {
-  DType compute_dtype;  // kFloat64 for fp64 logits, else kFloat32; below "compute"
+  DType compute_dtype;  // kFloat64 for fp64 logits, else kFloat32; called "compute" below
   LogitsMode mode = LogitsMode::kForward;
   LogitsMatrix logits;    // [rows, columns]
   LogitsMatrix gradient;  // [rows, columns]; no data where none is wanted. Of the logits' dtype,
@@ -68,12 +68,12 @@ IPO_HOST_DEVICE math::LogitScale<E> scale_of(const LogitsArgs& args, int64_t row
   return {static_cast<E>(args.softcap), static_cast<E>(1 / temperature_of(args, row))};
 }
 
-// Whether row takes part; one that does not is never read, and neither is its label.
+// Returns whether a row takes part; one that does not is never read, and neither is its label.
 IPO_HOST_DEVICE bool row_is_active(const LogitsArgs& args, int64_t row) {
   return args.active != nullptr ? args.active[row] != 0 : label_of(args, row) != kIgnoredLabel;
 }
 
-// What a caller must guarantee of an active row.
+// What a caller must guarantee of an active row: label_is_valid and temperature_is_valid.
 IPO_HOST_DEVICE bool label_is_valid(const LogitsArgs& args, int64_t row) {
   const int64_t label = label_of(args, row);
   return label >= 0 && label < args.logits.columns;
@@ -83,7 +83,7 @@ IPO_HOST_DEVICE bool temperature_is_valid(const LogitsArgs& args, int64_t row) {
   return temperature > 0 && temperature <= std::numeric_limits<double>::max();
 }
 
-// The outputs of a row that was not reduced: 0 for an inactive one, NaN under a fault.
+// Stores the results of a row that was not reduced: 0 for an inactive one, NaN under a fault.
 template <typename E>
 IPO_HOST_DEVICE void fill_results(const LogitsArgs& args, int64_t row, E value) {
   if (is_backward(args)) return;
@@ -95,9 +95,10 @@ IPO_HOST_DEVICE void fill_results(const LogitsArgs& args, int64_t row, E value) 
   }
 }
 
-// d loss / d logprob of one token, by tier 1's formula in the loss's compute dtype.
+// Returns d loss / d logprob of one token, by the formula for log-probabilities, in the loss's
+// compute dtype.
 template <typename C>
-IPO_HOST_DEVICE double loss_slope(const LogitsArgs& args, int64_t row, C logprob) {
+IPO_HOST_DEVICE double grad_logprob(const LogitsArgs& args, int64_t row, C logprob) {
   const IpoLossArgs& loss = args.loss;
   const math::Token<C> token = {logprob,
                                 load_token<C>(loss.inference_logprobs, row, 0),
@@ -112,65 +113,66 @@ IPO_HOST_DEVICE double loss_slope(const LogitsArgs& args, int64_t row, C logprob
              : math::token_loss<math::Rules::kAny>(token, params).gradient;
 }
 
-// The derivatives that flow into an active row from above, known before it is read.
+// Returns the gradients that the backward pass brings to an active row, known before it is read.
 template <typename E>
-IPO_HOST_DEVICE math::RowSlopes<E> upstream_slopes(const LogitsArgs& args, int64_t row) {
+IPO_HOST_DEVICE math::RowGrads<E> upstream_grads(const LogitsArgs& args, int64_t row) {
   return {load_token<E>(args.grad_logprobs, row, 0), load_token<E>(args.grad_entropy, row, 0)};
 }
 
-// What an active row's sums say of its token.
+// Returns what an active row's maximum and sums say of its token.
 template <typename E>
 IPO_HOST_DEVICE math::RowResult<E> result_of_row(const LogitsArgs& args, int64_t row,
-                                                 const math::RowSums& sums, E largest,
+                                                 const math::RowSums& sums, E row_max,
                                                  E label_capped) {
-  const double distance = (static_cast<double>(label_capped) - largest) / temperature_of(args, row);
-  return math::row_result<E>(sums, distance);
+  const double label_x = (static_cast<double>(label_capped) - row_max) / temperature_of(args, row);
+  return math::row_result<E>(sums, label_x);
 }
 
 template <typename E>
 IPO_HOST_DEVICE void store_results(const LogitsArgs& args, int64_t row,
                                    const math::RowResult<E>& result, const math::RowSums& sums,
-                                   E largest) {
+                                   E row_max) {
   static_cast<E*>(args.logprobs)[row] = result.logprob;
   static_cast<E*>(args.entropy)[row] = result.entropy;
   if (args.softmax_stats != nullptr) {
-    static_cast<E*>(args.softmax_stats)[row] = largest;
-    static_cast<E*>(args.softmax_stats)[args.logits.rows + row] = static_cast<E>(sums.exponentials);
+    static_cast<E*>(args.softmax_stats)[row] = row_max;
+    static_cast<E*>(args.softmax_stats)[args.logits.rows + row] = static_cast<E>(sums.sum_exp);
   }
 }
 
-// The derivatives that flow into an active row from its loss; 0 without one.
+// Returns the gradients that the loss brings to an active row; 0 without a loss.
 template <typename E>
-IPO_HOST_DEVICE math::RowSlopes<E> slopes_of_row(const LogitsArgs& args, int64_t row, E logprob) {
+IPO_HOST_DEVICE math::RowGrads<E> loss_grads(const LogitsArgs& args, int64_t row, E logprob) {
   if (!has_loss(args)) return {0, 0};
   return {static_cast<E>(args.loss.compute_dtype == DType::kFloat64
-                             ? loss_slope<double>(args, row, logprob)
-                             : loss_slope<float>(args, row, logprob)),
+                             ? grad_logprob<double>(args, row, logprob)
+                             : grad_logprob<float>(args, row, logprob)),
           0};
 }
 
 // Finishes an active row from its sums: stores the results, returns what its gradient is made of.
 template <typename E>
 IPO_HOST_DEVICE math::RowDerivative<E> finish_row(const LogitsArgs& args, int64_t row,
-                                                  const math::RowSums& sums, E largest,
+                                                  const math::RowSums& sums, E row_max,
                                                   E label_capped) {
-  const math::RowResult<E> result = result_of_row<E>(args, row, sums, largest, label_capped);
-  store_results(args, row, result, sums, largest);
-  return math::row_derivative<E>(slopes_of_row(args, row, result.logprob), sums.exponentials,
+  const math::RowResult<E> result = result_of_row<E>(args, row, sums, row_max, label_capped);
+  store_results(args, row, result, sums, row_max);
+  return math::row_derivative<E>(loss_grads(args, row, result.logprob), sums.sum_exp,
                                  result.entropy, scale_of<E>(args, row).inverse_temperature);
 }
 
-// The same in the backward pass, from what the forward pass has saved.
+// Returns what an active row's gradient is made of in the backward pass, from what the forward pass
+// has saved.
 template <typename E>
 IPO_HOST_DEVICE math::RowDerivative<E> restore_row(const LogitsArgs& args, int64_t row,
-                                                   const math::RowSlopes<E>& slopes) {
+                                                   const math::RowGrads<E>& grads) {
   return math::row_derivative<E>(
-      slopes, static_cast<const E*>(args.softmax_stats)[args.logits.rows + row],
+      grads, static_cast<const E*>(args.softmax_stats)[args.logits.rows + row],
       static_cast<const E*>(args.entropy)[row], scale_of<E>(args, row).inverse_temperature);
 }
 
 template <typename E>
-IPO_HOST_DEVICE E saved_largest(const LogitsArgs& args, int64_t row) {
+IPO_HOST_DEVICE E saved_row_max(const LogitsArgs& args, int64_t row) {
   return static_cast<const E*>(args.softmax_stats)[row];
 }
 
@@ -186,7 +188,7 @@ namespace cuda {
 // The ways in which rows of logits go through the kernels.
 enum class RowPath : int32_t {
   kResident,   // a cluster of blocks for each row, which keeps it on chip between the passes
-  kPipelined,  // the same for several rows, each of which is copied while the last is worked on
+  kPipelined,  // a cluster for several rows, each of which is copied while the last is worked on
   kSplit,      // few rows: many blocks for each reduce it, a second launch writes its gradient
   kStreamed,   // the backward pass, which knows the rows' sums: blocks that keep nothing
 };
@@ -207,16 +209,18 @@ struct LaunchPlan {
   int cluster_blocks = 1;       // blocks of a row
   int threads = 0;              // of a block
   int64_t shared_bytes = 0;     // of a block, but for the blocks that stream
+  int device_shared_bytes = 0;  // that a block may ask for
   int64_t workspace_bytes = 0;  // what args.workspace must hold
 };
 
 // Fills `plan` for the current device. Returns null, or CUDA's words for what failed.
 const char* make_plan(const LogitsArgs& args, LaunchPlan& plan);
 
-// At most two launches on `stream`, no host synchronisation. find_faults fills *args.fault: not 0
-// for a contract fault, which is a label or a temperature of an active row, more active rows than
-// args.max_active, the loss's cu_seqlens or normalizer. It reads no logits. Under a fault logits()
-// makes every output NaN.
+// find_faults fills *args.fault, which is not 0 for a contract fault: a label or a temperature of
+// an active row, more active rows than args.max_active, the loss's cu_seqlens or normalizer. It
+// reads no logits. Under a fault logits() makes every output NaN. Each makes at most two launches
+// on `stream` without synchronising with the host, and returns null, or CUDA's words for what
+// failed.
 const char* find_faults(const LogitsArgs& args, CUstream_st* stream);
 const char* logits(const LogitsArgs& args, const LaunchPlan& plan, CUstream_st* stream);
 

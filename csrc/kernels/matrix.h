@@ -7,8 +7,8 @@
 
 namespace ipo_ext {
 
-// [rows, columns] of any floating dtype, columns adjacent. Rows come in blocks, so that a slice
-// such as logits[:, :-1] of a batch is read where it lies.
+// A matrix [rows, columns] of any floating dtype whose columns are adjacent. Rows come in blocks,
+// so that logits[:, :-1] of a batch, say, is read where it lies.
 struct LogitsMatrix {
   void* data = nullptr;
   DType dtype = DType::kFloat32;

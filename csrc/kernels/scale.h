@@ -12,8 +12,8 @@ struct CUstream_st;
 
 namespace ipo_ext {
 
-// out = gradient * factor, a product in the compute dtype, rounded to out's dtype once; nothing is
-// touched where factor is 1 and out the gradient.
+// Asks for out = gradient * factor, a product in the compute dtype, rounded to out's dtype once.
+// Nothing is touched where factor is 1 and out the gradient.
 struct ScaleArgs {
   const void* gradient;  // [count]
   DType dtype;
@@ -23,7 +23,7 @@ struct ScaleArgs {
   ScalarInput factor;
 };
 
-// The same in place, for rows that do not follow each other.
+// Asks for gradient *= factor in place, for rows that do not follow each other.
 struct ScaleRowsArgs {
   LogitsMatrix gradient;
   ScalarInput factor;
@@ -38,8 +38,8 @@ void scale_rows(const ScaleRowsArgs& args, const ParallelFor& parallel_for);
 
 namespace cuda {
 
-// One launch on `stream`, no host synchronisation. They return null, or CUDA's words for what
-// failed.
+// Each makes one launch on `stream` without synchronising with the host, and returns null, or
+// CUDA's words for what failed.
 const char* scale(const ScaleArgs& args, CUstream_st* stream);
 const char* scale_rows(const ScaleRowsArgs& args, CUstream_st* stream);
 

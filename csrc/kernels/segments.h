@@ -1,6 +1,6 @@
-// How a packed batch is cut: fixed tiles of tokens, and the pieces in which tiles and segments
-// overlap. Each piece owns a slot of the workspace that the host can bound beforehand, so partial
-// sums need neither atomics nor a zero-fill.
+// Says how a packed batch is cut: into fixed tiles of tokens, and into the spans in which tiles and
+// segments overlap. Each span owns a slot of the workspace that the host can bound beforehand, so
+// partial sums need neither atomics nor a zero-fill.
 #pragma once
 
 #include <cstdint>
@@ -18,27 +18,27 @@ struct Segments {
 
   IPO_HOST_DEVICE int64_t num_tiles() const { return (tokens + tile_size - 1) / tile_size; }
 
-  // First token of segment s, s in [0, count]. Clamped: whatever cu_seqlens holds, no access leaves
-  // the batch.
+  // Returns the first token of segment s, s in [0, count]. It is clamped: whatever cu_seqlens
+  // holds, no access leaves the batch.
   IPO_HOST_DEVICE int64_t begin(int64_t s) const {
     if (cu_seqlens == nullptr) return s == 0 ? 0 : tokens;
     const int64_t value = cu_seqlens[s];
     return value < 0 ? 0 : (value > tokens ? tokens : value);
   }
 
-  // The pieces of tiles and segments, in order, never share `tile + segment`: each step moves to
-  // the next tile, to the next segment, or to both.
+  // No two spans have the same `tile + segment`: from one to the next in order, the tile, the
+  // segment or both move on by one.
   IPO_HOST_DEVICE static int64_t slot(int64_t tile, int64_t segment) { return tile + segment; }
   IPO_HOST_DEVICE int64_t num_slots() const { return num_tiles() + count; }
 
-  // The slots of segment s, written only where it has tokens.
+  // The slots of segment s are [first_slot(s), end_slot(s)); they are written where it has tokens.
   IPO_HOST_DEVICE int64_t first_slot(int64_t s) const { return slot(begin(s) / tile_size, s); }
   IPO_HOST_DEVICE int64_t end_slot(int64_t s) const {
     return begin(s + 1) > begin(s) ? slot((begin(s + 1) - 1) / tile_size, s) + 1 : first_slot(s);
   }
 
-  // Whether entry s keeps cu_seqlens a partition: it starts at 0, never decreases, ends at the
-  // number of tokens.
+  // Returns whether entry s keeps cu_seqlens a partition, which starts at 0, never decreases and
+  // ends at the number of tokens.
   IPO_HOST_DEVICE bool entry_is_valid(int64_t s) const {
     if (cu_seqlens == nullptr) return true;
     const bool ordered = s == 0 ? cu_seqlens[0] == 0 : cu_seqlens[s] >= cu_seqlens[s - 1];

@@ -1,6 +1,6 @@
-// exp(x), at most 1 ULP, and exp(x) - 1 - x without cancellation, from one polynomial: no branch,
-// no table, no libm call, so that it runs in every SIMD lane and on the device alike. And a cheaper
-// exp for the softmax, whose arguments are never positive.
+// Computes exp(x) within 1 ULP and exp(x) - 1 - x without cancellation from one polynomial: no
+// branch, no table and no libm call, so that it runs in every SIMD lane and on the device alike.
+// The softmax, whose arguments are never positive, has a cheaper exp of its own.
 #pragma once
 
 #include <type_traits>
@@ -57,7 +57,7 @@ struct ExponentialConstants<double> {
   static constexpr double kHighest = 709.782712893384;
   static constexpr double kVanishing = -709.0895657128241;  // -1023 ln(2)
 
-  // The same by Taylor: the first term left out is below 2^-57.
+  // The Taylor series of the function above; its first term that is left out is below 2^-57.
   template <typename T>
   static IPO_HOST_DEVICE T tail(T f) {
     T q = 1.0 / 6227020800.0 * f + 1.0 / 479001600.0;
@@ -89,7 +89,7 @@ struct Exponential {
   T exp_minus_1_minus_x;  // finite for -max <= x <= 80; within 12 epsilons, relative
 };
 
-// With x = n ln(2) + f: exp(x) = 2^n (1 + f + f^2 tail(f)).
+// Splits x = n ln(2) + f, so that exp(x) = 2^n (1 + f + f^2 tail(f)).
 template <typename T>
 IPO_HOST_DEVICE Exponential<T> exponential(T x) {
   using E = Element<T>;
@@ -103,8 +103,8 @@ IPO_HOST_DEVICE Exponential<T> exponential(T x) {
   const T f = (bounded - n * C::kLn2High) - n * C::kLn2Low;
   const T tail = f * f * C::tail(f);
 
-  // 2^n in two factors: n alone can leave the exponent's range where exp(x) does not. Unsigned: a
-  // NaN's n is anything.
+  // 2^n is taken as two factors: n alone can leave the exponent's range where exp(x) does not. The
+  // integers are unsigned, because a NaN's n is anything.
   const Unsigned exponent =
       bit_cast<Unsigned>(rounded) - bit_cast<Unsigned>(splat<T>(C::kRoundMagic));
   const Unsigned half = bit_cast<Unsigned>(bit_cast<Int>(exponent) >> 1);
@@ -117,12 +117,12 @@ IPO_HOST_DEVICE Exponential<T> exponential(T x) {
           scale * tail + ((scale * f - x) + (scale - E(1)))};
 }
 
-// Where the softmax's exponentials end: exponential_of_nonpositive is exactly 0 there.
+// From this argument down exponential_of_nonpositive is exactly 0, and so are the softmax's terms.
 template <typename E>
 constexpr E kVanishing = ExponentialConstants<E>::kVanishing;
 
 #if defined(__CUDA_ARCH__)
-// 2^x by the device's special function unit: 2 ULP, subnormal results are 0.
+// Computes 2^x by the device's special function unit: within 2 ULP, subnormal results are 0.
 __device__ __forceinline__ float device_exp2(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -130,9 +130,10 @@ __device__ __forceinline__ float device_exp2(float x) {
 }
 #endif
 
-// 2^x for x from -127 (fp64: -1023), where it is exactly 0, to what rounding leaves above 0; NaN
-// for NaN. 2^n is one factor, and the sum that rounds to n holds its biased exponent already. In
-// fp32 on the device one instruction, two ULP, and any x <= 0.
+// Computes 2^x for x from -127 (in fp64 -1023), where it is exactly 0, to what rounding leaves
+// above 0; NaN for NaN. The factor 2^n needs no shift of n, because the sum that rounds to n holds
+// its biased exponent already. In fp32 the device does it in one instruction, within two ULP, for
+// any x <= 0.
 template <typename T>
 IPO_HOST_DEVICE T power_of_2(T x) {
   using E = Element<T>;
@@ -148,8 +149,8 @@ IPO_HOST_DEVICE T power_of_2(T x) {
   return C::power_of_2(f) * bit_cast<T>(bit_cast<Unsigned>(rounded) << C::kMantissaBits);
 }
 
-// exp(x) for x from kVanishing to what rounding leaves above 0; NaN for NaN. Off by 2 + 5/4 |x|
-// ULP: about what rounding x itself has cost.
+// Computes exp(x) for x from kVanishing to what rounding leaves above 0; NaN for NaN. It is off by
+// 2 + 5/4 |x| ULP, about what rounding x itself has cost.
 template <typename T>
 IPO_HOST_DEVICE T exponential_of_nonpositive(T x) {
   return power_of_2(x * ExponentialConstants<Element<T>>::kLog2E);

@@ -1,6 +1,6 @@
-// The vocabulary in which the math is written once: T is a float or double on the device, and on
-// the host also a SIMD vector of them (simd.h). Selections go through masks, never through
-// branches.
+// The vocabulary in which the math is written once for every lane type T: a float or double on the
+// device, and on the host also a SIMD vector of them (simd.h). Selections go through masks, never
+// through branches.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +10,14 @@
 #if defined(__CUDACC__)
 #define IPO_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-// Always inlined: the host compiles this room once for each instruction set, and a copy that the
-// linker shared between them would run on machines that it was not built for.
+// Functions are always inlined: the host compiles this layer once for each instruction set, and a
+// copy that the linker shared between them would run on machines that it was not built for.
 #define IPO_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace ipo_ext::math {
 
-// What a lane type T is made of, and the three operations that scalars and vectors spell
-// differently.
+// What a lane type T is made of, and the operations that scalars and vectors spell differently.
 template <typename T>
 struct Lanes;
 
@@ -63,20 +62,20 @@ IPO_HOST_DEVICE To bit_cast(const From& from) {
   return to;
 }
 
-// The same value in every lane.
+// Returns `value` in every lane.
 template <typename T>
 IPO_HOST_DEVICE T splat(Element<T> value) {
   return T{} + value;
 }
 
-// mask ? yes : no, in every lane.
+// Returns mask ? yes : no in every lane.
 template <typename T>
 IPO_HOST_DEVICE T select(Mask<T> mask, T yes, T no) {
   return mask ? yes : no;
 }
 
-// a * b, rounded on its own. On the device, products are fused with the sums that take them: what
-// should cancel to 0 would leave the product's rounding error.
+// Returns a * b, rounded on its own. The device fuses other products with the sums that take them,
+// and what should cancel to 0 would leave the product's rounding error.
 template <typename T>
 IPO_HOST_DEVICE T rounded_product(Element<T> a, T b) {
 #if defined(__CUDA_ARCH__)
@@ -86,7 +85,8 @@ IPO_HOST_DEVICE T rounded_product(Element<T> a, T b) {
   return a * b;
 }
 
-// Of two numbers; b where either is NaN. (On x86 one instruction.)
+// `smaller` and `larger` choose one of two numbers, and b where either is NaN: on x86 one
+// instruction.
 template <typename T>
 IPO_HOST_DEVICE T smaller(T a, T b) {
   return select<T>(a < b, a, b);

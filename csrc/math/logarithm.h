@@ -1,4 +1,5 @@
-// log(y) for positive normal numbers, without a branch, a table or a libm call, like exp beside it.
+// Computes log(y) for positive normal numbers without a branch, a table or a libm call, as
+// exponential.h does exp.
 #pragma once
 
 #include "math/lanes.h"
@@ -22,8 +23,9 @@ struct LogarithmConstants<double> {
   static constexpr int kTerms = 12;
 };
 
-// With y = 2^n m, m between sqrt(1/2) and sqrt(2), and t = (m - 1) / (m + 1):
-// log(y) = n log(2) + 2 (t + t^3 / 3 + t^5 / 5 + ...). Within 3 epsilons of max(1, |log(y)|).
+// Splits y = 2^n m with m between sqrt(1/2) and sqrt(2); with t = (m - 1) / (m + 1) then
+// log(y) = n log(2) + 2 (t + t^3 / 3 + t^5 / 5 + ...). The result is within 3 epsilons of
+// max(1, |log(y)|).
 template <typename T>
 IPO_HOST_DEVICE T logarithm(T y) {
   using E = Element<T>;
@@ -31,9 +33,9 @@ IPO_HOST_DEVICE T logarithm(T y) {
   using Int = typename Lanes<T>::Int;
   using Unsigned = typename Lanes<T>::Unsigned;
 
-  const Unsigned above =
+  const Unsigned past_root =
       bit_cast<Unsigned>(y) - bit_cast<Unsigned>(splat<T>(E(0.70710678118654752)));
-  const Unsigned n = bit_cast<Unsigned>(bit_cast<Int>(above) >> C::kMantissaBits);
+  const Unsigned n = bit_cast<Unsigned>(bit_cast<Int>(past_root) >> C::kMantissaBits);
   const T m = bit_cast<T>(bit_cast<Unsigned>(y) - (n << C::kMantissaBits));
   const T exponent = bit_cast<T>(n + bit_cast<Unsigned>(splat<T>(C::kMagic))) - C::kMagic;
   const T t = (m - E(1)) / (m + E(1));

@@ -1,5 +1,5 @@
-// Which tokens are kept: one function a rule. Each compares the two log-probabilities with bounds,
-// and never keeps a token whose log-ratio or ratio is not finite.
+// Decides which tokens are kept: one function for each rule. Each compares the two
+// log-probabilities with bounds, and never keeps a token whose log-ratio or ratio is not finite.
 #pragma once
 
 #include "math/exponential.h"
@@ -14,8 +14,9 @@ enum class MaskRule : int32_t { kRatio, kDppo, kProbDiff, kKpop, kCount };
 // every rule and scope, chosen at run time.
 enum class Rules { kDefault, kAny };
 
+// What a rule may look at.
 template <typename T>
-struct Candidate {
+struct MaskInput {
   T trainer_logprob;
   T inference_logprob;
   T log_ratio;
@@ -24,65 +25,68 @@ struct Candidate {
   Mask<T> finite;  // neither the log-ratio nor the ratio overflows
 };
 
+// What a rule says of a token.
 template <typename T>
-struct Verdict {
+struct MaskDecision {
   Mask<T> kept;
-  Mask<T> above;  // active and dropped on the high side
-  Mask<T> below;  // active and dropped on the low side
+  Mask<T> masked_high;  // active and dropped on the high side
+  Mask<T> masked_low;   // active and dropped on the low side
 };
 
-// low <= log r <= high: the band on the ratio, decided in log space. Bounds that are finite and
-// whose exp is finite keep no infinity.
+// Keeps low <= log r <= high: the band on the ratio, decided in log space. Bounds that are finite
+// and whose exp is finite keep no infinity.
 template <typename T>
-IPO_HOST_DEVICE Verdict<T> ratio_rule(const Candidate<T>& token, Element<T> low, Element<T> high) {
+IPO_HOST_DEVICE MaskDecision<T> ratio_rule(const MaskInput<T>& token, Element<T> low,
+                                           Element<T> high) {
   const T x = token.log_ratio;
   const Mask<T> kept = token.active & (x >= low) & (x <= high);
-  const Mask<T> above = token.active & (x > high);
-  const Mask<T> below = token.active & (x < low);
-  return {kept, above, below};
+  const Mask<T> masked_high = token.active & (x > high);
+  const Mask<T> masked_low = token.active & (x < low);
+  return {kept, masked_high, masked_low};
 }
 
-// Of the other rules: whatever is dropped on whichever side, only an active token counts, and only
-// a finite one is kept.
+// Completes the decision of the other rules: whatever they drop on whichever side, only an active
+// token counts, and only a finite one is kept.
 template <typename T>
-IPO_HOST_DEVICE Verdict<T> verdict(const Candidate<T>& token, Mask<T> dropped, Mask<T> above,
-                                   Mask<T> below) {
-  Verdict<T> verdict;
-  verdict.kept = Lanes<T>::and_not(token.active & token.finite, dropped);
-  verdict.above = token.active & above;
-  verdict.below = token.active & below;
-  return verdict;
+IPO_HOST_DEVICE MaskDecision<T> decide(const MaskInput<T>& token, Mask<T> dropped,
+                                       Mask<T> dropped_high, Mask<T> dropped_low) {
+  MaskDecision<T> decision;
+  decision.kept = Lanes<T>::and_not(token.active & token.finite, dropped);
+  decision.masked_high = token.active & dropped_high;
+  decision.masked_low = token.active & dropped_low;
+  return decision;
 }
 
-// p - q, of log-probabilities that count as no more than the largest whose exp is finite.
+// Returns p - q, of log-probabilities that count as no more than the largest whose exp is finite.
 template <typename T>
-IPO_HOST_DEVICE T probability_difference(const Candidate<T>& token) {
+IPO_HOST_DEVICE T probability_difference(const MaskInput<T>& token) {
   return exponential(token.trainer_logprob).exp - exponential(token.inference_logprob).exp;
 }
 
 // Drops where the probability has moved too far in the direction in which the advantage pushes.
 template <typename T>
-IPO_HOST_DEVICE Verdict<T> dppo_rule(const Candidate<T>& token, Element<T> low, Element<T> high) {
+IPO_HOST_DEVICE MaskDecision<T> dppo_rule(const MaskInput<T>& token, Element<T> low,
+                                          Element<T> high) {
   using E = Element<T>;
   const T d = probability_difference(token);
-  const Mask<T> above = (token.advantage > E(0)) & (d > high);
-  const Mask<T> below = (token.advantage <= E(0)) & (d < -low);
-  return verdict(token, above | below, above, below & (token.advantage < E(0)));
+  const Mask<T> too_high = (token.advantage > E(0)) & (d > high);
+  const Mask<T> too_low = (token.advantage <= E(0)) & (d < -low);
+  return decide(token, too_high | too_low, too_high, too_low & (token.advantage < E(0)));
 }
 
-// -low <= p - q <= high.
+// Keeps -low <= p - q <= high.
 template <typename T>
-IPO_HOST_DEVICE Verdict<T> prob_diff_rule(const Candidate<T>& token, Element<T> low,
-                                          Element<T> high) {
+IPO_HOST_DEVICE MaskDecision<T> prob_diff_rule(const MaskInput<T>& token, Element<T> low,
+                                               Element<T> high) {
   const T d = probability_difference(token);
-  const Mask<T> above = d > high;
-  const Mask<T> below = d < -low;
-  return verdict(token, above | below, above, below);
+  const Mask<T> too_high = d > high;
+  const Mask<T> too_low = d < -low;
+  return decide(token, too_high | too_low, too_high, too_low);
 }
 
 constexpr double kSmallestProbability = 1e-6;
-constexpr double kLogSmallest = -13.815510557964274;    // of it
-constexpr double kLogLargest = -1.0000005000003333e-6;  // of 1 minus it
+constexpr double kLogSmallest = -13.815510557964274;    // log(kSmallestProbability)
+constexpr double kLogLargest = -1.0000005000003333e-6;  // log(1 - kSmallestProbability)
 
 template <typename T>
 IPO_HOST_DEVICE T clamped(T value, double smallest, double largest) {
@@ -90,32 +94,32 @@ IPO_HOST_DEVICE T clamped(T value, double smallest, double largest) {
   return smaller(larger(value, splat<T>(E(smallest))), splat<T>(E(largest)));
 }
 
-// The larger of KL(p || q) and KL(q || p) between two coins is at most high.
+// Keeps where the larger of the Bernoulli KLs, KL(p || q) and KL(q || p), is at most high.
 template <typename T>
-IPO_HOST_DEVICE Verdict<T> kpop_rule(const Candidate<T>& token, Element<T>, Element<T> high) {
+IPO_HOST_DEVICE MaskDecision<T> kpop_rule(const MaskInput<T>& token, Element<T>, Element<T> high) {
   using E = Element<T>;
   const T log_p = clamped(token.trainer_logprob, kLogSmallest, kLogLargest);
   const T log_q = clamped(token.inference_logprob, kLogSmallest, kLogLargest);
   const T p = clamped(exponential(log_p).exp, kSmallestProbability, 1 - kSmallestProbability);
   const T q = clamped(exponential(log_q).exp, kSmallestProbability, 1 - kSmallestProbability);
-  const T heads = log_p - log_q;
-  const T tails = logarithm(E(1) - p) - logarithm(E(1) - q);
-  const T forward = p * heads + (E(1) - p) * tails;
-  const T backward = -q * heads - (E(1) - q) * tails;
+  const T log_ratio_of_p = log_p - log_q;
+  const T log_ratio_of_rest = logarithm(E(1) - p) - logarithm(E(1) - q);
+  const T forward = p * log_ratio_of_p + (E(1) - p) * log_ratio_of_rest;
+  const T backward = -q * log_ratio_of_p - (E(1) - q) * log_ratio_of_rest;
   const Mask<T> dropped = larger(forward, backward) > high;
-  return verdict(token, dropped, dropped & (token.log_ratio > E(0)),
-                 dropped & (token.log_ratio < E(0)));
+  return decide(token, dropped, dropped & (token.log_ratio > E(0)),
+                dropped & (token.log_ratio < E(0)));
 }
 
-// The rollout rule: a token that drops its whole sequence. A ratio of 0 is below any bound.
+// The rollout rule: says whether a token drops its whole sequence. A ratio of 0 is below any bound.
 template <typename T>
 IPO_HOST_DEVICE Mask<T> drops_rollout(Mask<T> active, T log_ratio, Element<T> low) {
   return active & (log_ratio < low);
 }
 
 template <Rules kRules, typename T>
-IPO_HOST_DEVICE Verdict<T> verdict_of(const Candidate<T>& token, MaskRule rule, Element<T> low,
-                                      Element<T> high) {
+IPO_HOST_DEVICE MaskDecision<T> mask_decision(const MaskInput<T>& token, MaskRule rule,
+                                              Element<T> low, Element<T> high) {
   if constexpr (kRules == Rules::kAny) {
     if (rule == MaskRule::kDppo) return dppo_rule(token, low, high);
     if (rule == MaskRule::kProbDiff) return prob_diff_rule(token, low, high);

@@ -1,5 +1,5 @@
-// The metrics: what a token adds to each sum, how sums merge, and the means made of them. Sums are
-// fp64 and counts exact, so that segments, micro-batches and ranks combine without bias.
+// The metrics: what a token adds to each sum, how sums merge, and which means are made of them.
+// Sums are fp64 and counts exact, so that segments, micro-batches and ranks combine without bias.
 #pragma once
 
 #include <limits>
@@ -9,7 +9,7 @@
 
 namespace ipo_ext::math {
 
-// Rows of the operator's `sums`: counts first, then real-valued sums, then what only a whole
+// The rows of the operator's `sums`: counts first, then real-valued sums, then what only a whole
 // segment knows. Python reads the names from these lists.
 #define IPO_EXT_COUNT_ROWS(X)  \
   X(active)                    \
@@ -32,12 +32,12 @@ namespace ipo_ext::math {
 
 #define IPO_EXT_SEGMENT_ROWS(X) X(rollout_dropped)
 
-// Rows of the operator's `extremes`.
+// The rows of the operator's `extremes`, which are members of TileSums.
 #define IPO_EXT_EXTREME_ROWS(X) \
   X(log_ratio_min)              \
   X(log_ratio_max)
 
-// Rows of the operator's `means`: what users read.
+// The rows of the operator's `means`: what users read.
 #define IPO_EXT_MEAN_ROWS(X)   \
   X(mismatch_kl)               \
   X(masked_mismatch_kl)        \
@@ -78,7 +78,7 @@ enum Row : int { IPO_EXT_MEAN_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
 constexpr int kFirstSegmentRow = count::kNumRows + sum::kNumRows;
 constexpr int kNumSumRows = kFirstSegmentRow + of_segment::kNumRows;
 
-// Sums over the tokens of a tile, T a scalar or, while a SIMD loop runs, a vector.
+// Sums over the tokens of a span. T is a scalar or, while a SIMD loop runs, a vector.
 template <typename T>
 struct TileSums {
   Wide<T> sums[sum::kNumRows];
@@ -95,14 +95,14 @@ IPO_HOST_DEVICE TileSums<T> empty_tile_sums() {
   return empty;
 }
 
-// Which optional inputs of a token are there.
+// Says which optional inputs of a token are there.
 struct TokenExtras {
   bool teacher;
   bool entropy;
 };
 
-// A ratio that overflows counts in `nonfinite` (and in the band's sides) and adds 0 to everything
-// else.
+// Adds a token to the sums. A ratio that overflows counts in `nonfinite` (and in the band's sides)
+// and adds 0 to everything else.
 template <typename T>
 IPO_HOST_DEVICE void add_token(TileSums<T>& tile, const Token<T>& token, const TokenLoss<T>& loss,
                                const TokenExtras& has) {
@@ -113,8 +113,8 @@ IPO_HOST_DEVICE void add_token(TileSums<T>& tile, const Token<T>& token, const T
 
   tile.counts[count::active] += L::ones(loss.active);
   tile.counts[count::kept] += L::ones(loss.kept);
-  tile.counts[count::masked_low] += L::ones(loss.below);
-  tile.counts[count::masked_high] += L::ones(loss.above);
+  tile.counts[count::masked_low] += L::ones(loss.masked_low);
+  tile.counts[count::masked_high] += L::ones(loss.masked_high);
   tile.counts[count::nonfinite] += L::ones(L::and_not(loss.active, loss.finite));
   tile.counts[count::masked_advantage_positive] += L::ones(masked & (token.advantage > E(0)));
   tile.counts[count::masked_advantage_negative] += L::ones(masked & (token.advantage < E(0)));
@@ -141,7 +141,7 @@ IPO_HOST_DEVICE void add_token(TileSums<T>& tile, const Token<T>& token, const T
       larger(select<T>(measurable, loss.log_ratio, tile.log_ratio_max), tile.log_ratio_max);
 }
 
-// Sums over a whole segment, all in fp64: what the operator returns.
+// Sums over a whole segment, all in fp64, as the operator returns them.
 struct SegmentSums {
   double sums[kNumSumRows];
   double extremes[extreme::kNumRows];  // +inf and -inf over nothing
@@ -179,12 +179,13 @@ IPO_HOST_DEVICE void mark_dropped_rollout(SegmentSums& segment) {
   segment.sums[kFirstSegmentRow + of_segment::rollout_dropped] = segment.sums[count::active];
 }
 
-// A mean over nothing is 0.
+// A mean over nothing is defined as 0.
 IPO_HOST_DEVICE double ratio_or_zero(double numerator, double denominator) {
   return denominator == 0 ? 0 : numerator / denominator;
 }
 
-// The means as quotients, which the threads of a GPU share: a division in fp64 is slow.
+// The means as quotients, so that the threads of a GPU divide side by side: a division in fp64 is
+// slow.
 struct Fractions {
   double numerators[mean::kNumRows];
   double denominators[mean::kNumRows];

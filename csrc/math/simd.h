@@ -1,5 +1,5 @@
-// SIMD vectors for the host, as wide as the instruction set this file is compiled for: GNU vector
-// types; intrinsics only for two conversions that GCC 12 takes apart.
+// SIMD vectors for the host, as wide as the instruction set that this file is compiled for. They
+// are GNU vector types; intrinsics serve two conversions alone, which GCC 12 takes apart.
 #pragma once
 
 #include "math/lanes.h"
@@ -26,8 +26,8 @@ typedef int64_t Int64Vector __attribute__((vector_size(kSimdBytes)));
 typedef uint32_t Uint32Vector __attribute__((vector_size(kSimdBytes)));
 typedef uint64_t Uint64Vector __attribute__((vector_size(kSimdBytes)));
 
-// The fp64 values of a FloatVector: two registers, because one type of twice the width would live
-// in memory.
+// The fp64 values of a FloatVector, in two registers: one type of twice the width would live in
+// memory.
 struct DoublePair {
   DoubleVector low, high;
   IPO_HOST_DEVICE DoublePair& operator+=(const DoublePair& other) {
@@ -95,7 +95,7 @@ using Vector = typename VectorOf<E>::Type;
 template <typename T>
 constexpr int kLanesOf = sizeof(T) / sizeof(Element<T>);
 
-// Booleans in memory, of which any byte but 0 is true, as a mask.
+// Loads booleans as a mask; any byte but 0 is true.
 template <typename T>
 IPO_HOST_DEVICE Mask<T> load_mask(const uint8_t* from) {
 #if defined(__AVX512F__)

@@ -1,6 +1,6 @@
-// One row of logits: softcap and temperature, the softmax's sums, and what they make of a token:
-// its log-probability, the row's entropy, and their derivatives by every logit. The maximum is
-// known first, so each logit costs one exponential.
+// The softmax of one row of logits: softcap and temperature, its sums, and what they make of a
+// token: its log-probability, the row's entropy, and their derivatives by every logit. The maximum
+// is known first, so each logit costs one exponential.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 
 namespace ipo_ext::math {
 
-// How raw logits become the softmax's arguments: u = softcap * tanh(z / softcap), then u / T.
+// How raw logits z become the softmax's arguments: u = softcap * tanh(z / softcap), then u / T.
 template <typename E>
 struct LogitScale {
   E softcap;  // 0 for none
@@ -19,12 +19,12 @@ struct LogitScale {
 
 template <typename T>
 struct CappedLogit {
-  T value;  // u
-  T slope;  // du / dz
+  T value;       // u
+  T derivative;  // du / dz
 };
 
-// With e = exp(-2 |z| / c): tanh = (1 - e) / (1 + e), whose derivative is 4 e / (1 + e)^2. Near 0,
-// where e - 1 would cancel, it comes from exp(x) - 1 - x.
+// Caps a logit. With e = exp(-2 |z| / c), tanh = (1 - e) / (1 + e), whose derivative is
+// 4 e / (1 + e)^2. Near 0, where e - 1 would cancel, it comes from exp(x) - 1 - x.
 template <typename T>
 IPO_HOST_DEVICE CappedLogit<T> cap_logit(T z, Element<T> softcap) {
   using E = Element<T>;
@@ -38,115 +38,116 @@ IPO_HOST_DEVICE CappedLogit<T> cap_logit(T z, Element<T> softcap) {
   return {select<T>(z < E(0), -value, value), E(4) * e.exp / (plus * plus)};
 }
 
-// Sums over a row of exp(d) and exp(d) * d, d = (u - the largest u) / T.
+// Sums over a row of exp(x) and exp(x) * x with x = (u - row_max) / T, row_max the largest u.
 struct RowSums {
-  double exponentials;
-  double weighted;
+  double sum_exp;
+  double sum_exp_x;
 };
 
 IPO_HOST_DEVICE RowSums merge(const RowSums& a, const RowSums& b) {
-  return {a.exponentials + b.exponentials, a.weighted + b.weighted};
+  return {a.sum_exp + b.sum_exp, a.sum_exp_x + b.sum_exp_x};
 }
 
-// The sums of a part of a row, taken relative to the part's own maximum, which is `shift` below the
-// row's. A part of nothing but -inf has no maximum, and adds nothing.
-IPO_HOST_DEVICE RowSums shifted(const RowSums& part, double shift) {
-  if (part.exponentials == 0) return {0, 0};
+// Takes the sums of a split of a row, which are relative to the split's own maximum, to the row's
+// maximum, which is -shift higher. A split of nothing but -inf has no maximum, and adds nothing.
+IPO_HOST_DEVICE RowSums shifted(const RowSums& split, double shift) {
+  if (split.sum_exp == 0) return {0, 0};
   const double factor = exponential(shift).exp;
-  return {factor * part.exponentials, factor * (part.weighted + shift * part.exponentials)};
+  return {factor * split.sum_exp, factor * (split.sum_exp_x + shift * split.sum_exp)};
 }
 
 template <typename T>
 struct RowTerm {
-  T distance;     // d, no less than kVanishing
-  T exponential;  // exp(d), 0 from there on: for a logit of -inf, too
+  T x;    // no less than kVanishing
+  T exp;  // exp(x), 0 from kVanishing down: for a logit of -inf, too
 };
 
-// The difference is taken before the temperature divides it: an offset common to all logits,
-// however large, costs no digits.
+// Makes a logit's term. The difference is taken before the temperature divides it: an offset common
+// to all logits, however large, costs no digits.
 template <typename T>
-IPO_HOST_DEVICE RowTerm<T> row_term(T capped, Element<T> largest, Element<T> inverse_temperature) {
-  const T unbounded = (capped - largest) * inverse_temperature;
+IPO_HOST_DEVICE RowTerm<T> row_term(T capped, Element<T> row_max, Element<T> inverse_temperature) {
+  const T unbounded = (capped - row_max) * inverse_temperature;
   const T lowest = splat<T>(kVanishing<Element<T>>);
-  const T distance = select<T>(unbounded < lowest, lowest, unbounded);
-  return {distance, exponential_of_nonpositive(distance)};
+  const T x = select<T>(unbounded < lowest, lowest, unbounded);
+  return {x, exponential_of_nonpositive(x)};
 }
 
-// The same in powers of 2, where those are what the device computes: a multiplication less. The
-// scale is log2(e) / T, the distance d / log(2).
+// A term in powers of 2, where those are what the device computes: a multiplication less. The scale
+// is log2(e) / T, and the term holds x / log(2).
 template <typename E>
 IPO_HOST_DEVICE E binary_scale(E inverse_temperature) {
   return inverse_temperature * ExponentialConstants<E>::kLog2E;
 }
 template <typename E>
-IPO_HOST_DEVICE RowTerm<E> binary_row_term(E logit, E largest, E scale) {
+IPO_HOST_DEVICE RowTerm<E> binary_row_term(E logit, E row_max, E scale) {
   constexpr E kLowest = -static_cast<E>(ExponentialConstants<E>::kBias);
-  const E unbounded = (logit - largest) * scale;
-  const E distance = unbounded < kLowest ? kLowest : unbounded;
-  return {distance, power_of_2(distance)};
+  const E unbounded = (logit - row_max) * scale;
+  const E x = unbounded < kLowest ? kLowest : unbounded;
+  return {x, power_of_2(x)};
 }
 
 template <typename T>
-IPO_HOST_DEVICE T weighted(const RowTerm<T>& term) {
-  return term.exponential * term.distance;
+IPO_HOST_DEVICE T exp_x(const RowTerm<T>& term) {
+  return term.exp * term.x;
 }
 
-// NaN in both where the row holds NaN or +inf, or nothing but -inf.
+// What a row says of its token: NaN in both where it holds NaN or +inf, or nothing but -inf.
 template <typename E>
 struct RowResult {
   E logprob;
   E entropy;
 };
 
-// Distances stay apart from the logarithm until the end: the largest logit plus a logarithm would
-// lose the logarithm's digits.
+// Makes a row's result. The label's x stays apart from the logarithm until the end: row_max plus a
+// logarithm would lose the logarithm's digits.
 template <typename E>
-IPO_HOST_DEVICE RowResult<E> row_result(const RowSums& sums, double label_distance) {
-  const double log_sum = log(sums.exponentials);
-  return {static_cast<E>(label_distance - log_sum),
-          static_cast<E>(log_sum - sums.weighted / sums.exponentials)};
+IPO_HOST_DEVICE RowResult<E> row_result(const RowSums& sums, double label_x) {
+  const double log_sum = log(sums.sum_exp);
+  return {static_cast<E>(label_x - log_sum),
+          static_cast<E>(log_sum - sums.sum_exp_x / sums.sum_exp)};
 }
 
-// What flows into a row: derivatives by its log-probability and by its entropy.
+// The gradients that flow into a row: by its log-probability and by its entropy.
 template <typename E>
-struct RowSlopes {
+struct RowGrads {
   E logprob;
   E entropy;
 
   IPO_HOST_DEVICE bool are_zero() const { return logprob == 0 && entropy == 0; }
 };
 
-// d(log p_y)/ds_j = [j = y] - p_j and dH/ds_j = -p_j (log p_j + H), s the softmax's arguments.
+// A row's derivative by its logits: d(log p_y)/ds_j = [j = y] - p_j and
+// dH/ds_j = -p_j (log p_j + H), where s are the softmax's arguments.
 template <typename E>
 struct RowDerivative {
-  RowSlopes<E> slopes;
+  RowGrads<E> grads;
   E inverse_sum;
-  E entropy_offset;  // H - log(sum): log p_j + H = d_j + entropy_offset
+  E entropy_offset;  // H - log(sum): log p_j + H = x_j + entropy_offset
   E inverse_temperature;
 
-  // By a logit that is not the label, given du/dz.
+  // Returns the derivative by a logit that is not the label, given du/dz.
   template <typename T>
-  IPO_HOST_DEVICE T other(const RowTerm<T>& term, T slope) const {
-    T inner = splat<T>(slopes.logprob);
-    if (slopes.entropy != 0) inner = inner + slopes.entropy * (term.distance + entropy_offset);
-    const T p = term.exponential * inverse_sum;
-    return select<T>(term.exponential == E(0), T{}, -p * (inner * (slope * inverse_temperature)));
+  IPO_HOST_DEVICE T other(const RowTerm<T>& term, T du_dz) const {
+    T inner = splat<T>(grads.logprob);
+    if (grads.entropy != 0) inner = inner + grads.entropy * (term.x + entropy_offset);
+    const T p = term.exp * inverse_sum;
+    return select<T>(term.exp == E(0), T{}, -p * (inner * (du_dz * inverse_temperature)));
   }
 
-  // The same for a row without a softcap into which no entropy flows: by this an exponential is
-  // multiplied.
-  IPO_HOST_DEVICE E factor() const { return -(slopes.logprob * inverse_temperature) * inverse_sum; }
+  // Returns what an exponential is multiplied by to give other(), in a row without a softcap into
+  // which no entropy flows.
+  IPO_HOST_DEVICE E factor() const { return -(grads.logprob * inverse_temperature) * inverse_sum; }
 
-  // 0 where the label has all of the probability.
-  IPO_HOST_DEVICE E label(const RowTerm<E>& term, E slope) const {
-    return other(term, slope) + rounded_product(slopes.logprob, slope * inverse_temperature);
+  // Returns the derivative by the label's logit: 0 where the label has all of the probability.
+  IPO_HOST_DEVICE E label(const RowTerm<E>& term, E du_dz) const {
+    return other(term, du_dz) + rounded_product(grads.logprob, du_dz * inverse_temperature);
   }
 };
 
 template <typename E>
-IPO_HOST_DEVICE RowDerivative<E> row_derivative(const RowSlopes<E>& slopes, double sum, E entropy,
+IPO_HOST_DEVICE RowDerivative<E> row_derivative(const RowGrads<E>& grads, double sum, E entropy,
                                                 E inverse_temperature) {
-  return {slopes, static_cast<E>(1 / sum), static_cast<E>(entropy - log(sum)), inverse_temperature};
+  return {grads, static_cast<E>(1 / sum), static_cast<E>(entropy - log(sum)), inverse_temperature};
 }
 
 }  // namespace ipo_ext::math

@@ -1,6 +1,6 @@
-// What one token pays: its loss, the derivative, and the band that decides whether it pays at all.
-// Never multiplies by a mask: a token that is not kept selects exact zeros, so nothing it holds can
-// reach a result.
+// Computes what one token pays: its loss, the derivative, and the mask rule that decides whether it
+// pays at all. Nothing is multiplied by a mask: a token that is not kept selects exact zeros, so
+// nothing it holds can reach a result.
 #pragma once
 
 #include <limits>
@@ -12,8 +12,9 @@
 
 namespace ipo_ext::math {
 
-// 1 / normalizer for the gradient and the loss: 0 stands for "loss 0, gradients 0" (a normalizer of
-// 0), NaN for "poison every gradient" (a normalizer that is no count: negative or NaN).
+// Returns 1 / normalizer for the gradient and the loss. 0 stands for "loss 0, gradients 0" (a
+// normalizer of 0), NaN for "poison every gradient" (a normalizer that is no count: negative or
+// NaN).
 IPO_HOST_DEVICE double inverse_normalizer(double normalizer) {
   if (normalizer == 0) return 0;
   return normalizer > 0 ? 1 / normalizer : std::numeric_limits<double>::quiet_NaN();
@@ -34,9 +35,10 @@ template <typename T>
 struct TokenLoss {
   Mask<T> active;
   Mask<T> kept;
-  Mask<T> finite;  // neither the log-ratio nor the ratio overflows
-  Mask<T> above;   // active and above the bounds; of the ratio's band, an infinite one included
-  Mask<T> below;   // active and below the bounds
+  Mask<T> finite;       // neither the log-ratio nor the ratio overflows
+  Mask<T> masked_high;  // active and dropped on the high side; by the ratio's band, an infinite
+                        // ratio too
+  Mask<T> masked_low;   // active and dropped on the low side
   T log_ratio;
   T ratio;
   T mismatch_kl;  // r - 1 - x, with x clamped to kMismatchClamp
@@ -45,7 +47,7 @@ struct TokenLoss {
   T gradient;     // d loss / d trainer_logprob, divided by the normalizer
 };
 
-// Beyond it the mismatch says "broken", not how much; sums of it still fit fp32.
+// Beyond this log-ratio the mismatch says "broken", not how much; sums of it still fit fp32.
 constexpr double kMismatchClamp = 80;
 constexpr double kMismatchAtClamp = 5.54062238439351e34;  // exp(80) - 1 - 80
 
@@ -54,7 +56,8 @@ IPO_HOST_DEVICE T log_ratio(const Token<T>& token) {
   return token.trainer_logprob - token.inference_logprob;
 }
 
-// exponential_x is exponential(log_ratio(token)), which a caller may have made earlier.
+// The argument exponential_x is exponential(log_ratio(token)), which a caller may have made
+// earlier.
 template <Rules kRules, typename T>
 IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential<T>& exponential_x,
                                         const LossParams<Element<T>>& params) {
@@ -63,10 +66,10 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
   const T r = exponential_x.exp;
 
   const Mask<T> finite = (x >= -std::numeric_limits<E>::max()) & (x <= kMaxLog<E>);
-  const Verdict<T> verdict = verdict_of<kRules, T>(
+  const MaskDecision<T> decision = mask_decision<kRules, T>(
       {token.trainer_logprob, token.inference_logprob, x, token.advantage, token.active, finite},
       params.mask_rule, params.low, params.high);
-  Mask<T> kept = verdict.kept;
+  Mask<T> kept = decision.kept;
   Mask<T> pays_kl = kept;
   if constexpr (kRules == Rules::kAny) {
     if (params.kl_active) pays_kl = token.active & finite;
@@ -86,9 +89,9 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
   // The formula and its derivative (docs/math.md): d(-A r)/dx = -A r, d(tau x^2)/dx = 2 tau x.
   const T pg_loss = token.weight * (-advantage * r);
   const T kl_loss = token.weight * (tau_x * x);
-  T pg_slope = -advantage * r;
-  if constexpr (kRules == Rules::kAny) pg_slope = select<T>(kept, pg_slope, T{});
-  const T derivative = token.weight * (pg_slope + E(2) * tau_x);
+  T pg_derivative = -advantage * r;
+  if constexpr (kRules == Rules::kAny) pg_derivative = select<T>(kept, pg_derivative, T{});
+  const T derivative = token.weight * (pg_derivative + E(2) * tau_x);
 
   const T poison = splat<T>(params.inv_normalizer * E(0));  // 0, or NaN
   const T gradient = params.inv_normalizer != 0
@@ -98,8 +101,8 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
   return {token.active,
           kept,
           finite,
-          verdict.above,
-          verdict.below,
+          decision.masked_high,
+          decision.masked_low,
           x,
           r,
           mismatch_kl,

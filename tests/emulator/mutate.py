@@ -69,10 +69,10 @@ RULES = "math/mask_rules.h"
 METRICS = "math/metrics.h"
 LOGITS = "kernels/cuda/logits/kernels.cuh"
 PASSES = "kernels/cuda/logits/passes.cuh"
-HELD = "kernels/cuda/logits/resident_row.cuh"
+RESIDENT = "kernels/cuda/logits/resident_row.cuh"
 SUMS = "kernels/cuda/logits/thread_sums.cuh"
 ROWS = "kernels/logits.h"
-SHARE = "kernels/cuda/logits/slice.cuh"
+SLICE = "kernels/cuda/logits/slice.cuh"
 CLUSTER = "kernels/cuda/common/cluster.cuh"
 TILE_SUMS = "kernels/cuda/ipo_loss/tile_sums.cuh"
 SCALE = "kernels/cuda/scale.cu"
@@ -81,8 +81,8 @@ MUTATIONS = (
     Mutation(
         "tail-one-short",
         TILES,
-        "i < piece.end; ++i",
-        "i + 1 < piece.end; ++i",
+        "i < span.end; ++i",
+        "i + 1 < span.end; ++i",
     ),
     Mutation(
         "tail-one-long",
@@ -196,26 +196,26 @@ MUTATIONS = (
     Mutation(
         "tokens-of-another-segment",
         TILES,
-        "token.active &= piece.has(index + i);",
+        "token.active &= span.has(index + i);",
         "",
     ),
     Mutation(
         "gradient-of-another-segment",
         TILES,
-        "if (piece.has(index + i)) gradient[i]",
-        "if (piece.has(index)) gradient[i]",
+        "if (span.has(index + i)) gradient[i]",
+        "if (span.has(index)) gradient[i]",
     ),
     Mutation(
-        "warp-before-the-piece",
+        "warp-before-the-span",
         TILES,
         "return storage.holds[first + i];",
         "return true;",
     ),
     Mutation(
-        "piece-of-the-first-warp",
+        "span-of-the-first-warp",
         TILES,
-        "if (!piece.meets(first_of_warp, kWarpSize * kCount)) continue;",
-        "if (!piece.meets(first_of_warp, kCount)) continue;",
+        "if (!span.meets(first_of_warp, kWarpSize * kCount)) continue;",
+        "if (!span.meets(first_of_warp, kCount)) continue;",
     ),
     Mutation(
         "tile-before-the-barrier",
@@ -289,7 +289,7 @@ MUTATIONS = (
     Mutation(
         "rollout-loss-twice",
         TILES,
-        "storage.loss += loss_of_piece(workspace.slots[slot]);\n        begin",
+        "storage.loss += loss_of_span(workspace.slots[slot]);\n        begin",
         "begin = begin;\n        begin",
         rollout_rule("test_equals_the_reference"),
     ),
@@ -327,8 +327,8 @@ MUTATIONS = (
     Mutation(
         "everyone-pays-the-policy-gradient",
         LOSS,
-        "pg_slope = select<T>(kept, pg_slope, T{})",
-        "pg_slope = pg_slope",
+        "pg_derivative = select<T>(kept, pg_derivative, T{})",
+        "pg_derivative = pg_derivative",
         mask_rules(
             "test_equals_the_reference",
             "test_a_dropped_token_pays_the_kl_where_the_scope_says_so",
@@ -355,36 +355,36 @@ MUTATIONS = (
         "smaller(select<T>(measurable",
     ),
     Mutation(
-        "lost-column-after-the-groups",
-        SHARE,
+        "lost-column-after-the-vectors",
+        SLICE,
         "thread < before ? thread : thread + whole;",
         "thread < before ? thread : thread + whole + 1;",
         logits_paths("test_rows_of_every_length"),
     ),
     Mutation(
-        "lost-group",
-        SHARE,
-        "min(first_group + share, groups) * kColumns",
-        "min(first_group + share, groups - 1) * kColumns",
+        "lost-vector",
+        SLICE,
+        "min(first_vector + per_slice, vectors) * kColumns",
+        "min(first_vector + per_slice, vectors - 1) * kColumns",
         logits_paths("test_rows_of_every_length"),
     ),
     Mutation(
         "vectors-anywhere",
-        SHARE,
+        SLICE,
         "reinterpret_cast<uintptr_t>(gradient + first) % kBytes == 0;",
         "true;",
         logits_paths("test_gradient_over_fp32_logits"),
     ),
     Mutation(
-        "label-of-half-the-groups",
-        SHARE,
+        "label-of-half-the-vectors",
+        SLICE,
         "% kStride < kColumns;",
         "% kStride < kColumns / 2;",
         from_logits("test_matches_float64"),
     ),
     Mutation(
         "store-before-all-have-loaded",
-        HELD,
+        RESIDENT,
         "        if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();",
         "",
         logits_paths("test_gradient_over_logits_on_every_device"),
@@ -397,28 +397,28 @@ MUTATIONS = (
         logits_paths("test_backward_over_logits"),
     ),
     Mutation(
-        "steps-that-overlap",
-        HELD,
-        "shared[(step * kWords + i) * kWidth] = words[i]",
-        "shared[(step + i) * kWidth] = words[i]",
+        "vectors-that-overlap",
+        RESIDENT,
+        "shared[(vector * kWords + i) * kWidth] = words[i]",
+        "shared[(vector + i) * kWidth] = words[i]",
         logits_paths("test_every_cluster"),
     ),
     Mutation(
         "nothing-but-minus-infinity",
         SUMS,
-        "infinity() ? E(0) : largest",
-        "infinity() ? largest : largest",
+        "infinity() ? E(0) : row_max",
+        "infinity() ? row_max : row_max",
         logits_paths("test_rows_at_the_edge_on_every_device"),
     ),
     Mutation(
-        "parts-without-their-maximum",
+        "splits-without-their-maximum",
         PASSES,
-        "shifted(parts[part].sums, below / temperature)",
-        "shifted(parts[part].sums, 0 * below / temperature)",
+        "shifted(splits[split].sums, shift / temperature)",
+        "shifted(splits[split].sums, 0 * shift / temperature)",
         logits_paths("test_every_device"),
     ),
     Mutation(
-        "parts-without-their-scale",
+        "splits-without-their-scale",
         LOGITS,
         "      storage.scale = scale_of<E>(args, index);\n      finish_row",
         "      finish_row",
@@ -434,52 +434,52 @@ MUTATIONS = (
     Mutation(
         "cluster-that-has-not-started",
         LOGITS,
-        "  cluster.wait_for_all();\n",
+        "  cluster.wait();\n",
         "",
         logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "nobody-waits-for-what-was-sent",
         CLUSTER,
-        "  storage.arrivals.wait(phase);\n",
+        "  storage.barrier.wait(phase);\n",
         "",
         logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "post-to-itself-alone",
         CLUSTER,
-        "storage.arrivals.send(mine, value, lane)",
-        "storage.arrivals.send(mine, value, cluster.rank)",
+        "storage.barrier.send(mine, value, lane)",
+        "storage.barrier.send(mine, value, cluster.rank)",
         logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "label-before-the-last-row-is-done",
         PASSES,
-        "  if (threadIdx.x == 0) storage.scale = scale_of<E>(args, index);\n  before_posting();",
+        "  if (threadIdx.x == 0) storage.scale = scale_of<E>(args, index);\n  before_sending();",
         "  if (threadIdx.x == 0) {\n    storage.scale = scale_of<E>(args, index);\n"
-        "    storage.label = static_cast<int>(label);\n  }\n  before_posting();",
+        "    storage.label = static_cast<int>(label);\n  }\n  before_sending();",
         logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "phase-of-the-first-row",
         LOGITS,
-        "share, cluster, turn++, held",
-        "share, cluster, 0, held",
+        "slice, cluster, phase++, row",
+        "slice, cluster, 0, row",
         logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "next-row-over-this-one",
         LOGITS,
-        "    if (label >= 0) held.take();\n",
-        "    if (next_label >= 0) Held::fetch(share_of(index + 1), storage);\n"
-        "    if (label >= 0) held.take();\n",
+        "    if (label >= 0) row.receive();\n",
+        "    if (next_label >= 0) Row::prefetch(slice_of(index + 1), storage);\n"
+        "    if (label >= 0) row.receive();\n",
         logits_paths("test_persistent_pipelined_rows"),
     ),
     Mutation(
         "entropy-in-bits",
         SUMS,
-        "weighted_ * kUnit",
-        "weighted_ * (kUnit > 0)",
+        "sum_exp_x_ * kUnit",
+        "sum_exp_x_ * (kUnit > 0)",
         logits_paths("test_rows_of_every_length"),
     ),
     Mutation(

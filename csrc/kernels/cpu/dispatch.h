@@ -1,5 +1,5 @@
-// The instruction sets that the SIMD loops (*_simd.cpp) are compiled for, and the choice at run
-// time.
+// Names the instruction sets that the SIMD loops (*_simd.cpp) are compiled for, and chooses one at
+// run time.
 #pragma once
 
 #if defined(__x86_64__)

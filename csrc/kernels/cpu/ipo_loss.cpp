@@ -1,6 +1,6 @@
-// Tier 1 on the CPU: fixed tiles in parallel, then their sums in order, so that the result does not
-// depend on the number of threads. Fixed groups of tiles are what threads take; a segment that lies
-// in one group is finished with it, the others at the end.
+// The loss from log-probabilities on the CPU: fixed tiles in parallel, then their sums in order, so
+// that the result does not depend on the number of threads. Threads take fixed groups of tiles; a
+// segment that lies in one group is finished with it, the others at the end.
 #include "kernels/ipo_loss.h"
 
 #include <algorithm>
@@ -18,21 +18,21 @@ constexpr int64_t kTilesPerGroup = 4;  // fewer do not pay for waking a thread
 constexpr int64_t kGroupSize = kTilesPerGroup * kTileSize;
 
 template <typename E>
-using PieceSums = TileSums<E> (*)(const IpoLossArgs&, const math::LossParams<E>&, int64_t begin,
-                                  int64_t end, bool& drops_sequence);
+using SpanSums = TileSums<E> (*)(const IpoLossArgs&, const math::LossParams<E>&, int64_t begin,
+                                 int64_t end, bool& drops_sequence);
 
 template <math::Rules kRules, typename E>
-PieceSums<E> best_piece_sums();
-#define IPO_EXT_CHOOSE_PIECE_SUMS(name, kRules, E)         \
-  template <>                                              \
-  PieceSums<E> best_piece_sums<kRules, E>() {              \
-    static const PieceSums<E> best = IPO_EXT_CHOOSE(name); \
-    return best;                                           \
+SpanSums<E> best_span_sums();
+#define IPO_EXT_CHOOSE_SPAN_SUMS(name, kRules, E)         \
+  template <>                                             \
+  SpanSums<E> best_span_sums<kRules, E>() {               \
+    static const SpanSums<E> best = IPO_EXT_CHOOSE(name); \
+    return best;                                          \
   }
-IPO_EXT_PIECE_SUMS(IPO_EXT_CHOOSE_PIECE_SUMS)
-#undef IPO_EXT_CHOOSE_PIECE_SUMS
+IPO_EXT_SPAN_SUMS(IPO_EXT_CHOOSE_SPAN_SUMS)
+#undef IPO_EXT_CHOOSE_SPAN_SUMS
 
-// How many segments begin before `token`.
+// Returns how many segments begin before `token`.
 int64_t segments_before(const Segments& segments, int64_t token) {
   int64_t low = 0, high = segments.count;
   while (low < high) {
@@ -42,12 +42,13 @@ int64_t segments_before(const Segments& segments, int64_t token) {
   return low;
 }
 
-// The last segment that begins at or before `token`.
+// Returns the last segment that begins at or before `token`.
 int64_t segment_of(const Segments& segments, int64_t token) {
   return segments_before(segments, token + 1) - 1;
 }
 
-// The group of tiles that holds all tokens of segment s, or -1; of an empty one, where it begins.
+// Returns the group of tiles that holds all tokens of segment s, or -1. An empty segment belongs to
+// the group in which it begins.
 int64_t group_of_segment(const Segments& segments, int64_t s) {
   const int64_t group = segments.begin(s) / kGroupSize;
   const bool fits =
@@ -55,13 +56,14 @@ int64_t group_of_segment(const Segments& segments, int64_t s) {
   return fits ? group : -1;
 }
 
-// With params.rollout_dropped, a second time: for the pieces of dropped sequences.
+// Sums a tile's spans. With params.rollout_dropped the tile is run a second time, for the spans of
+// dropped sequences.
 template <typename E>
 void run_tile(const IpoLossArgs& args, const math::LossParams<E>& params, int64_t tile) {
   const Segments& segments = args.segments;
-  const PieceSums<E> piece_sums = params.rules() == math::Rules::kDefault
-                                      ? best_piece_sums<math::Rules::kDefault, E>()
-                                      : best_piece_sums<math::Rules::kAny, E>();
+  const SpanSums<E> span_sums = params.rules() == math::Rules::kDefault
+                                    ? best_span_sums<math::Rules::kDefault, E>()
+                                    : best_span_sums<math::Rules::kAny, E>();
   const Workspace<E> workspace(args);
   const int64_t tile_begin = tile * segments.tile_size;
   const int64_t tile_end = std::min(tile_begin + segments.tile_size, segments.tokens);
@@ -74,10 +76,10 @@ void run_tile(const IpoLossArgs& args, const math::LossParams<E>& params, int64_
     const int64_t slot = Segments::slot(tile, segment);
     if (!params.rollout_dropped || workspace.rollout_flags[slot]) {
       bool drops_sequence = params.rollout_dropped;
-      workspace.slots[slot] = piece_sums(args, params, begin, end, drops_sequence);
+      workspace.slots[slot] = span_sums(args, params, begin, end, drops_sequence);
       if (params.has_rollout_rule) workspace.rollout_flags[slot] = drops_sequence;
     }
-    loss += loss_of_piece(workspace.slots[slot]);
+    loss += loss_of_span(workspace.slots[slot]);
     begin = end;
   }
   workspace.tile_losses[tile] = loss;
@@ -90,7 +92,7 @@ bool rollout_is_dropped(const Workspace<E>& workspace, const Segments& segments,
                      [](bool flag) { return flag; });
 }
 
-// From the pieces that drop their sequence to all pieces of it.
+// Takes the flags from the spans that drop their sequence to all spans of it.
 template <typename E>
 void spread_rollout_flags(const IpoLossArgs& args) {
   const Workspace<E> workspace(args);

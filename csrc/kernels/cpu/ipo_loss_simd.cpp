@@ -1,6 +1,6 @@
-// Tier 1 on the CPU, one tile of tokens: a SIMD loop over the token math. Compiled once for each
-// instruction set (IPO_EXT_CPU_ARCH names it), chosen at run time in ipo_loss.cpp; ragged tails run
-// the same vector code, padded with inactive tokens.
+// The loss from log-probabilities on the CPU, one span of tokens: a SIMD loop over the token math.
+// Compiled once for each instruction set (IPO_EXT_CPU_ARCH names it), chosen at run time in
+// ipo_loss.cpp; ragged tails run the same vector code, padded with inactive tokens.
 #include "kernels/cpu/ipo_loss_simd.h"
 
 #include <type_traits>
@@ -18,7 +18,7 @@ constexpr int64_t kChunk = 1024;  // tokens staged at once; a multiple of every 
 // caller's memory where it can be used as it is, else staged copies.
 template <typename E>
 struct Chunk {
-  const E* trainer;  // [padded count], like the rest
+  const E* trainer;  // [padded count], as all of these
   const E* inference;
   const E* advantage;
   const E* teacher;
@@ -40,7 +40,7 @@ struct Staging {
   alignas(64) uint8_t active[64];
 };
 
-// What an absent tensor holds.
+// What stands for an absent tensor.
 template <typename E>
 struct Constant {
   alignas(64) E values[kChunk];
@@ -61,7 +61,7 @@ inline __attribute__((always_inline)) bool is_ragged(int64_t count) {
   return count % kLanes<E> != 0;
 }
 
-// Tokens of the next chunk: as many whole vectors as there are, then the ragged tail.
+// Returns the tokens of the next chunk: as many whole vectors as there are, then the ragged tail.
 template <typename E>
 inline __attribute__((always_inline)) int64_t chunk_tokens(int64_t left) {
   if (left >= kChunk) return kChunk;
@@ -76,7 +76,7 @@ inline __attribute__((always_inline)) void convert_tokens(const void* data, int6
   for (int64_t i = count; i < count + kLanes<E> && is_ragged<E>(i); ++i) out[i] = 0;
 }
 
-// Tokens [begin, begin + count) as E, padded to whole vectors.
+// Returns tokens [begin, begin + count) as E, padded to whole vectors.
 template <typename E>
 inline __attribute__((always_inline)) const E* stage(TokenInput input, const Constant<E>& absent,
                                                      int64_t begin, int64_t count, E* staged) {
@@ -113,7 +113,7 @@ inline __attribute__((always_inline)) Chunk<E> stage_chunk(const IpoLossArgs& ar
   return chunk;
 }
 
-// Row by row: assigned as a whole, the sums would live in memory instead of registers.
+// Copies row by row: assigned as a whole, the sums would live in memory instead of registers.
 template <typename T>
 inline __attribute__((always_inline)) void copy_sums(const TileSums<T>& from, TileSums<T>& to) {
   for (int row = 0; row < sum::kNumRows; ++row) to.sums[row] = from.sums[row];
@@ -129,10 +129,11 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int6
                                                      TileSums<Vector<E>>& tile,
                                                      Mask<Vector<E>>& drop_sequence) {
   using T = Vector<E>;
-  // A copy: the gradient's stores could change the caller's, and every token would reload them.
+  // These are copies: the gradient's stores could change the caller's, and every token would reload
+  // them.
   const LossParams<E> params = shared_params;
-  // In a loop of their own: it is short enough for the processor to overlap the long chains of
-  // dependent operations of several vectors.
+  // Exponentials have a loop of their own, short enough for the processor to overlap the long
+  // chains of dependent operations of several vectors.
   alignas(64) E ratios[kChunk], mismatches[kChunk];
   for (int64_t i = 0; i < count; i += kLanes<E>) {
     const Exponential<T> each =
@@ -157,7 +158,7 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int6
   copy_sums(sums, tile);
 }
 
-// The lanes of a vector of tile sums, added in order.
+// Adds the lanes of a vector of sums in order.
 template <typename E>
 inline __attribute__((always_inline)) TileSums<E> merge_lanes(const TileSums<Vector<E>>& vector) {
   TileSums<E> total = empty_tile_sums<E>();
@@ -175,10 +176,10 @@ inline __attribute__((always_inline)) TileSums<E> merge_lanes(const TileSums<Vec
 }
 
 template <Rules kRules, typename E>
-inline __attribute__((always_inline)) TileSums<E> piece_sums(const IpoLossArgs& args,
-                                                             const LossParams<E>& params,
-                                                             int64_t begin, int64_t end,
-                                                             bool& drops_sequence) {
+inline __attribute__((always_inline)) TileSums<E> span_sums(const IpoLossArgs& args,
+                                                            const LossParams<E>& params,
+                                                            int64_t begin, int64_t end,
+                                                            bool& drops_sequence) {
   Staging<E> staging;
   TileSums<Vector<E>> tile = empty_tile_sums<Vector<E>>();
   Mask<Vector<E>> drop_sequence = {};
@@ -198,12 +199,12 @@ inline __attribute__((always_inline)) TileSums<E> piece_sums(const IpoLossArgs& 
 
 }  // namespace
 
-#define IPO_EXT_DEFINE_PIECE_SUMS(name, kRules, E)                                      \
+#define IPO_EXT_DEFINE_SPAN_SUMS(name, kRules, E)                                       \
   TileSums<E> name(const IpoLossArgs& args, const LossParams<E>& params, int64_t begin, \
                    int64_t end, bool& drops_sequence) {                                 \
-    return piece_sums<kRules, E>(args, params, begin, end, drops_sequence);             \
+    return span_sums<kRules, E>(args, params, begin, end, drops_sequence);              \
   }
-IPO_EXT_PIECE_SUMS(IPO_EXT_DEFINE_PIECE_SUMS)
-#undef IPO_EXT_DEFINE_PIECE_SUMS
+IPO_EXT_SPAN_SUMS(IPO_EXT_DEFINE_SPAN_SUMS)
+#undef IPO_EXT_DEFINE_SPAN_SUMS
 
 }  // namespace ipo_ext::cpu::IPO_EXT_CPU_ARCH

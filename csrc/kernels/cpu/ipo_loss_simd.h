@@ -1,4 +1,4 @@
-// What ipo_loss_simd.cpp offers, for each instruction set it is compiled for.
+// Declares what ipo_loss_simd.cpp offers, for each instruction set it is compiled for.
 #pragma once
 
 #include "kernels/cpu/dispatch.h"
@@ -6,24 +6,24 @@
 
 namespace ipo_ext::cpu {
 
-// name, rules and compute dtype of each version.
-#define IPO_EXT_PIECE_SUMS(X)                          \
+// The name, the rules and the compute dtype of each version.
+#define IPO_EXT_SPAN_SUMS(X)                           \
   X(piece_sums_f32, math::Rules::kDefault, float)      \
   X(piece_sums_f64, math::Rules::kDefault, double)     \
   X(piece_sums_any_rule_f32, math::Rules::kAny, float) \
   X(piece_sums_any_rule_f64, math::Rules::kAny, double)
 
-// Writes the gradients of tokens [begin, end) and returns their sums. Sets drops_sequence if one of
-// them does.
-#define IPO_EXT_DECLARE_PIECE_SUMS(name, kRules, E)                                  \
+// Each writes the gradients of tokens [begin, end) and returns their sums. It sets drops_sequence
+// if a rollout rule drops their sequence by one of them.
+#define IPO_EXT_DECLARE_SPAN_SUMS(name, kRules, E)                                   \
   math::TileSums<E> name(const IpoLossArgs& args, const math::LossParams<E>& params, \
                          int64_t begin, int64_t end, bool& drops_sequence);
-#define IPO_EXT_DECLARE_ARCH(arch)               \
-  namespace arch {                               \
-  IPO_EXT_PIECE_SUMS(IPO_EXT_DECLARE_PIECE_SUMS) \
+#define IPO_EXT_DECLARE_ARCH(arch)             \
+  namespace arch {                             \
+  IPO_EXT_SPAN_SUMS(IPO_EXT_DECLARE_SPAN_SUMS) \
   }
 IPO_EXT_CPU_ARCHS(IPO_EXT_DECLARE_ARCH)
 #undef IPO_EXT_DECLARE_ARCH
-#undef IPO_EXT_DECLARE_PIECE_SUMS
+#undef IPO_EXT_DECLARE_SPAN_SUMS
 
 }  // namespace ipo_ext::cpu

@@ -1,4 +1,4 @@
-// Tier 2 on the CPU: rows in parallel, each by one thread, so that the result does not depend on
+// Rows of logits on the CPU: in parallel, each by one thread, so that the result does not depend on
 // the number of threads.
 #include "kernels/logits.h"
 
@@ -13,18 +13,18 @@ namespace {
 
 constexpr int64_t kElementsPerTask = 32768;  // fewer do not pay for waking a thread
 
-// Rows in steps of a few, whoever comes first: inactive rows cost nothing, and masks come in runs,
-// so equal shares of the rows would not be equal work.
-class Steps {
+// Deals out batches of a few rows to whoever comes first: inactive rows cost nothing, and masks
+// come in runs, so equal numbers of rows would not be equal work.
+class RowBatches {
  public:
-  Steps(int64_t rows, int64_t size) : rows_(rows), size_(size) {}
+  RowBatches(int64_t rows, int64_t size) : rows_(rows), size_(size) {}
 
-  // Empty after the last row.
+  // Returns the next batch, which is empty after the last row.
   RowRange next() {
     const int64_t begin = std::min(next_.fetch_add(size_, std::memory_order_relaxed), rows_);
     return {begin, std::min(begin + size_, rows_)};
   }
-  // The same, while there are enough for every thread to get one.
+  // Returns the next batch while there are enough for every thread to get one.
   RowRange next_of_many(int64_t threads) {
     if (next_.load(std::memory_order_relaxed) + threads * size_ > rows_) return {rows_, rows_};
     return next();
@@ -44,16 +44,16 @@ int64_t scratch_bytes(const LogitsArgs& args) {
 
 void logits(const LogitsArgs& args, const ParallelFor& parallel_for) {
   static const auto rows = IPO_EXT_CHOOSE(logits_rows);
-  const int64_t step =
+  const int64_t batch_rows =
       std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, args.logits.columns));
-  Steps steps(args.logits.rows, step);
-  parallel_for(args.logits.rows, step, [&](int64_t begin, int64_t end) {
+  RowBatches batches(args.logits.rows, batch_rows);
+  parallel_for(args.logits.rows, batch_rows, [&](int64_t begin, int64_t end) {
     const int64_t threads = (args.logits.rows + end - begin - 1) / (end - begin);
     const std::unique_ptr<char[]> scratch(new char[scratch_bytes(args)]);
-    for (RowRange range = steps.next(); range.begin < range.end;) {
-      const RowRange after = steps.next_of_many(threads);  // early: it is fetched on the way
+    for (RowRange range = batches.next(); range.begin < range.end;) {
+      const RowRange after = batches.next_of_many(threads);  // early: it is prefetched
       rows(args, range, after.begin, scratch.get());
-      range = after.begin < after.end ? after : steps.next();
+      range = after.begin < after.end ? after : batches.next();
     }
   });
 }

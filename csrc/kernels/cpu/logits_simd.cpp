@@ -1,4 +1,4 @@
-// Tier 2 on the CPU, rows of logits: a SIMD loop over each of a row's passes (maximum, sums,
+// Rows of logits on the CPU: a SIMD loop over each of a row's passes (maximum, sums,
 // gradient), between which the row stays in the cache. Memory is waited for in none of them: the
 // pass of exponentials, which is all arithmetic, fetches what the others will need. Compiled once
 // for each instruction set (IPO_EXT_CPU_ARCH names it), chosen at run time in logits.cpp; ragged
@@ -18,10 +18,10 @@ using namespace ipo_ext::math;
 
 constexpr int64_t kChunk = 512;        // columns that are staged at once
 constexpr int64_t kFetchedBytes = 64;  // by one prefetch: a cache line
-constexpr int kUnroll = 4;             // vectors a step, to hide the latency of their chains
+constexpr int kUnroll = 4;             // vectors side by side, to hide the latency of their chains
 
 template <typename E>
-constexpr int64_t kStep = kUnroll * kLanesOf<Vector<E>>;
+constexpr int64_t kPaddedTo = kUnroll * kLanesOf<Vector<E>>;
 
 // Calls body(begin, count) for the chunks of a row.
 template <typename Body>
@@ -41,11 +41,12 @@ IPO_EXT_INLINE void fetch(const Stored* row, int64_t begin, int64_t count) {
 
 template <typename E>
 IPO_EXT_INLINE void pad(E* staged, int64_t count) {
-  for (int64_t i = count; i % kStep<E> != 0; ++i) staged[i] = -std::numeric_limits<E>::infinity();
+  for (int64_t i = count; i % kPaddedTo<E> != 0; ++i)
+    staged[i] = -std::numeric_limits<E>::infinity();
 }
 
-// Columns [begin, begin + count) as E, padded to whole steps with logits of -inf: the row itself
-// where it can be used as it is, else `staged`.
+// Returns columns [begin, begin + count) as E, padded with logits of -inf: the row itself where it
+// can be used as it is, else `staged`.
 template <typename E, typename Stored>
 IPO_EXT_INLINE const E* stage(const Stored* row, int64_t begin, int64_t count, E* staged) {
   if constexpr (std::is_same_v<E, Stored>) {
@@ -56,41 +57,41 @@ IPO_EXT_INLINE const E* stage(const Stored* row, int64_t begin, int64_t count, E
   return staged;
 }
 
-// The same, capped: the padding too is -inf afterwards. Where there is a softcap, its derivatives
-// go to `slopes`.
+// Returns what stage() does, capped; the padding too is -inf afterwards. Where there is a softcap,
+// its derivatives go to `derivatives`.
 template <typename E, typename Stored>
 IPO_EXT_INLINE const E* stage_capped(const Stored* row, int64_t begin, int64_t count, E softcap,
-                                     E* staged, E* slopes) {
+                                     E* staged, E* derivatives) {
   using T = Vector<E>;
   const E* logits = stage<E>(row, begin, count, staged);
   if (softcap == 0) return logits;
   for (int64_t i = 0; i < count; i += kLanesOf<T>) {
     const CappedLogit<T> capped = cap_logit(load<T>(logits + i), softcap);
     store(staged + i, capped.value);
-    store(slopes + i, capped.slope);
+    store(derivatives + i, capped.derivative);
   }
   pad(staged, count);
   return staged;
 }
 
-// NaNs are passed over: they show in the sums.
+// Returns a row's maximum. NaNs are passed over: they show in the sums.
 template <typename E, typename Stored>
-IPO_EXT_INLINE E largest_logit(const Stored* row, int64_t columns) {
+IPO_EXT_INLINE E max_logit(const Stored* row, int64_t columns) {
   using T = Vector<E>;
-  T largest[kUnroll];
-  for (T& part : largest) part = splat<T>(-std::numeric_limits<E>::infinity());
+  T maxima[kUnroll];
+  for (T& maximum : maxima) maximum = splat<T>(-std::numeric_limits<E>::infinity());
   alignas(64) E staged[kChunk];
   for_each_chunk(columns, [&](int64_t begin, int64_t count) {
     const E* logits = stage<E>(row, begin, count, staged);
-    for (int64_t i = 0; i < count; i += kStep<E>) {
-      for (int part = 0; part < kUnroll; ++part) {
-        const T z = load<T>(logits + i + part * kLanesOf<T>);
-        largest[part] = select<T>(z > largest[part], z, largest[part]);
+    for (int64_t i = 0; i < count; i += kPaddedTo<E>) {
+      for (int k = 0; k < kUnroll; ++k) {
+        const T z = load<T>(logits + i + k * kLanesOf<T>);
+        maxima[k] = select<T>(z > maxima[k], z, maxima[k]);
       }
     }
   });
-  E lanes[kStep<E>];
-  memcpy(lanes, largest, sizeof(lanes));
+  E lanes[kPaddedTo<E>];
+  memcpy(lanes, maxima, sizeof(lanes));
   E result = lanes[0];
   for (const E lane : lanes) result = lane > result ? lane : result;
   return result;
@@ -105,54 +106,55 @@ IPO_EXT_INLINE double sum_of_lanes(const Wide<T>& wide) {
   return sum;
 }
 
-// The row's sums, in the compute dtype within a chunk and in fp64 beyond. Where `kept` is not null,
-// and it may be the row itself, keeps the exponentials, times du/dz. Fetches the two other rows.
+// Returns the row's sums, made in the compute dtype within a chunk and in fp64 beyond. Where `kept`
+// is not null, and it may be the row itself, the exponentials are kept there, times du/dz. The two
+// other rows are prefetched.
 template <typename E, typename Stored, typename Gradient>
-IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns, const LogitScale<E>& of_row,
-                                E largest_of_row, E* kept, const Stored* next_row,
-                                const Gradient* gradient) {
+IPO_EXT_INLINE RowSums row_sums(const Stored* row, int64_t columns,
+                                const LogitScale<E>& shared_scale, E shared_row_max, E* kept,
+                                const Stored* next_row, const Gradient* gradient) {
   using T = Vector<E>;
-  Wide<T> exponentials = {}, weighted_sum = {};
+  Wide<T> sum_exp = {}, sum_exp_x = {};
   alignas(64) E staged[kChunk];
-  alignas(64) E slopes[kChunk];
+  alignas(64) E derivatives[kChunk];
   alignas(64) E ragged[kChunk];
   for_each_chunk(columns, [&](int64_t begin, int64_t count) {
     fetch(next_row, begin, count);
     fetch(gradient, begin, count);
     const LogitScale<E> scale =
-        of_row;  // copies, which no store can change: they stay in registers
-    const E largest = largest_of_row;
-    const E* capped = stage_capped(row, begin, count, scale.softcap, staged, slopes);
+        shared_scale;  // copies, which no store can change: they stay in registers
+    const E row_max = shared_row_max;
+    const E* capped = stage_capped(row, begin, count, scale.softcap, staged, derivatives);
     E* keep = kept != nullptr && count == kChunk ? kept + begin : ragged;
-    T chunk_exponentials = {}, chunk_weighted = {};
+    T chunk_sum_exp = {}, chunk_sum_exp_x = {};
     for (int64_t i = 0; i < count; i += kLanesOf<T>) {
-      const RowTerm<T> term = row_term(load<T>(capped + i), largest, scale.inverse_temperature);
-      chunk_exponentials += term.exponential;
-      chunk_weighted += weighted(term);
+      const RowTerm<T> term = row_term(load<T>(capped + i), row_max, scale.inverse_temperature);
+      chunk_sum_exp += term.exp;
+      chunk_sum_exp_x += exp_x(term);
       if (kept == nullptr) continue;
       const bool is_capped = scale.softcap != 0;
-      store(keep + i, is_capped ? term.exponential * load<T>(slopes + i) : term.exponential);
+      store(keep + i, is_capped ? term.exp * load<T>(derivatives + i) : term.exp);
     }
     if (kept != nullptr && keep == ragged) memcpy(kept + begin, ragged, count * sizeof(E));
-    exponentials += Lanes<T>::widen(chunk_exponentials);
-    weighted_sum += Lanes<T>::widen(chunk_weighted);
+    sum_exp += Lanes<T>::widen(chunk_sum_exp);
+    sum_exp_x += Lanes<T>::widen(chunk_sum_exp_x);
   });
-  return {sum_of_lanes<T>(exponentials), sum_of_lanes<T>(weighted_sum)};
+  return {sum_of_lanes<T>(sum_exp), sum_of_lanes<T>(sum_exp_x)};
 }
 
-// A row's derivative by columns [begin, begin + count), from their logits.
+// Computes a row's derivative by `count` columns from their logits.
 template <typename E>
-IPO_EXT_INLINE void derive(const E* logits, int64_t count, const LogitScale<E> scale, E largest,
+IPO_EXT_INLINE void derive(const E* logits, int64_t count, const LogitScale<E> scale, E row_max,
                            const RowDerivative<E> derivative, E* out) {
   using T = Vector<E>;
   for (int64_t i = 0; i < count; i += kLanesOf<T>) {
     const CappedLogit<T> capped = cap_logit(load<T>(logits + i), scale.softcap);
-    const RowTerm<T> term = row_term(capped.value, largest, scale.inverse_temperature);
-    store(out + i, derivative.other(term, capped.slope));
+    const RowTerm<T> term = row_term(capped.value, row_max, scale.inverse_temperature);
+    store(out + i, derivative.other(term, capped.derivative));
   }
 }
 
-// The same from kept exponentials, where nothing else enters: no entropy.
+// Computes a row's derivative from kept exponentials, where nothing else enters: no entropy.
 template <typename E>
 IPO_EXT_INLINE void derive_from_kept(const E* exponentials, int64_t count,
                                      const RowDerivative<E> derivative, E* out) {
@@ -163,11 +165,11 @@ IPO_EXT_INLINE void derive_from_kept(const E* exponentials, int64_t count,
   }
 }
 
-// The gradient may lie over the row or over `kept`, and be narrower than the row: columns are read
-// before they are written over.
+// Writes a row's gradient. It may lie over the row or over `kept`, and be narrower than the row:
+// columns are read before they are written over.
 template <typename E, typename Stored, typename Gradient>
 IPO_EXT_INLINE void write_gradient(const Stored* row, int64_t columns, const LogitScale<E>& scale,
-                                   E largest, const RowDerivative<E>& derivative, const E* kept,
+                                   E row_max, const RowDerivative<E>& derivative, const E* kept,
                                    const Stored* next_row, Gradient* gradient) {
   alignas(64) E staged[kChunk];
   alignas(64) E derived[kChunk];
@@ -180,7 +182,7 @@ IPO_EXT_INLINE void write_gradient(const Stored* row, int64_t columns, const Log
       derive_from_kept(stage<E>(kept, begin, count, staged), count, derivative, out);
     } else {
       fetch(next_row, begin, count);
-      derive(stage<E>(row, begin, count, staged), count, scale, largest, derivative, out);
+      derive(stage<E>(row, begin, count, staged), count, scale, row_max, derivative, out);
     }
     if (out == derived) {
       for (int64_t i = 0; i < count; ++i) {
@@ -190,8 +192,8 @@ IPO_EXT_INLINE void write_gradient(const Stored* row, int64_t columns, const Log
   });
 }
 
-// Where the exponentials are kept: in the gradient's place if they fit there, else in scratch.
-// Nowhere if the gradient is not wanted.
+// Returns where the exponentials are kept: in the gradient's place if they fit there, else in
+// scratch; nowhere if the gradient is not wanted.
 template <typename E, typename Gradient>
 IPO_EXT_INLINE E* place_to_keep(Gradient* gradient, E* scratch) {
   if (gradient == nullptr) return nullptr;
@@ -199,7 +201,7 @@ IPO_EXT_INLINE E* place_to_keep(Gradient* gradient, E* scratch) {
   return scratch;
 }
 
-// One row; next_row is what this thread will read then, or null.
+// Runs one row; next_row is what this thread will read then, or null.
 template <typename E, typename Stored, typename Gradient>
 IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, const Stored* next_row,
                             E* scratch) {
@@ -208,7 +210,7 @@ IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, const Stored*
   Gradient* gradient = args.gradient.data != nullptr ? args.gradient.row<Gradient>(index) : nullptr;
 
   bool flows = row_is_active(args, index);
-  if (flows && is_backward(args)) flows = !upstream_slopes<E>(args, index).are_zero();
+  if (flows && is_backward(args)) flows = !upstream_grads<E>(args, index).are_zero();
   if (!flows) {
     fill_results(args, index, E(0));
     if (gradient != nullptr) memset(gradient, 0, columns * sizeof(Gradient));
@@ -217,28 +219,28 @@ IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, const Stored*
 
   const int64_t label = label_of(args, index);
   const LogitScale<E> scale = scale_of<E>(args, index);
-  // Read before anything is written: the gradient may lie over the row.
+  // The label is read before anything is written: the gradient may lie over the row.
   const CappedLogit<E> at_label = cap_logit(convert<E>(load_one(row + label)), scale.softcap);
-  E largest;
+  E row_max;
   RowDerivative<E> derivative;
   E* kept = nullptr;
   if (is_backward(args)) {
-    largest = saved_largest<E>(args, index);
-    derivative = restore_row<E>(args, index, upstream_slopes<E>(args, index));
+    row_max = saved_row_max<E>(args, index);
+    derivative = restore_row<E>(args, index, upstream_grads<E>(args, index));
   } else {
-    largest = cap_logit(largest_logit<E>(row, columns), scale.softcap).value;
+    row_max = cap_logit(max_logit<E>(row, columns), scale.softcap).value;
     kept = place_to_keep(gradient, scratch);
-    const RowSums sums = row_sums(row, columns, scale, largest, kept, next_row, gradient);
-    derivative = finish_row(args, index, sums, largest, at_label.value);
+    const RowSums sums = row_sums(row, columns, scale, row_max, kept, next_row, gradient);
+    derivative = finish_row(args, index, sums, row_max, at_label.value);
   }
   if (gradient == nullptr) return;
-  if (derivative.slopes.are_zero()) {
+  if (derivative.grads.are_zero()) {
     memset(gradient, 0, columns * sizeof(Gradient));
     return;
   }
-  write_gradient(row, columns, scale, largest, derivative, kept, next_row, gradient);
-  const RowTerm<E> term = row_term(at_label.value, largest, scale.inverse_temperature);
-  store_one(gradient + label, narrow<Gradient>(derivative.label(term, at_label.slope)));
+  write_gradient(row, columns, scale, row_max, derivative, kept, next_row, gradient);
+  const RowTerm<E> term = row_term(at_label.value, row_max, scale.inverse_temperature);
+  store_one(gradient + label, narrow<Gradient>(derivative.label(term, at_label.derivative)));
 }
 
 template <typename E, typename Stored, typename Gradient>

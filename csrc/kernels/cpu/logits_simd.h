@@ -1,4 +1,4 @@
-// What logits_simd.cpp offers, for each instruction set it is compiled for.
+// Declares what logits_simd.cpp offers, for each instruction set it is compiled for.
 #pragma once
 
 #include "kernels/cpu/dispatch.h"
@@ -10,8 +10,8 @@ struct RowRange {
   int64_t begin, end;
 };
 
-// logits_rows: the rows of range, with scratch for one row in the compute dtype; `after` is the row
-// that this thread will take then, or no row.
+// logits_rows runs the rows of range, with scratch for one row in the compute dtype; `after` is the
+// row that this thread will take then, or no row.
 #define IPO_EXT_DECLARE_ARCH(arch)                                                        \
   namespace arch {                                                                        \
   void logits_rows(const LogitsArgs& args, RowRange range, int64_t after, void* scratch); \

@@ -1,4 +1,4 @@
-// What scale_simd.cpp offers, for each instruction set it is compiled for.
+// Declares what scale_simd.cpp offers, for each instruction set it is compiled for.
 #pragma once
 
 #include "kernels/cpu/dispatch.h"
@@ -6,7 +6,7 @@
 
 namespace ipo_ext::cpu {
 
-// scale_elements: elements [begin, end) of the gradient, times factor, to out.
+// scale_elements writes elements [begin, end) of the gradient, times factor, to out.
 #define IPO_EXT_DECLARE_ARCH(arch)                                                       \
   namespace arch {                                                                       \
   void scale_elements(const ScaleArgs& args, double factor, int64_t begin, int64_t end); \

@@ -1,5 +1,6 @@
-// Vectors and single elements from memory and back, for the SIMD loops. By bytes, so that one
-// matrix may lie over another of a different dtype. Always inlined, like the math (math/lanes.h).
+// Loads and stores vectors and single elements for the SIMD loops. They go by bytes, so that one
+// matrix may lie over another of a different dtype, and are always inlined, as the math is
+// (math/lanes.h).
 #pragma once
 
 #include "math/simd.h"

@@ -1,7 +1,7 @@
-// A gradient times a factor that only the device knows, in place or into a narrower dtype, rounded
-// once: one pass at the speed of a copy, and a factor of 1 in place reads nothing but itself. The
-// grid is as large as the device and no larger, since blocks that only return are not free. Rows
-// that do not follow each other are scaled in place, a block a row.
+// Multiplies a gradient by a factor that only the device knows, in place or into a narrower dtype,
+// rounded once: one pass at the speed of a copy, and a factor of 1 in place reads nothing but
+// itself. The grid is as large as the device and no larger, since blocks that only return are not
+// free. Rows that do not follow each other are scaled in place, a block for each row.
 #include <algorithm>
 
 #include "kernels/cuda/common/vector.cuh"
@@ -11,8 +11,8 @@ namespace ipo_ext::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksTogether = 4;  // of a multiprocessor: 64 KiB of loads under way
-constexpr int kGroupsAtOnce = 4;    // loads of a thread that do not wait for each other
+constexpr int kBlocksPerMultiprocessor = 4;  // 64 KiB of loads under way
+constexpr int kVectorsAtOnce = 4;            // loads of a thread that do not wait for each other
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernel
@@ -34,33 +34,34 @@ __device__ __forceinline__ void store_scaled(const From (&from)[kCount], Compute
   store_aligned(to, values);
 }
 
-// Groups of kCount neighbours, kGroupsAtOnce of them a thread and round; what is no whole group at
-// the end goes one by one.
+// Scales vectors of kCount neighbours, kVectorsAtOnce of them a thread and round; what is no whole
+// vector at the end goes one by one.
 template <typename From, typename To, int kCount>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether) scale_elements(const ScaleArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    scale_elements(const ScaleArgs args) {
   const Compute<From> factor = static_cast<Compute<From>>(load_scalar(args.factor));
   if (factor == 1 && args.out == args.gradient) return;
   const From* from = static_cast<const From*>(args.gradient);
   To* to = static_cast<To*>(args.out);
 
-  constexpr int64_t kBlockGroups = kThreads * kGroupsAtOnce;
-  const int64_t groups = args.count / kCount;
-  for (int64_t first = blockIdx.x * kBlockGroups + threadIdx.x; first < groups;
-       first += gridDim.x * kBlockGroups) {
-    From loaded[kGroupsAtOnce][kCount];
+  constexpr int64_t kBlockVectors = kThreads * kVectorsAtOnce;
+  const int64_t vectors = args.count / kCount;
+  for (int64_t first = blockIdx.x * kBlockVectors + threadIdx.x; first < vectors;
+       first += gridDim.x * kBlockVectors) {
+    From loaded[kVectorsAtOnce][kCount];
 #pragma unroll
-    for (int i = 0; i < kGroupsAtOnce; ++i) {
-      const int64_t group = first + i * kThreads;
-      if (group < groups) load_mutable(from + group * kCount, loaded[i]);
+    for (int i = 0; i < kVectorsAtOnce; ++i) {
+      const int64_t vector = first + i * kThreads;
+      if (vector < vectors) load_mutable(from + vector * kCount, loaded[i]);
     }
 #pragma unroll
-    for (int i = 0; i < kGroupsAtOnce; ++i) {
-      const int64_t group = first + i * kThreads;
-      if (group < groups) store_scaled(loaded[i], factor, to + group * kCount);
+    for (int i = 0; i < kVectorsAtOnce; ++i) {
+      const int64_t vector = first + i * kThreads;
+      if (vector < vectors) store_scaled(loaded[i], factor, to + vector * kCount);
     }
   }
   if constexpr (kCount > 1) {
-    const int64_t rest = groups * kCount + threadIdx.x;
+    const int64_t rest = vectors * kCount + threadIdx.x;
     if (blockIdx.x == 0 && rest < args.count) {
       const From last[] = {from[rest]};
       store_scaled(last, factor, to + rest);
@@ -68,9 +69,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether) scale_elements(cons
   }
 }
 
-// The same in place for rows that do not follow each other, each by one block.
+// Scales rows that do not follow each other in place, each by one block.
 template <typename Stored, int kCount>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     scale_each_row(const ScaleRowsArgs args) {
   const Compute<Stored> factor = static_cast<Compute<Stored>>(load_scalar(args.factor));
   if (factor == 1) return;
@@ -101,11 +102,11 @@ cudaError_t launch_scale(const ScaleArgs& args, cudaStream_t stream) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  constexpr int kVector = kGroupColumns<From>;
+  constexpr int kVector = kVectorElements<From>;
   const bool aligned = is_aligned_to_16(args.gradient) && is_aligned_to_16(args.out);
-  const int64_t a_block = int64_t{kThreads} * kGroupsAtOnce * (aligned ? kVector : 1);
+  const int64_t a_block = int64_t{kThreads} * kVectorsAtOnce * (aligned ? kVector : 1);
   const int64_t blocks = std::min<int64_t>((args.count + a_block - 1) / a_block,
-                                           device.multiprocessors * kBlocksTogether);
+                                           device.multiprocessors * kBlocksPerMultiprocessor);
   const auto kernel = aligned ? scale_elements<From, To, kVector> : scale_elements<From, To, 1>;
   return launch(kernel, blocks, kThreads, 0, stream, args);
 }
@@ -130,9 +131,9 @@ cudaError_t launch_scale_rows(const ScaleRowsArgs& args, cudaStream_t stream) {
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const int64_t blocks =
-      std::min<int64_t>(args.gradient.rows, device.multiprocessors * kBlocksTogether);
+      std::min<int64_t>(args.gradient.rows, device.multiprocessors * kBlocksPerMultiprocessor);
   const auto kernel = rows_are_aligned(args.gradient, sizeof(Stored))
-                          ? scale_each_row<Stored, kGroupColumns<Stored>>
+                          ? scale_each_row<Stored, kVectorElements<Stored>>
                           : scale_each_row<Stored, 1>;
   return launch(kernel, blocks, kThreads, 0, stream, args);
 }

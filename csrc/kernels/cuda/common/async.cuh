@@ -9,9 +9,9 @@
 
 namespace ipo_ext::cuda {
 
-// Starts to copy 16 aligned bytes to the block's shared memory, past L1; only the thread that asked
-// may read them, after wait_for_copies(). From sm_80 on; before that, at once.
-__device__ __forceinline__ void copy_ahead(uint4* shared, const void* global) {
+// Starts to copy 16 aligned bytes to the block's shared memory, past L1. The copy is valid for the
+// thread that asked alone, after its cp_async_wait_all(). Before sm_80 it is made at once.
+__device__ __forceinline__ void cp_async(uint4* shared, const void* global) {
 #if !defined(__CUDACC__)
   emulator::async_copy(shared, global, sizeof(uint4));
 #elif __CUDA_ARCH__ >= 800
@@ -23,7 +23,7 @@ __device__ __forceinline__ void copy_ahead(uint4* shared, const void* global) {
   *shared = __ldcg(static_cast<const uint4*>(global));
 #endif
 }
-__device__ __forceinline__ void wait_for_copies() {
+__device__ __forceinline__ void cp_async_wait_all() {
 #if !defined(__CUDACC__)
   emulator::async_commit();
   emulator::async_wait(0);
@@ -32,12 +32,12 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// Counts bytes that other blocks send to this one: a phase is complete once as many have arrived as
-// thread 0 has said to expect. Lies in shared memory.
-class Arrivals {
+// A barrier in shared memory (an mbarrier) that counts the bytes which blocks of the cluster send
+// to this one: a phase is complete once as many have arrived as thread 0 has said to expect.
+class TransactionBarrier {
  public:
-  // By thread 0, before any block may send.
-  __device__ __forceinline__ void prepare() {
+  // Initialises the barrier: by thread 0, before any block may send.
+  __device__ __forceinline__ void init() {
 #if !defined(__CUDACC__)
     emulator::arrivals_init(&state_);
 #elif __CUDA_ARCH__ >= 900
@@ -46,7 +46,8 @@ class Arrivals {
 #endif
   }
 
-  // By thread 0, once a phase; what it has written before is there for all who wait.
+  // Says how many bytes the phase has: by thread 0, once a phase. What it has written before is
+  // there for all who wait.
   __device__ __forceinline__ void expect(unsigned bytes) {
 #if !defined(__CUDACC__)
     emulator::arrivals_expect(&state_, bytes);
@@ -57,7 +58,7 @@ class Arrivals {
 #endif
   }
 
-  // To where `to` lies in that block, 4, 8 or 16 bytes of them.
+  // Sends a value of 4, 8 or 16 bytes to where `to` lies in that block, and counts it there.
   template <typename S>
   __device__ __forceinline__ void send(S* to, const S& value, unsigned block) {
     static_assert(sizeof(S) == 4 || sizeof(S) == 8 || sizeof(S) == 16, "what one store sends");
@@ -92,8 +93,8 @@ class Arrivals {
 #endif
   }
 
-  // Until the phase of that number, counted from 0, is complete. What was sent to this block is
-  // there then; the cluster's scope, which would empty L1, is not asked for.
+  // Waits until the phase of that number, counted from 0, is complete. What was sent to this block
+  // is there then; the cluster's scope, which would empty L1, is not asked for.
   __device__ __forceinline__ void wait(unsigned phase) {
 #if !defined(__CUDACC__)
     emulator::arrivals_wait(&state_, phase % 2);

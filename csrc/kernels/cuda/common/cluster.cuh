@@ -1,7 +1,7 @@
-// Blocks that share a row: a thread-block cluster on sm_90 and newer, before that one block alone.
-// A reduction sends every warp's value to every block, whose own barrier counts the bytes that
-// arrive: nobody waits for anything but them, or reads a neighbour's memory, so a block may exit
-// after its last reduction.
+// Reductions over the blocks that work on one row: a thread-block cluster on sm_90 and newer,
+// before that one block alone. Every warp's value is sent to every block (DSMEM, st.async), whose
+// own barrier counts the bytes that arrive: nobody waits for anything but them, or reads a
+// neighbour's memory, so a block may exit after its last reduction.
 #pragma once
 
 #include "kernels/cuda/common/async.cuh"
@@ -15,9 +15,9 @@ struct Cluster {
   unsigned rank;
   unsigned blocks;
 
-  // Tells the others that this block has started; nobody may write to one that has not. It orders
-  // no memory.
-  __device__ __forceinline__ void say_started() const {
+  // arrive() tells the others that this block has started, wait() waits until all have: nobody may
+  // write to one that has not. They order no memory.
+  __device__ __forceinline__ void arrive() const {
     if (blocks == 1) return;
 #if !defined(__CUDACC__)
     emulator::cluster_arrive();
@@ -25,7 +25,7 @@ struct Cluster {
     __cluster_barrier_arrive_relaxed();
 #endif
   }
-  __device__ __forceinline__ void wait_for_all() const {
+  __device__ __forceinline__ void wait() const {
     if (blocks == 1) return;
 #if !defined(__CUDACC__)
     emulator::cluster_wait();
@@ -45,20 +45,21 @@ __device__ __forceinline__ Cluster this_cluster() {
 #endif
 }
 
-// A value of every warp of the cluster. Each reduction needs one of its own, and may use it again
-// after another reduction of the same threads.
+// Has room for a value of every warp of the cluster. Each reduction needs a storage of its own, and
+// may use it again after another reduction of the same threads.
 template <typename S, int kThreads>
 struct ClusterReduceStorage {
   alignas(16) S warps[kMaxClusterBlocks * kThreads / kWarpSize];
-  Arrivals arrivals;
+  TransactionBarrier barrier;
 };
 
-// Posts the warp's merged value to all blocks; all have arrived at its end. `phase` counts the
-// reductions before it in this storage. All threads must call.
+// Sends each warp's merged value to all blocks. At its end `storage` holds the values of all warps
+// of the cluster, for all threads of the block. `phase` counts the reductions before it in this
+// storage. All threads of all blocks must call.
 template <int kThreads, typename S, typename Merge>
-__device__ __forceinline__ void post_to_cluster(S value, Merge merge, const Cluster& cluster,
-                                                unsigned phase,
-                                                ClusterReduceStorage<S, kThreads>& storage) {
+__device__ __forceinline__ void cluster_all_gather(S value, Merge merge, const Cluster& cluster,
+                                                   unsigned phase,
+                                                   ClusterReduceStorage<S, kThreads>& storage) {
   constexpr unsigned kWarps = kThreads / kWarpSize;
   value = warp_all_reduce(value, merge);
   const unsigned lane = threadIdx.x % kWarpSize;
@@ -67,17 +68,18 @@ __device__ __forceinline__ void post_to_cluster(S value, Merge merge, const Clus
     if (lane == 0) *mine = value;
     return __syncthreads();
   }
-  if (threadIdx.x == 0) storage.arrivals.expect(cluster.blocks * kWarps * sizeof(S));
-  if (lane < cluster.blocks) storage.arrivals.send(mine, value, lane);
-  storage.arrivals.wait(phase);
+  if (threadIdx.x == 0) storage.barrier.expect(cluster.blocks * kWarps * sizeof(S));
+  if (lane < cluster.blocks) storage.barrier.send(mine, value, lane);
+  storage.barrier.wait(phase);
 }
 
-// What was posted, merged in a fixed tree; valid in all lanes of the warps that call.
+// Merges what cluster_all_gather() has left in a fixed tree, which starts from `value`. The result
+// is valid in all lanes of the warps that call.
 template <int kThreads, typename S, typename Merge>
-__device__ __forceinline__ S merge_posted(S value, Merge merge, const Cluster& cluster,
-                                          const ClusterReduceStorage<S, kThreads>& storage) {
-  const unsigned posted = cluster.blocks * (kThreads / kWarpSize);
-  for (unsigned i = threadIdx.x % kWarpSize; i < posted; i += kWarpSize)
+__device__ __forceinline__ S reduce_gathered(S value, Merge merge, const Cluster& cluster,
+                                             const ClusterReduceStorage<S, kThreads>& storage) {
+  const unsigned gathered = cluster.blocks * (kThreads / kWarpSize);
+  for (unsigned i = threadIdx.x % kWarpSize; i < gathered; i += kWarpSize)
     value = merge(value, storage.warps[i]);
   return warp_all_reduce(value, merge);
 }

@@ -1,6 +1,6 @@
-// The few things that CUDA spells in a way a host compiler cannot read: shared storage and the
-// launch; and what a launch must know of the device. All else in the kernels is plain C++ and
-// CUDA's own functions, so the tests can run the same text without a GPU.
+// Shared memory, launches and what a launch must know of the device. With async.cuh and cluster.cuh
+// this holds all that a host compiler cannot read; the rest of the kernels is plain C++ and CUDA's
+// own functions, so the tests can run the same text without a GPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 
 namespace ipo_ext::cuda {
 
-// The block's shared memory as a T; a kernel has one, and its launch reserves sizeof(T).
+// Returns the block's shared memory as a T; a kernel has one, and its launch reserves sizeof(T).
 template <typename T>
 __device__ __forceinline__ T& shared_storage() {
 #ifdef __CUDACC__
@@ -23,21 +23,22 @@ __device__ __forceinline__ T& shared_storage() {
 }
 
 // Makes the compiler load what lies in memory again, instead of keeping it in registers until then.
-__device__ __forceinline__ void forget_memory() { asm volatile("" ::: "memory"); }
+__device__ __forceinline__ void compiler_barrier() { asm volatile("" ::: "memory"); }
 
 // Makes the compiler compute again what it has made of a value, instead of keeping both.
-__device__ __forceinline__ void forget_uses(uint4& word) {
+__device__ __forceinline__ void hide_from_compiler(uint4& word) {
   asm volatile("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
 }
 
-// With launch_after(): lets the next launch's blocks start once all of this one's have, and holds
-// them where they need what this one writes. Before sm_90 launches never overlap.
-__device__ __forceinline__ void let_next_launch_start() {
+// Programmatic dependent launch (PDL), for kernels that launch_pdl() launches: pdl_trigger() lets
+// the next launch's blocks start once all of this one's have called it, and pdl_wait() holds a
+// block until what the last launch writes is there. Before sm_90 launches never overlap.
+__device__ __forceinline__ void pdl_trigger() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
-__device__ __forceinline__ void wait_for_last_launch() {
+__device__ __forceinline__ void pdl_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
@@ -57,7 +58,7 @@ cudaError_t launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Args), in
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-// In clusters of that many blocks.
+// Launches kernel<<<blocks, threads, shared_bytes, stream>>>(args) in clusters of that many blocks.
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
                    cudaStream_t stream, const Args& args, int cluster_blocks = 1) {
@@ -68,11 +69,10 @@ cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t sha
                      stream, args);
 }
 
-// Whether a kernel that calls wait_for_last_launch() was compiled to wait. Code for an older
-// device, which a newer one may run, does not; and a driver before CUDA 12.3 may not be able to
-// capture it.
+// Returns whether a kernel that calls pdl_wait() was compiled to wait. Code for an older device,
+// which a newer one may run, does not; and a driver before CUDA 12.3 may not be able to capture it.
 template <typename Args>
-bool waits_for_last_launch(void (*kernel)(Args)) {
+bool supports_pdl(void (*kernel)(Args)) {
   constexpr int kCapturingDriver = 12030;
   constexpr int kWaitingCode = 90;
   int driver = 0;
@@ -83,10 +83,10 @@ bool waits_for_last_launch(void (*kernel)(Args)) {
 }
 
 // launch() whose blocks may start before the stream's last launch has ended; the kernel calls
-// wait_for_last_launch(). `may_overlap` is what waits_for_last_launch() says of it.
+// pdl_wait(). `may_overlap` is what supports_pdl() says of it.
 template <typename Args>
-cudaError_t launch_after(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
-                         cudaStream_t stream, const Args& args, bool may_overlap) {
+cudaError_t launch_pdl(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
+                       cudaStream_t stream, const Args& args, bool may_overlap) {
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -136,26 +136,24 @@ inline cudaError_t current_device(Device& device) {
   return error;
 }
 
-// launch() of a kernel that may ask for as much shared memory as a block can have, and takes it
-// from the L1 cache for as many blocks as possible. Saying so is no work for a stream, so a capture
-// may do it; it is always the same, so threads may race.
+// launch() of a kernel that may ask for as much shared memory as the device gives a block, and
+// takes it from the L1 cache for as many blocks as possible. Saying so is no work for a stream, so
+// a capture may do it; it is always the same for a device, so threads may race.
 template <typename Args>
 cudaError_t launch_with_all_shared(void (*kernel)(Args), int64_t blocks, int threads,
-                                   size_t shared_bytes, cudaStream_t stream, const Args& args,
-                                   int cluster_blocks = 1) {
+                                   size_t shared_bytes, int device_shared_bytes,
+                                   cudaStream_t stream, const Args& args, int cluster_blocks = 1) {
   constexpr int kPercent = 100;
-  Device device;
-  cudaError_t error = current_device(device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kPercent);
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kPercent);
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 device.shared_bytes);
+                                 device_shared_bytes);
   if (error != cudaSuccess) return error;
   return launch(kernel, blocks, threads, shared_bytes, stream, args, cluster_blocks);
 }
 
-// Null for success, else CUDA's words.
+// Returns null for success, else CUDA's words.
 inline const char* error_text(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -1,5 +1,5 @@
-// Sums of any mergeable struct over a warp, then a block: shuffles in a fixed tree, no atomics, the
-// same bits every run.
+// Reduces any mergeable struct over a warp, then over a block: by shuffles in a fixed tree, without
+// atomics, to the same bits every run.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace ipo_ext::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// A shuffle of one word, for a struct of them. All lanes of the warp must call.
+// Does with every word of a struct what `shuffle` does with one. All lanes of the warp must call.
 template <typename S, typename Shuffle>
 __device__ __forceinline__ S shuffle_words(const S& value, const Shuffle& shuffle) {
   static_assert(sizeof(S) % sizeof(uint32_t) == 0, "a shuffle moves whole words");
@@ -26,21 +26,21 @@ __device__ __forceinline__ S shuffle_words(const S& value, const Shuffle& shuffl
   return moved;
 }
 
-// Lane i receives the value of lane i + delta.
+// Returns to lane i the value of lane i + delta.
 template <typename S>
 __device__ __forceinline__ S shuffle_down(const S& value, int delta) {
   return shuffle_words(value,
                        [=](uint32_t word) { return __shfl_down_sync(kFullWarp, word, delta); });
 }
 
-// Lane i receives the value of lane i ^ mask.
+// Returns to lane i the value of lane i ^ mask.
 template <typename S>
 __device__ __forceinline__ S shuffle_xor(const S& value, int mask) {
   return shuffle_words(value,
                        [=](uint32_t word) { return __shfl_xor_sync(kFullWarp, word, mask); });
 }
 
-// The merged value of the warp, valid in lane 0. All lanes must call.
+// Returns the merged value of the warp, valid in lane 0. All lanes must call.
 template <typename S, typename Merge>
 __device__ __forceinline__ S warp_reduce(S value, Merge merge) {
 #pragma unroll
@@ -49,7 +49,8 @@ __device__ __forceinline__ S warp_reduce(S value, Merge merge) {
   return value;
 }
 
-// The same, valid in all lanes; merge(a, b) must be merge(b, a).
+// Returns the merged value of the warp, valid in all lanes; merge(a, b) must be merge(b, a). All
+// lanes must call.
 template <typename S, typename Merge>
 __device__ __forceinline__ S warp_all_reduce(S value, Merge merge) {
 #pragma unroll
@@ -63,8 +64,8 @@ struct BlockReduceStorage {
   S warps[kThreads / kWarpSize];
 };
 
-// The merged value of the block, valid in thread 0. All threads must call; `storage` may be used
-// again at once.
+// Returns the merged value of the block, valid in thread 0. All threads must call; `storage` may be
+// used again at once.
 template <int kThreads, typename S, typename Merge>
 __device__ __forceinline__ S block_reduce(S value, Merge merge,
                                           BlockReduceStorage<S, kThreads>& storage) {

@@ -1,5 +1,5 @@
-// Loads and stores of several neighbouring elements at once, 16 bytes wide where their dtype fills
-// them.
+// Loads, converts and stores several neighbouring elements at once: vectors of 16 bytes where their
+// dtype fills them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,17 +33,17 @@ struct WordOf<16> {
   using Type = uint4;
 };
 
-// What moves kCount elements at once: words of at most 16 bytes.
+// The words, of at most 16 bytes, that move kCount elements at once.
 template <typename Stored, int kCount>
 using WordFor =
     typename WordOf<(sizeof(Stored) * kCount < 16 ? sizeof(Stored) * kCount : 16)>::Type;
 
-// Elements of one vector.
+// The elements of a vector of 16 bytes.
 template <typename Stored>
-constexpr int kGroupColumns = 16 / sizeof(Stored);
+constexpr int kVectorElements = 16 / sizeof(Stored);
 
-// kCount elements from data[index], which nobody writes while the kernel runs; the address must be
-// aligned to min(16, their bytes).
+// Loads kCount elements from data[index], which nobody writes while the kernel runs; the address
+// must be aligned to min(16, their bytes).
 template <typename Stored, int kCount>
 __device__ __forceinline__ void load_aligned(const void* data, int64_t index,
                                              Stored (&out)[kCount]) {
@@ -56,8 +56,8 @@ __device__ __forceinline__ void load_aligned(const void* data, int64_t index,
   memcpy(out, words, sizeof(out));
 }
 
-// The same for one word of data that the kernel may overwrite later: not through the read-only
-// cache, and not through L1, which would keep what is read once.
+// Loads one word of data that the kernel may overwrite later: not through the read-only cache, and
+// not through L1, which would keep what is read once.
 template <typename Stored, int kCount>
 __device__ __forceinline__ void load_mutable(const Stored* from, Stored (&out)[kCount]) {
   using Word = WordFor<Stored, kCount>;
@@ -66,8 +66,8 @@ __device__ __forceinline__ void load_mutable(const Stored* from, Stored (&out)[k
   memcpy(out, &word, sizeof(out));
 }
 
-// Neighbours to the compute dtype and back. Half precision goes by the device's own instructions,
-// two at a time where it has them.
+// widen_all() and narrow_all() take neighbours to the compute dtype and back. Half precision goes
+// by the device's own instructions, two at a time where it has them.
 template <typename E, typename Stored, int kCount>
 __device__ __forceinline__ void widen_all(const Stored (&from)[kCount], E (&to)[kCount]) {
 #pragma unroll
@@ -91,9 +91,10 @@ __device__ __forceinline__ void widen_all(const BFloat16 (&from)[kCount], float 
   }
 }
 
-// Column by column of two words of 16 bytes, two at a time in half precision; a NaN loses.
+// Returns the larger of each pair of elements of two vectors, two pairs at a time in half
+// precision; a NaN loses.
 template <typename Stored>
-__device__ __forceinline__ uint4 larger_of_each(const uint4& a, const uint4& b) {
+__device__ __forceinline__ uint4 max_of_each(const uint4& a, const uint4& b) {
   using Pair = std::conditional_t<
       std::is_same_v<Stored, Float16>, __half2,
       std::conditional_t<std::is_same_v<Stored, BFloat16>, __nv_bfloat162, Stored>>;
@@ -136,8 +137,8 @@ __device__ __forceinline__ void narrow_all(const float (&from)[kCount], BFloat16
   }
 }
 
-// Tokens [index, index + kCount) of any floating dtype, in half precision the bits alone, in the
-// first of out's bytes, for widen_tokens(); kCount of 1 needs no alignment.
+// Loads tokens [index, index + kCount) of any floating dtype: in half precision the bits alone, to
+// the first of out's bytes, for widen_tokens(). A kCount of 1 needs no alignment.
 template <typename To, int kCount>
 __device__ __forceinline__ void load_tokens_as_stored(const TokenInput& input, int64_t index,
                                                       To (&out)[kCount]) {
@@ -171,7 +172,8 @@ __device__ __forceinline__ void widen_tokens(DType dtype, To (&values)[kCount]) 
   if (dtype == DType::kBFloat16) widen_bits<BFloat16>(values);
 }
 
-// kCount neighbours to `to`, aligned to their bytes: one element, or a word of at most 16 bytes.
+// Stores kCount neighbours to `to`, which is aligned to their bytes: one element, or a word of at
+// most 16 bytes.
 template <typename Stored, int kCount>
 __device__ __forceinline__ void store_aligned(Stored* to, const Stored (&values)[kCount]) {
   if constexpr (kCount == 1) {
@@ -185,7 +187,7 @@ __device__ __forceinline__ void store_aligned(Stored* to, const Stored (&values)
   }
 }
 
-// Whether kCount tokens of `input` can be loaded at every multiple of kCount.
+// Returns whether kCount tokens of `input` can be loaded at every multiple of kCount.
 inline bool is_aligned(const TokenInput& input) {
   return reinterpret_cast<uintptr_t>(input.data) % 16 == 0;
 }

@@ -26,8 +26,8 @@ struct Add {
   __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
 };
 
-// Block 0: the loss from the tiles, and the check of cu_seqlens, which poisons the loss and every
-// gradient.
+// Block 0 makes the loss from the tiles and checks cu_seqlens; a fault in it poisons the loss and
+// every gradient.
 template <typename E>
 __device__ void finish_loss(const IpoLossArgs& args,
                             BlockReduceStorage<double, kThreads>& storage) {
@@ -42,7 +42,7 @@ __device__ void finish_loss(const IpoLossArgs& args,
   const bool poisoned = __syncthreads_count(invalid) > 0;
   const double inverse = inverse_normalizer_of(args);
 
-  wait_for_last_launch();
+  pdl_wait();
   double loss = 0;
   for (int64_t tile = threadIdx.x; tile < segments.num_tiles(); tile += kThreads)
     loss += workspace.tile_losses[tile];
@@ -61,7 +61,7 @@ __device__ void finish_loss(const IpoLossArgs& args,
 struct SegmentSlots {
   int64_t segment, begin, end;
 
-  // Each warp finishes its own segment up to this many; beyond, the block works on it together.
+  // A warp finishes a segment of up to so many slots on its own, a block a longer one.
   static constexpr int64_t kMostOfWarp = 64;
   __device__ __forceinline__ bool are_many() const { return end - begin > kMostOfWarp; }
 };
@@ -71,13 +71,13 @@ __device__ __forceinline__ SegmentSlots slots_of(const Segments& segments, int64
   return {segment, segments.first_slot(segment), segments.end_slot(segment)};
 }
 
-// What a warp makes of a segment's sums.
+// The shared memory in which a warp finishes a segment.
 struct SegmentStorage {
   SegmentSums sums;
   Fractions fractions;
 };
 
-// By a warp: stores what is in storage.sums, and its means.
+// Stores what is in storage.sums, and its means. All lanes of one warp must call.
 template <typename E>
 __device__ __forceinline__ void store_by_lanes(const IpoLossArgs& args, int64_t segment,
                                                bool dropped, SegmentStorage& storage) {
@@ -99,7 +99,8 @@ __device__ __forceinline__ void store_by_lanes(const IpoLossArgs& args, int64_t 
   }
 }
 
-// By a warp: few slots, a lane for each row of them.
+// Finishes a segment of few slots, with a lane for each row of them. All lanes of one warp must
+// call.
 template <typename E>
 __device__ __forceinline__ void finish_short_segment(const IpoLossArgs& args,
                                                      const SegmentSlots& slots,
@@ -122,7 +123,7 @@ __device__ __forceinline__ void finish_short_segment(const IpoLossArgs& args,
   store_by_lanes<E>(args, slots.segment, dropped, storage);
 }
 
-// By the block: many slots.
+// Finishes a segment of many slots. All threads of the block must call.
 template <typename E>
 __device__ __forceinline__ void finish_long_segment(
     const IpoLossArgs& args, const SegmentSlots& slots,
@@ -139,9 +140,9 @@ __device__ __forceinline__ void finish_long_segment(
   if (threadIdx.x < kWarpSize) store_by_lanes<E>(args, slots.segment, dropped, storage);
 }
 
-// Segments of a block: one, so that long ones do not wait for each other, until there are so many
-// that most must be short.
-IPO_HOST_DEVICE int64_t segments_together(int64_t segments) {
+// Returns how many segments a block has: one, so that long ones do not wait for each other, until
+// there are so many that most must be short.
+IPO_HOST_DEVICE int64_t segments_per_block(int64_t segments) {
   constexpr int64_t kMany = 1024;
   return segments > kMany ? kThreads / kWarpSize : 1;
 }
@@ -154,18 +155,19 @@ union FinishStorage {
   } segments;
 };
 
+// Finishes the segments of a block: short ones side by side, then the others one by one.
 template <typename E>
 __device__ void finish_segments(const IpoLossArgs& args, int64_t block, FinishStorage& storage) {
-  const int64_t together = segments_together(args.segments.count);
+  const int64_t per_block = segments_per_block(args.segments.count);
   const int warp = threadIdx.x / kWarpSize;
-  const int64_t first = block * together;
-  SegmentSlots slots = slots_of(args.segments, warp < together ? first + warp : INT64_MAX);
-  wait_for_last_launch();
+  const int64_t first = block * per_block;
+  SegmentSlots slots = slots_of(args.segments, warp < per_block ? first + warp : INT64_MAX);
+  pdl_wait();
   const bool many = slots.are_many();
   if (!many && slots.segment < args.segments.count)
     finish_short_segment<E>(args, slots, storage.segments.warps[warp]);
   if (!__syncthreads_or(many)) return;
-  for (int64_t segment = first; segment < first + together; ++segment) {
+  for (int64_t segment = first; segment < first + per_block; ++segment) {
     slots = slots_of(args.segments, segment);
     if (slots.are_many())
       finish_long_segment<E>(args, slots, storage.segments.reduction, storage.segments.warps[0]);
@@ -176,8 +178,8 @@ __device__ void finish_segments(const IpoLossArgs& args, int64_t block, FinishSt
 // Kernel
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Block 0 finishes the loss, the others the segments. Starts while the tiles are still summed, with
-// what does not depend on them.
+// Block 0 finishes the loss, the others the segments. They start while the tiles are still summed,
+// with what does not depend on them.
 template <typename E>
 __global__ void __launch_bounds__(kThreads) ipo_loss_finish(const IpoLossArgs args) {
   FinishStorage& storage = shared_storage<FinishStorage>();

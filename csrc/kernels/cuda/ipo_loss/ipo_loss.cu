@@ -1,13 +1,12 @@
-// Tier 1 on CUDA: gradient and tile sums in one pass over the tokens, then one small launch for the
-// loss and the metrics of every packed sequence. No atomics, no host synchronisation, no memory but
-// the caller's; bitwise equal run to run on any GPU, because tiles depend on the number of tokens
-// alone.
+// Launches the loss from log-probabilities: gradients and sums in one pass over the tokens, then
+// one small launch for the loss and the metrics of every packed sequence. There are no atomics, no
+// synchronisation with the host and no memory but the caller's; results are bitwise equal run to
+// run on any GPU, because tiles depend on the number of tokens alone.
 #include "kernels/cuda/ipo_loss/finish.cuh"
 #include "kernels/cuda/ipo_loss/tiles.cuh"
 #include "kernels/ipo_loss.h"
 
 namespace ipo_ext::cuda {
-
 namespace {
 
 template <typename E>
@@ -20,11 +19,11 @@ __global__ void __launch_bounds__(kThreads) metric_means_kernel(const MetricMean
 // Launchers
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Small batches: one group of tokens a thread, to spread over the multiprocessors. Large ones:
-// about 2048 tiles however many tokens, so that the second launch stays small. Counts of a tile fit
-// 32 bits by far.
+// Returns the tokens of a tile. Small batches get one vector for each thread, to spread over the
+// multiprocessors; large ones about 2048 tiles however many tokens, so that the second launch stays
+// small. Counts of a tile fit 32 bits by far.
 int64_t tile_size_for(int64_t tokens) {
-  constexpr int64_t kSmallest = kThreads * kTokensPerLoad<float>;
+  constexpr int64_t kSmallest = kThreads * kTokensPerVector<float>;
   constexpr int64_t kTiles = 2048;
   int64_t size = kSmallest;
   while (size * kTiles < tokens) size *= 2;
@@ -36,7 +35,7 @@ Segments with_tiles(Segments segments) {
   return segments;
 }
 
-// Whether groups of tokens can be loaded and stored as vectors.
+// Returns whether neighbouring tokens can be loaded and stored as vectors.
 bool vectorizable(const IpoLossArgs& args) {
   return is_aligned(args.trainer_logprobs) && is_aligned(args.inference_logprobs) &&
          is_aligned(args.advantages) && is_aligned(args.teacher_logprobs) &&
@@ -47,13 +46,13 @@ bool vectorizable(const IpoLossArgs& args) {
 
 template <Rules kRules, typename E>
 auto tiles_kernel(const IpoLossArgs& args) {
-  return vectorizable(args) ? ipo_loss_tiles<kRules, E, kTokensPerLoad<E>>
+  return vectorizable(args) ? ipo_loss_tiles<kRules, E, kTokensPerVector<E>>
                             : ipo_loss_tiles<kRules, E, 1>;
 }
 
 template <typename E>
 cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
-  static const bool may_overlap = waits_for_last_launch(ipo_loss_finish<E>);
+  static const bool may_overlap = supports_pdl(ipo_loss_finish<E>);
   Device device;
   const cudaError_t unknown = current_device(device);
   if (unknown != cudaSuccess) return unknown;
@@ -70,11 +69,11 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
     }
     if (error != cudaSuccess) return error;
   }
-  const int64_t together = segments_together(args.segments.count);
-  const int64_t blocks = 1 + (args.segments.count + together - 1) / together;
+  const int64_t per_block = segments_per_block(args.segments.count);
+  const int64_t blocks = 1 + (args.segments.count + per_block - 1) / per_block;
   // Nothing but the tiles may still be under way.
-  return launch_after(ipo_loss_finish<E>, blocks, kThreads, sizeof(FinishStorage), stream, args,
-                      may_overlap && device.capability >= 90 && tiles > 0);
+  return launch_pdl(ipo_loss_finish<E>, blocks, kThreads, sizeof(FinishStorage), stream, args,
+                    may_overlap && device.capability >= 90 && tiles > 0);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the two launches ask of the packed sequences: the segment of a tile's first token, and
-// whether a rollout rule drops a segment.
+// Answers what the two launches ask of the packed sequences: which segment a tile's first token
+// belongs to, and whether a rollout rule drops a segment.
 #pragma once
 
 #include "kernels/cuda/common/platform.cuh"
@@ -9,14 +9,14 @@ namespace ipo_ext::cuda {
 
 constexpr int kThreads = 256;  // of every block of these kernels
 
-// What a thread loads in a round of the search below: where one of so many candidates begins.
+// Loads what a thread needs in a round of the search below: where one of so many candidates begins.
 __device__ __forceinline__ int32_t probe_segments(const Segments& segments, int64_t first,
                                                   int64_t candidates) {
   const int64_t probe = threadIdx.x * ((candidates + kThreads - 1) / kThreads);
   return candidates > 1 && probe < candidates ? segments.cu_seqlens[first + probe] : 0;
 }
 
-// The last segment that begins at or before `token`, the same in all threads of the block, all of
+// Returns the last segment that begins at or before `token`, to all threads of the block, all of
 // which must call. Each round every thread probes one candidate, so 256 segments take one round of
 // loads, which the caller has made before, and 65,536 take two.
 __device__ __forceinline__ int64_t block_segment_of(const Segments& segments, int64_t token,
@@ -35,8 +35,8 @@ __device__ __forceinline__ int64_t block_segment_of(const Segments& segments, in
   return first;
 }
 
-// Whether any piece of the segment holds a token that drops it, in all threads of the block, all of
-// which must call.
+// Returns whether any span of the segment holds a token that drops it, to all threads of the block,
+// all of which must call.
 template <typename E>
 __device__ __forceinline__ bool rollout_is_dropped(const Workspace<E>& workspace,
                                                    const Segments& segments, int64_t segment) {

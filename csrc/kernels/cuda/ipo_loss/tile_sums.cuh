@@ -1,5 +1,6 @@
-// Tier 1's sums by rows: a lane has one row of them, so that what few warps or slots hold is read
-// side by side and merged in all rows at once. Fixed orders, the same bits every run.
+// Sums of tokens by rows: a lane has one row of them, so that what few warps or slots hold is read
+// side by side and merged in all rows at once. The orders are fixed, and the bits the same every
+// run.
 #pragma once
 
 #include "kernels/cuda/common/reduce.cuh"
@@ -13,15 +14,15 @@ constexpr int kFirstExtremeRow = kFirstCountRow + math::count::kNumRows;
 constexpr int kTileRows = kFirstExtremeRow + math::extreme::kNumRows;
 static_assert(kTileRows <= kWarpSize, "one lane a row");
 
-// A row as it is stored: rows of several tiles are loaded before the first is waited for, which a
-// conversion would do.
+// A row as it is stored: rows of several tiles are loaded before the first is waited for, as a
+// conversion would.
 template <typename E>
 struct StoredRow {
   double sum = 0;
   uint32_t count = 0;
   E extreme = 0;
 
-  // Nothing for a lane without a row.
+  // Loads nothing for a lane without a row.
   __device__ __forceinline__ void load(const math::TileSums<E>& tile, int row) {
     if (row < kFirstCountRow) sum = tile.sums[row];
     if (row >= kFirstCountRow && row < kFirstExtremeRow) count = tile.counts[row - kFirstCountRow];
@@ -34,7 +35,7 @@ struct StoredRow {
   }
 };
 
-// Nothing from a lane without a row.
+// Stores nothing for a lane without a row.
 template <typename E>
 __device__ __forceinline__ void store_row(double value, int row, math::TileSums<E>& tile) {
   if (row < kFirstCountRow) {
@@ -46,7 +47,8 @@ __device__ __forceinline__ void store_row(double value, int row, math::TileSums<
   }
 }
 
-// The same to a segment, whose rows come in another order; its own row begins as 0.
+// Stores to a segment, whose rows come in another order; the rows that only a segment has begin as
+// 0.
 __device__ __forceinline__ void store_row(double value, int row, math::SegmentSums& segment) {
   if (row < kFirstCountRow) {
     segment.sums[math::count::kNumRows + row] = value;
@@ -69,7 +71,7 @@ __device__ __forceinline__ double merge_rows(double a, double b, int row) {
   return row == kFirstExtremeRow ? math::smaller(a, b) : math::larger(a, b);
 }
 
-// `merged` and the same row of kCount tiles, without those that has(i) says are not there.
+// Merges `merged` with the same row of kCount tiles, without those that has(i) says are not there.
 template <int kCount, typename E, typename Has>
 __device__ __forceinline__ double merge_tiles(double merged, const math::TileSums<E>* tiles,
                                               int row, const Has& has) {
@@ -83,8 +85,9 @@ __device__ __forceinline__ double merge_tiles(double merged, const math::TileSum
   return merged;
 }
 
-// Of kValues numbers of each lane, the warp's merged number lane / (kWarpSize / kValues): each
-// step sends away the half of the numbers that another lane goes on with.
+// Merges kValues numbers of each lane over the warp and returns number lane / (kWarpSize /
+// kValues): each round sends away the half of the numbers that another lane goes on with. All lanes
+// must call.
 template <typename T, int kValues, typename Merge>
 __device__ __forceinline__ T warp_reduce_each(const T (&values)[kValues], const Merge& merge) {
   T mine[kValues];
@@ -106,7 +109,8 @@ __device__ __forceinline__ T warp_reduce_each(const T (&values)[kValues], const 
   return mine[0];
 }
 
-// The merged sums of the warp, to `tile`, which its lanes fill together. All lanes must call.
+// Stores the merged sums of the warp to `tile`, which its lanes fill together: valid for other
+// threads after a barrier. All lanes must call.
 template <typename E>
 __device__ __forceinline__ void warp_reduce_to(const math::TileSums<E>& sums,
                                                math::TileSums<E>& tile) {

@@ -1,4 +1,4 @@
-// The first launch: the gradient of every token, and the sums of every tile, in one pass over the
+// The first launch: the gradient of every token, and the sums of every span, in one pass over the
 // tokens.
 #pragma once
 
@@ -12,16 +12,17 @@ namespace ipo_ext::cuda {
 // Device helpers
 // ---------------------------------------------------------------------------------------------------------------------
 
+// The shared memory of a block that works on a tile.
 template <typename E>
 struct TileStorage {
   TileSums<E> warps[kThreads / kWarpSize];
-  bool holds[kThreads / kWarpSize];  // whether a warp has tokens of the piece
-  bool drops_sequence;               // whether a token of the piece does
-  double loss;  // of the tile; the first thread's, which frees registers of all
+  bool holds[kThreads / kWarpSize];  // whether a warp has tokens of the span
+  bool drops_sequence;               // whether a token of the span does
+  double loss;  // of the tile; only the first thread adds to it, which frees registers of all
 };
 
-// Tokens [begin, end) of a tile, which are of one segment.
-struct Piece {
+// Tokens [begin, end) of a tile, which belong to one segment.
+struct Span {
   int begin, end;
 
   __device__ __forceinline__ bool has(int index) const { return index >= begin && index < end; }
@@ -30,18 +31,18 @@ struct Piece {
   }
 };
 
-// Adds those of the tile's tokens [index, index + kCount) that are in the piece to the thread's
+// Adds those of the tile's tokens [index, index + kCount) that are in the span to the thread's
 // sums, and writes their gradients.
 template <Rules kRules, typename E, int kCount>
 __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const LossParams<E>& params,
-                                               const TokenGroup<E, kCount>& group,
-                                               int64_t tile_begin, int index, const Piece& piece,
+                                               const TokenVector<E, kCount>& vector,
+                                               int64_t tile_begin, int index, const Span& span,
                                                TileSums<E>& sums, TileStorage<E>& storage) {
   E gradients[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    Token<E> token = group.token(i, args);
-    token.active &= piece.has(index + i);
+    Token<E> token = vector.token(i, args);
+    token.active &= span.has(index + i);
     const TokenLoss<E> loss = token_loss<kRules>(token, params);
     add_token(sums, token, loss, extras_of(args));
     if constexpr (kRules == Rules::kAny) {
@@ -52,34 +53,34 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
   }
   if (args.gradient == nullptr) return;
   E* gradient = static_cast<E*>(args.gradient) + tile_begin + index;
-  if (index >= piece.begin && index + kCount <= piece.end) {
+  if (index >= span.begin && index + kCount <= span.end) {
     store_aligned(gradient, gradients);
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      if (piece.has(index + i)) gradient[i] = gradients[i];
+      if (span.has(index + i)) gradient[i] = gradients[i];
   }
 }
 
-// The tokens that end the batch and are no whole group, one by one.
+// Processes the tokens that end the batch and are no whole vector, one by one.
 template <Rules kRules, typename E>
 __device__ __forceinline__ void process_last_tokens(const IpoLossArgs& args,
                                                     const LossParams<E>& params, int64_t tile_begin,
-                                                    int index, const Piece& piece,
-                                                    TileSums<E>& sums, TileStorage<E>& storage) {
-  for (int i = index < piece.begin ? piece.begin : index; i < piece.end; ++i) {
-    TokenGroup<E, 1> token;
+                                                    int index, const Span& span, TileSums<E>& sums,
+                                                    TileStorage<E>& storage) {
+  for (int i = index < span.begin ? span.begin : index; i < span.end; ++i) {
+    TokenVector<E, 1> token;
     token.load(args, tile_begin + i);
     token.widen(args);
-    process_tokens<kRules>(args, params, token, tile_begin, i, piece, sums, storage);
+    process_tokens<kRules>(args, params, token, tile_begin, i, span, sums, storage);
   }
 }
 
-// Merges the warps' sums of a piece into its slot, and adds its loss to the tile's. All threads
+// Merges the warps' sums of a span into its slot, and adds its loss to the tile's. All threads
 // must call; `storage` may be used again at once.
 template <typename E>
-__device__ __forceinline__ void finish_piece(const TileSums<E>& sums, bool warp_holds,
-                                             TileStorage<E>& storage, TileSums<E>& slot) {
+__device__ __forceinline__ void finish_span(const TileSums<E>& sums, bool warp_holds,
+                                            TileStorage<E>& storage, TileSums<E>& slot) {
   constexpr int kAtOnce = 4;  // more would take registers from the tokens
   constexpr int kWarps = kThreads / kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
@@ -106,23 +107,23 @@ __device__ __forceinline__ void finish_piece(const TileSums<E>& sums, bool warp_
 // Kernel
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Blocks that a multiprocessor must have registers for. Left to itself the compiler thinks of more
-// and spills, as all rules in fp64 would with two.
+// The blocks that a multiprocessor must have registers for. Left to itself the compiler thinks of
+// more and spills, as all rules in fp64 would with two.
 template <Rules kRules, typename E>
-constexpr int kBlocksTogether = kRules == Rules::kAny && sizeof(E) == 8 ? 1 : 2;
+constexpr int kBlocksPerMultiprocessor = kRules == Rules::kAny && sizeof(E) == 8 ? 1 : 2;
 
-// One block a tile: each piece of a segment in it is summed to the piece's slot. A thread has
-// kCount neighbouring tokens of every kThreads * kCount, so once at most where four fit a load and
-// there are up to 2^21; it loads them before it knows their segment. A rollout rule launches it a
-// second time, for the pieces of sequences that the first has found to be dropped.
+// Each block has one tile, each of whose spans it sums to the span's slot. A thread has a vector of
+// kCount neighbouring tokens of every kThreads * kCount, so at most one where four fit a load and
+// there are up to 2^21 tokens; it loads them before it knows their segment. A rollout rule launches
+// this a second time, for the spans of sequences that the first time has found to be dropped.
 template <Rules kRules, typename E, int kCount>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kRules, E>)
     ipo_loss_tiles(const IpoLossArgs args) {
   constexpr int kRound = kThreads * kCount;
   TileStorage<E>& storage = shared_storage<TileStorage<E>>();
   const Segments& segments = args.segments;
   const bool again = kRules == Rules::kAny && args.params.rollout_dropped;
-  let_next_launch_start();
+  pdl_trigger();
 
   const int64_t tile = blockIdx.x;
   const int64_t tile_begin = tile * segments.tile_size;
@@ -130,12 +131,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
   const int size = static_cast<int>(left < segments.tile_size ? left : segments.tile_size);
   const int thread_index = threadIdx.x * kCount;
 
-  // Loads that wait for nothing, all before the first that does.
+  // Loads that wait for nothing are started here, all before the first that does.
   const int32_t probed = probe_segments(segments, 0, segments.count);
-  TokenGroup<E, kCount> group;
+  TokenVector<E, kCount> vector;
   const auto load_round = [&](int round) {
     const int index = round + thread_index;
-    if (index + kCount <= size) group.load(args, tile_begin + index);
+    if (index + kCount <= size) vector.load(args, tile_begin + index);
   };
   bool loaded = !again;
   if (loaded) load_round(0);
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
       kRules == Rules::kAny ? gradient_params_for<E>(args) : params_for<E>(args);
   const Workspace<E> workspace(args);
   int64_t segment = block_segment_of(segments, tile_begin, probed);
-  if (loaded) group.widen(args);
+  if (loaded) vector.widen(args);
 
   if (threadIdx.x == 0) storage.loss = 0;
   int begin = 0;
@@ -154,13 +155,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
     const int64_t slot = Segments::slot(tile, segment);
     if constexpr (kRules == Rules::kAny) {
       if (again && !rollout_is_dropped(workspace, segments, segment)) {
-        if (threadIdx.x == 0) storage.loss += loss_of_piece(workspace.slots[slot]);
+        if (threadIdx.x == 0) storage.loss += loss_of_span(workspace.slots[slot]);
         begin = end;
         continue;
       }
     }
 
-    const Piece piece = {begin, end};
+    const Span span = {begin, end};
     TileSums<E> sums = empty_tile_sums<E>();
     bool warp_holds = false;
     if constexpr (kRules == Rules::kAny) {
@@ -170,21 +171,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksTogether<kRules, E>)
     for (int round = begin - begin % kRound; round < end; round += kRound) {
       if (!loaded) {
         load_round(round);
-        group.widen(args);
+        vector.widen(args);
       }
-      loaded = false;  // another piece finds them in the L1 cache, and registers are short
+      loaded = false;  // another span finds them in the L1 cache, and registers are short
       const int index = round + thread_index;
       const int first_of_warp = round + threadIdx.x / kWarpSize * kWarpSize * kCount;
-      if (!piece.meets(first_of_warp, kWarpSize * kCount)) continue;
+      if (!span.meets(first_of_warp, kWarpSize * kCount)) continue;
       warp_holds = true;
       if (kCount == 1 || index + kCount <= size) {
-        if (piece.meets(index, kCount))
-          process_tokens<kRules>(args, params, group, tile_begin, index, piece, sums, storage);
+        if (span.meets(index, kCount))
+          process_tokens<kRules>(args, params, vector, tile_begin, index, span, sums, storage);
       } else {
-        process_last_tokens<kRules>(args, params, tile_begin, index, piece, sums, storage);
+        process_last_tokens<kRules>(args, params, tile_begin, index, span, sums, storage);
       }
     }
-    finish_piece(sums, warp_holds, storage, workspace.slots[slot]);
+    finish_span(sums, warp_holds, storage, workspace.slots[slot]);
     if (kRules == Rules::kAny && threadIdx.x == 0 && params.has_rollout_rule && !again)
       workspace.rollout_flags[slot] = storage.drops_sequence;
     begin = end;

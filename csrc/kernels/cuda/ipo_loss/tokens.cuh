@@ -1,4 +1,4 @@
-// Neighbouring tokens as a thread has them in registers: all their inputs, loaded side by side.
+// A vector of tokens, as a thread has them in registers: all their inputs, loaded side by side.
 #pragma once
 
 #include "kernels/cuda/common/vector.cuh"
@@ -8,22 +8,22 @@ namespace ipo_ext::cuda {
 
 using namespace ipo_ext::math;
 
-// Tokens that a thread loads and stores at once: 16 bytes in the compute dtype.
+// The tokens that a thread loads and stores at once: 16 bytes in the compute dtype.
 template <typename E>
-constexpr int kTokensPerLoad = 16 / sizeof(E);
+constexpr int kTokensPerVector = 16 / sizeof(E);
 
-// kCount neighbouring tokens.
+// All inputs of kCount neighbouring tokens.
 template <typename E, int kCount>
-struct TokenGroup {
+struct TokenVector {
   E trainer[kCount];
   E inference[kCount];
   E advantage[kCount];
   E teacher[kCount];
   E weight[kCount];
   E entropy[kCount];
-  uint32_t mask;  // a byte each
+  uint32_t mask;  // a byte for each token
 
-  // Tokens [index, index + kCount), all of which exist. No load waits for another, so half
+  // Loads tokens [index, index + kCount), all of which exist. No load waits for another, so half
   // precision is widened later, by widen().
   __device__ __forceinline__ void load(const IpoLossArgs& args, int64_t index) {
     for_each(args, [=](const TokenInput& input, E(&values)[kCount]) {
@@ -37,7 +37,7 @@ struct TokenGroup {
     });
   }
 
-  // visit(input, values) for the inputs that there are.
+  // Calls visit(input, values) for the inputs that there are.
   template <typename Visit>
   __device__ __forceinline__ void for_each(const IpoLossArgs& args, const Visit& visit) {
     visit(args.trainer_logprobs, trainer);

@@ -1,4 +1,4 @@
-// Tier 2's kernels for bf16 logits.
+// Compiles the kernels for bf16 logits.
 #include "kernels/cuda/logits/kernels.cuh"
 
 namespace ipo_ext::cuda {

@@ -1,4 +1,4 @@
-// Tier 2's kernels for fp16 logits.
+// Compiles the kernels for fp16 logits.
 #include "kernels/cuda/logits/kernels.cuh"
 
 namespace ipo_ext::cuda {

@@ -1,4 +1,4 @@
-// Tier 2's kernels for fp32 logits, with gradients of their own dtype or a narrower one.
+// Compiles the kernels for fp32 logits, with gradients of their own dtype or a narrower one.
 #include "kernels/cuda/logits/kernels.cuh"
 
 namespace ipo_ext::cuda {

@@ -10,15 +10,15 @@ namespace ipo_ext::cuda {
 template <typename Stored>
 LaunchPlan plan_for(const LogitsArgs& args, const Device& device) {
   const LogitsMatrix& logits = args.logits;
-  RowWork work = {logits.rows, logits.columns, kGroupColumns<Stored>, sizeof(Compute<Stored>),
-                  kHeldGroups<Stored>};
+  RowWork work = {logits.rows, logits.columns, kVectorElements<Stored>, sizeof(Compute<Stored>),
+                  kRegisterVectors<Stored>};
   work.capped = args.softcap != 0;
   work.has_gradient = args.gradient.data != nullptr;
   // A narrower gradient may lie over columns that another block has yet to read.
   work.apart = !work.has_gradient || args.gradient.dtype == logits.dtype;
   work.reduces = !is_backward(args);
   LaunchPlan plan = plan_rows(work, device);
-  plan.workspace_bytes = logits.rows * plan.splits * sizeof(RowPart<Compute<Stored>>);
+  plan.workspace_bytes = logits.rows * plan.splits * sizeof(RowStats<Compute<Stored>>);
   return plan;
 }
 

@@ -1,8 +1,6 @@
-// Tier 2 on CUDA: a row of logits is read once and its gradient written once. The blocks of a
-// cluster (one block before sm_90) hold the row in registers and shared memory between the three
-// passes: maximum, exponentials and their sums, gradient. Exponentials are taken after the maximum,
-// so there is one each; reductions run in a fixed order, so the bits are the same every run. No
-// atomics, no host synchronisation.
+// The entry points for rows of logits: the plan of a launch, the launch for the dtype at hand, and
+// the kernel that looks for contract faults before any row is read. None synchronises with the
+// host.
 #include "kernels/cuda/common/reduce.cuh"
 #include "kernels/cuda/logits/launch.cuh"
 
@@ -15,8 +13,8 @@ struct Plus {
   __device__ __forceinline__ int64_t operator()(int64_t a, int64_t b) const { return a + b; }
 };
 
-// One block looks at whatever a host would have to synchronise for, before any row is read.
-__global__ void __launch_bounds__(kFaultThreads) look_for_faults(const LogitsArgs args) {
+// One block looks at whatever a host would have to synchronise for.
+__global__ void __launch_bounds__(kFaultThreads) logits_find_faults(const LogitsArgs args) {
   BlockReduceStorage<int64_t, kFaultThreads>& storage =
       shared_storage<BlockReduceStorage<int64_t, kFaultThreads>>();
   bool fault = false;
@@ -36,7 +34,7 @@ __global__ void __launch_bounds__(kFaultThreads) look_for_faults(const LogitsArg
   if (threadIdx.x == 0) *args.fault = faults > 0 || active > args.max_active;
 }
 
-// Columns are counted in 32 bits, with room for the groups around a row.
+// Columns are counted in 32 bits, with room for the vectors around a row.
 constexpr int64_t kMostColumns = int64_t{1} << 30;
 
 }  // namespace
@@ -55,7 +53,7 @@ const char* make_plan(const LogitsArgs& args, LaunchPlan& plan) {
 
 const char* find_faults(const LogitsArgs& args, CUstream_st* stream) {
   using Storage = BlockReduceStorage<int64_t, kFaultThreads>;
-  return error_text(launch(look_for_faults, 1, kFaultThreads, sizeof(Storage), stream, args));
+  return error_text(launch(logits_find_faults, 1, kFaultThreads, sizeof(Storage), stream, args));
 }
 
 const char* logits(const LogitsArgs& args, const LaunchPlan& plan, CUstream_st* stream) {

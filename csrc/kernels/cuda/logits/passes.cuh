@@ -1,5 +1,5 @@
-// From a row of logits to its result and its gradient: what each block of its cluster does, however
-// it holds its share.
+// The passes over a row of logits, from its maximum and sums to its gradient: what each block of
+// the row's cluster does, however it keeps its slice.
 #pragma once
 
 #include <limits>
@@ -9,7 +9,7 @@
 
 namespace ipo_ext::cuda {
 
-// Of an active row, where nothing is at fault.
+// Returns the label of an active row, where nothing is at fault.
 __device__ __forceinline__ int label_column(const LogitsArgs& args, int64_t row) {
   return static_cast<int>(label_of(args, row));
 }
@@ -19,148 +19,151 @@ __device__ __forceinline__ Gradient* gradient_of_row(const LogitsArgs& args, int
   return args.gradient.data != nullptr ? args.gradient.row<Gradient>(index) : nullptr;
 }
 
-// Whether anything of the row must be read, by what is known before.
+// Returns whether anything of the row must be read, by what is known before.
 template <typename E>
-__device__ __forceinline__ bool row_flows(const LogitsArgs& args, int64_t row) {
+__device__ __forceinline__ bool row_is_needed(const LogitsArgs& args, int64_t row) {
   if (*args.fault != 0 || !row_is_active(args, row)) return false;
-  return !is_backward(args) || !upstream_slopes<E>(args, row).are_zero();
+  return !is_backward(args) || !upstream_grads<E>(args, row).are_zero();
 }
 
-// What a row that does not flow gets: zeros, or NaN under a fault.
-template <typename E, typename Share, typename Gradient>
+// Fills the results and the gradient of a row that is not needed: with 0, or with NaN under a
+// fault.
+template <typename E, typename Slice, typename Gradient>
 __device__ __forceinline__ void fill_row(const LogitsArgs& args, int64_t row, bool stores_results,
-                                         const Share& share, int steps, Gradient* gradient) {
+                                         const Slice& slice, int vectors, Gradient* gradient) {
   const E value = *args.fault != 0 ? std::numeric_limits<E>::quiet_NaN() : E(0);
   if (stores_results) fill_results(args, row, value);
-  if (gradient != nullptr) share.fill(gradient, steps, value);
+  if (gradient != nullptr) slice.fill(gradient, vectors, value);
 }
 
-// By one thread: what a row's maximum and sums make of its token and, in `storage`, of its
-// gradient. The row waits in memory while its loss is computed, whose arithmetic needs the
-// registers.
+// Makes a row's results of its maximum and sums and leaves the terms of its gradient in `storage`;
+// one thread calls it. The row waits in memory while its loss is computed, whose arithmetic needs
+// the registers.
 template <bool kCapped, typename E, typename Storage>
 __device__ __forceinline__ void finish_row(const LogitsArgs& args, int64_t index,
-                                           const RowPart<E>& row, bool stores_results,
+                                           const RowStats<E>& stats, bool stores_results,
                                            Storage& storage) {
-  storage.row = row;
-  const E label_capped = cap<kCapped>(row.label_logit, storage.scale).value;
-  const RowResult<E> result = result_of_row(args, index, row.sums, row.largest, label_capped);
-  if (stores_results) store_results(args, index, result, row.sums, row.largest);
+  storage.stats = stats;
+  const E label_capped = cap<kCapped>(stats.label_logit, storage.scale).value;
+  const RowResult<E> result = result_of_row(args, index, stats.sums, stats.row_max, label_capped);
+  if (stores_results) store_results(args, index, result, stats.sums, stats.row_max);
   storage.result = result;
-  forget_memory();
-  storage.slopes = slopes_of_row(args, index, result.logprob);
-  forget_memory();
+  compiler_barrier();
+  storage.grads = loss_grads(args, index, result.logprob);
+  compiler_barrier();
   const LogitScale<E> scale = storage.scale;
-  const RowDerivative<E> derivative =
-      row_derivative<E>(storage.slopes, storage.row.sums.exponentials, storage.result.entropy,
-                        scale.inverse_temperature);
-  storage.plan = plan_of<kCapped>(derivative, scale, storage.row.largest, storage.row.label_logit);
+  const RowDerivative<E> derivative = row_derivative<E>(
+      storage.grads, storage.stats.sums.sum_exp, storage.result.entropy, scale.inverse_temperature);
+  storage.terms =
+      gradient_terms<kCapped>(derivative, scale, storage.stats.row_max, storage.stats.label_logit);
 }
 
-// The first two passes over what the blocks of a cluster hold. Leaves the label, its logit and the
-// scale in `storage`; the maximum is valid in every thread, the sums in the first warp.
-// `turn` counts the cluster's rows before it; `before_posting` is called before anything is sent
-// to another block.
-template <bool kCapped, int kThreads, typename Held, typename Storage, typename BeforePosting>
+// The first two passes: reduces a row over the blocks of its cluster, which exchange its maximum
+// and then its sums. It leaves the label, its logit and the scale in `storage`; the maximum is
+// valid in every thread, the sums in the first warp. `phase` counts the cluster's rows before this
+// one; `before_sending` is called before anything is sent to another block.
+template <bool kCapped, int kThreads, typename Row, typename Storage, typename BeforeSending>
 __device__ __forceinline__ auto reduce_row(const LogitsArgs& args, int64_t index, int label,
-                                           const Cluster& cluster, unsigned turn, Held& held,
-                                           Storage& storage, const BeforePosting& before_posting)
-    -> RowPart<typename Held::E> {
-  using E = typename Held::E;
+                                           const Cluster& cluster, unsigned phase, Row& row,
+                                           Storage& storage, const BeforeSending& before_sending)
+    -> RowStats<typename Row::E> {
+  using E = typename Row::E;
   E label_logit = 0;
-  if (threadIdx.x == 0) label_logit = held.logit(label);
-  E largest = held.load();
+  if (threadIdx.x == 0) label_logit = row.logit(label);
+  E row_max = row.load();
   if (threadIdx.x == 0) storage.scale = scale_of<E>(args, index);
-  before_posting();
-  post_to_cluster<kThreads>(largest, Larger(), cluster, turn, storage.largest);
-  largest = merge_posted<kThreads>(largest, Larger(), cluster, storage.largest);
+  before_sending();
+  cluster_all_gather<kThreads>(row_max, Max(), cluster, phase, storage.row_max);
+  row_max = reduce_gathered<kThreads>(row_max, Max(), cluster, storage.row_max);
   const LogitScale<E> scale = storage.scale;
-  largest = cap<kCapped>(largest, scale).value;
-  RowSums sums = held.exponentiate(scale, finite_or_zero(largest));
+  row_max = cap<kCapped>(row_max, scale).value;
+  RowSums sums = row.exponentiate(scale, finite_or_zero(row_max));
   if (threadIdx.x == 0) {  // only now are all done with the label of the row before
     storage.label = label;
     storage.label_logit = label_logit;  // loaded while all that went on
   }
-  post_to_cluster<kThreads>(sums, MergeRowSums(), cluster, turn, storage.sums);
+  cluster_all_gather<kThreads>(sums, MergeRowSums(), cluster, phase, storage.sums);
   if (threadIdx.x < kWarpSize)
-    sums = merge_posted<kThreads>(RowSums{0, 0}, MergeRowSums(), cluster, storage.sums);
-  return {largest, storage.label_logit, sums};
+    sums = reduce_gathered<kThreads>(RowSums{0, 0}, MergeRowSums(), cluster, storage.sums);
+  return {row_max, storage.label_logit, sums};
 }
 
-// The row, from its logits to its gradient.
-template <typename Gradient, bool kCapped, typename Stored, int kThreads, typename Held,
-          typename Storage, typename BeforePosting>
-__device__ __forceinline__ void process_row(const RowsArgs& rows, int64_t index, int label,
-                                            RowShare<Stored, kThreads>& share,
-                                            const Cluster& cluster, unsigned turn, Held& held,
-                                            Storage& storage, const BeforePosting& before_posting) {
+// Takes a row from its logits to its gradient.
+template <typename Gradient, bool kCapped, typename Stored, int kThreads, typename Row,
+          typename Storage, typename BeforeSending>
+__device__ __forceinline__ void process_row(const RowKernelArgs& rows, int64_t index, int label,
+                                            RowSlice<Stored, kThreads>& slice,
+                                            const Cluster& cluster, unsigned phase, Row& row,
+                                            Storage& storage, const BeforeSending& before_sending) {
   using E = Compute<Stored>;
   const LogitsArgs& args = rows.logits;
-  const RowPart<E> row = reduce_row<kCapped, kThreads>(args, index, label, cluster, turn, held,
-                                                       storage, before_posting);
+  const RowStats<E> stats = reduce_row<kCapped, kThreads>(args, index, label, cluster, phase, row,
+                                                          storage, before_sending);
   if (threadIdx.x < kWarpSize) {
-    held.put_aside();
+    row.spill_to_shared();
     if (threadIdx.x == 0) {
-      finish_row<kCapped>(args, index, row, cluster.rank == 0, storage);
+      finish_row<kCapped>(args, index, stats, cluster.rank == 0, storage);
       storage.gradient = gradient_of_row<Gradient>(args, index);
     }
-    held.take_back();
+    row.restore_from_shared();
   }
   if (args.gradient.data == nullptr) return;
   __syncthreads();
-  const RowPlan<E> plan = storage.plan;
+  const GradientTerms<E> terms = storage.terms;
   Gradient* gradient = static_cast<Gradient*>(storage.gradient);
-  if (plan.derivative.slopes.are_zero()) return share.fill(gradient, rows.plan.vectors, E(0));
-  held.write_gradient(plan, gradient);
-  if (share.is_mine(storage.label)) gradient[storage.label] = narrow<Gradient>(plan.label);
+  if (terms.derivative.grads.are_zero()) return slice.fill(gradient, rows.plan.vectors, E(0));
+  row.write_gradient(terms, gradient);
+  if (slice.is_mine(storage.label)) gradient[storage.label] = narrow<Gradient>(terms.label);
 }
 
-// The gradient of a share of which nothing is held. May go over the logits; a narrower one must
-// have its row to itself, for it meets columns of other threads.
+// Writes the gradient of a slice of which nothing is kept. It may go over the logits; a narrower
+// one must have its row to itself, for it meets columns of other threads.
 template <bool kCapped, int kThreads, typename E, typename Stored, typename Gradient>
-__device__ __forceinline__ void stream_gradient(const RowShare<Stored, kThreads>& share, int steps,
-                                                const RowPlan<E>& plan, Gradient* gradient) {
+__device__ __forceinline__ void stream_gradient(const RowSlice<Stored, kThreads>& slice,
+                                                int vectors, const GradientTerms<E>& terms,
+                                                Gradient* gradient) {
   constexpr int kBatch = 4;
-  const bool aligned = share.is_aligned(gradient);
-  const E extra = share.load_extra();
-  for (int step = 0; step < steps; step += kBatch) {
+  const bool aligned = slice.is_aligned(gradient);
+  const E extra = slice.load_extra();
+  for (int vector = 0; vector < vectors; vector += kBatch) {
     uint4 words[kBatch];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) words[i] = share.load(step + i);
+    for (int i = 0; i < kBatch; ++i) words[i] = slice.load(vector + i);
     if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      E values[kGroupColumns<Stored>];
-      share.widen(words[i], values);
+      E values[kVectorElements<Stored>];
+      slice.widen(words[i], values);
 #pragma unroll
-      for (E& value : values) value = plan.template other<kCapped>(value);
-      share.store(gradient, aligned, step + i, values);
+      for (E& value : values) value = terms.template other<kCapped>(value);
+      slice.store(gradient, aligned, vector + i, values);
     }
   }
   if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();
-  share.store_extra(gradient, plan.template other<kCapped>(extra));
+  slice.store_extra(gradient, terms.template other<kCapped>(extra));
 }
 
-// The maximum and the sums of a row from those of its parts, in thread 0. All threads must call.
+// Merges the maximum and the sums of a row from those of its splits; valid in thread 0. All threads
+// must call.
 template <typename E, typename Stored, int kThreads>
-__device__ __forceinline__ RowPart<E> merge_parts(const LogitsArgs& args, int64_t index,
-                                                  const RowPart<E>* parts, int count,
-                                                  RowStorage<Stored, kThreads>& storage) {
+__device__ __forceinline__ RowStats<E> merge_splits(const LogitsArgs& args, int64_t index,
+                                                    const RowStats<E>* splits, int count,
+                                                    RowStorage<Stored, kThreads>& storage) {
   const Cluster alone = {0, 1};
-  E largest = -std::numeric_limits<E>::infinity();
-  for (int part = threadIdx.x; part < count; part += kThreads)
-    largest = Larger()(parts[part].largest, largest);
-  post_to_cluster<kThreads>(largest, Larger(), alone, 0, storage.largest);
-  largest = merge_posted<kThreads>(largest, Larger(), alone, storage.largest);
+  E row_max = -std::numeric_limits<E>::infinity();
+  for (int split = threadIdx.x; split < count; split += kThreads)
+    row_max = Max()(splits[split].row_max, row_max);
+  cluster_all_gather<kThreads>(row_max, Max(), alone, 0, storage.row_max);
+  row_max = reduce_gathered<kThreads>(row_max, Max(), alone, storage.row_max);
   const double temperature = temperature_of(args, index);
   RowSums sums = {0, 0};
-  for (int part = threadIdx.x; part < count; part += kThreads) {
-    const double below = static_cast<double>(parts[part].largest) - largest;
-    sums = merge(sums, shifted(parts[part].sums, below / temperature));
+  for (int split = threadIdx.x; split < count; split += kThreads) {
+    const double shift = static_cast<double>(splits[split].row_max) - row_max;
+    sums = merge(sums, shifted(splits[split].sums, shift / temperature));
   }
-  post_to_cluster<kThreads>(sums, MergeRowSums(), alone, 0, storage.sums);
-  sums = merge_posted<kThreads>(RowSums{0, 0}, MergeRowSums(), alone, storage.sums);
-  return {largest, parts[0].label_logit, sums};
+  cluster_all_gather<kThreads>(sums, MergeRowSums(), alone, 0, storage.sums);
+  sums = reduce_gathered<kThreads>(RowSums{0, 0}, MergeRowSums(), alone, storage.sums);
+  return {row_max, splits[0].label_logit, sums};
 }
 
 }  // namespace ipo_ext::cuda

@@ -1,4 +1,5 @@
-// A row of logits in registers alone, while the cluster's next one is on its way to shared memory.
+// A row of logits that a block keeps in registers alone, while the cluster's next one is on its way
+// to shared memory: persistent blocks, software pipelined.
 #pragma once
 
 #include <limits>
@@ -8,65 +9,66 @@
 
 namespace ipo_ext::cuda {
 
-// A block's share of a row in registers alone, whose threads have meanwhile started to copy the
-// share of the cluster's next row to shared memory: while a row waits for barriers and is written,
-// the next one arrives. Stored words are kept; where they are as wide as exponentials they turn
-// into them, else those are computed again for the gradient.
+// A block's slice of a row in registers, whose threads have meanwhile started to copy the slice of
+// the cluster's next row to shared memory: while a row waits for barriers and is written, the next
+// one arrives. Stored words are kept; where they are as wide as exponentials they turn into them,
+// else those are computed again for the gradient.
 template <typename Stored>
-class RowInTurn {
+class PipelinedRow {
  public:
-  static constexpr int kSteps = kPipelinedVectors;
-  using Share = RowShare<Stored, kPipelinedThreads>;
-  using Storage = RowStorage<Stored, kPipelinedThreads, kSteps>;
-  using E = typename Share::E;
-  static constexpr int kColumns = Share::kColumns;
+  static constexpr int kVectors = kPipelinedVectors;
+  using Slice = RowSlice<Stored, kPipelinedThreads>;
+  using Storage = RowStorage<Stored, kPipelinedThreads, kVectors>;
+  using E = typename Slice::E;
+  static constexpr int kColumns = Slice::kColumns;
   static constexpr bool kKeepsExponentials = sizeof(Stored) == sizeof(E);
 
-  __device__ __forceinline__ RowInTurn(Share& share, Storage& storage)
-      : share_(share), storage_(storage) {}
+  __device__ __forceinline__ PipelinedRow(Slice& slice, Storage& storage)
+      : slice_(slice), storage_(storage) {}
 
-  // Only the thread itself reads what it copies, so no barrier is needed.
-  static __device__ __forceinline__ void fetch(const Share& share, Storage& storage) {
+  // Starts to copy a slice. Only the thread itself reads what it copies, so no barrier is needed.
+  static __device__ __forceinline__ void prefetch(const Slice& slice, Storage& storage) {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-      if (share.has_group(i)) copy_ahead(staged(storage, i), share.row + share.column(i));
+    for (int i = 0; i < kVectors; ++i)
+      if (slice.has_vector(i)) cp_async(staged(storage, i), slice.row + slice.column(i));
   }
 
   __device__ __forceinline__ E logit(int64_t column) const {
-    return convert<E>(share_.row[column]);
+    return convert<E>(slice_.row[column]);
   }
 
-  // From shared memory, which is then free for the next row.
-  __device__ __forceinline__ void take() {
-    wait_for_copies();
+  // Takes the slice from shared memory, which is then free for the next row.
+  __device__ __forceinline__ void receive() {
+    cp_async_wait_all();
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-      words_[i] = share_.has_group(i) ? *staged(storage_, i) : Share::minus_infinities();
-    extra_ = share_.extra();
-    if (has_extra()) extra() = share_.load_extra();
+    for (int i = 0; i < kVectors; ++i)
+      words_[i] = slice_.has_vector(i) ? *staged(storage_, i) : Slice::minus_infinities();
+    extra_ = slice_.extra();
+    if (has_extra()) extra() = slice_.load_extra();
   }
 
-  // The thread's largest logit; NaNs are passed over, they show in the sums.
+  // Returns the thread's largest logit. NaNs are passed over: they show in the sums.
   __device__ __forceinline__ E load() const {
     uint4 word = words_[0];
 #pragma unroll
-    for (int i = 1; i < kSteps; ++i) word = larger_of_each<Stored>(word, words_[i]);
+    for (int i = 1; i < kVectors; ++i) word = max_of_each<Stored>(word, words_[i]);
     E values[kColumns];
-    Share::widen(word, values);
-    E largest = has_extra() ? extra() : -std::numeric_limits<E>::infinity();
+    Slice::widen(word, values);
+    E row_max = has_extra() ? extra() : -std::numeric_limits<E>::infinity();
 #pragma unroll
-    for (E value : values) largest = Larger()(value, largest);
-    return largest;
+    for (E value : values) row_max = Max()(value, row_max);
+    return row_max;
   }
 
-  __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E largest) {
-    ThreadSums<E, false> sums(scale, largest);
+  // Returns the thread's sums.
+  __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E row_max) {
+    ThreadSums<E, false> sums(scale, row_max);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if (!share_.has_group(i)) continue;
-      forget_uses(words_[i]);
+    for (int i = 0; i < kVectors; ++i) {
+      if (!slice_.has_vector(i)) continue;
+      hide_from_compiler(words_[i]);
       E values[kColumns];
-      Share::widen(words_[i], values);
+      Slice::widen(words_[i], values);
       sums.add(values);
       if constexpr (kKeepsExponentials) memcpy(&words_[i], values, sizeof(uint4));
     }
@@ -74,50 +76,54 @@ class RowInTurn {
     return sums.total();
   }
 
-  // May go over the logits: all of the row is in registers.
+  // Writes the slice's gradient, which may go over the logits: all of the row is in registers.
   template <typename Gradient>
-  __device__ __forceinline__ void write_gradient(const RowPlan<E>& plan, Gradient* gradient) {
-    const bool aligned = share_.is_aligned(gradient);
-    const ThreadSums<E, false> terms(plan.scale, finite_or_zero(plan.largest));
+  __device__ __forceinline__ void write_gradient(const GradientTerms<E>& terms,
+                                                 Gradient* gradient) {
+    const bool aligned = slice_.is_aligned(gradient);
+    const ThreadSums<E, false> exponentials(terms.scale, finite_or_zero(terms.row_max));
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if (!share_.has_group(i)) continue;
-      forget_uses(words_[i]);
+    for (int i = 0; i < kVectors; ++i) {
+      if (!slice_.has_vector(i)) continue;
+      hide_from_compiler(words_[i]);
       E values[kColumns];
-      Share::widen(words_[i], values);
+      Slice::widen(words_[i], values);
 #pragma unroll
       for (E& value : values) {
-        if constexpr (!kKeepsExponentials) value = terms.term(value).exponential;
-        value *= plan.factor;
+        if constexpr (!kKeepsExponentials) value = exponentials.term(value).exp;
+        value *= terms.factor;
       }
-      share_.store(gradient, aligned, i, values);
+      slice_.store(gradient, aligned, i, values);
     }
-    if (has_extra()) gradient[extra_] = narrow<Gradient>(extra() * plan.factor);
+    if (has_extra()) gradient[extra_] = narrow<Gradient>(extra() * terms.factor);
   }
 
-  // As HeldRow's.
-  __device__ __forceinline__ void put_aside() const {
+  // Between these two calls the first warp's registers are free, as ResidentRow's are.
+  __device__ __forceinline__ void spill_to_shared() const {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) storage_.steps_aside[i * kWarpSize + threadIdx.x] = words_[i];
-    storage_.share_aside[threadIdx.x] = share_;
+    for (int i = 0; i < kVectors; ++i)
+      storage_.spilled_vectors[i * kWarpSize + threadIdx.x] = words_[i];
+    storage_.spilled_slice[threadIdx.x] = slice_;
   }
-  __device__ __forceinline__ void take_back() {
+  __device__ __forceinline__ void restore_from_shared() {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) words_[i] = storage_.steps_aside[i * kWarpSize + threadIdx.x];
-    share_ = storage_.share_aside[threadIdx.x];
+    for (int i = 0; i < kVectors; ++i)
+      words_[i] = storage_.spilled_vectors[i * kWarpSize + threadIdx.x];
+    slice_ = storage_.spilled_slice[threadIdx.x];
   }
 
  private:
-  static __device__ __forceinline__ uint4* staged(Storage& storage, int step) {
-    return storage.template held<kPipelinedStorageBytes>() + step * kPipelinedThreads + threadIdx.x;
+  static __device__ __forceinline__ uint4* staged(Storage& storage, int vector) {
+    return storage.template vectors<kPipelinedStorageBytes>() + vector * kPipelinedThreads +
+           threadIdx.x;
   }
   __device__ __forceinline__ bool has_extra() const { return extra_ >= 0; }
   __device__ __forceinline__ E& extra() const { return storage_.extras[threadIdx.x]; }
 
-  Share& share_;
+  Slice& slice_;
   Storage& storage_;
   int extra_ = -1;
-  uint4 words_[kSteps];
+  uint4 words_[kVectors];
 };
 
 }  // namespace ipo_ext::cuda

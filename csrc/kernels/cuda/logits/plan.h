@@ -14,7 +14,7 @@ namespace ipo_ext::cuda {
 constexpr int kStorageBytes = 8192;
 
 // Blocks that a multiprocessor runs at once: 1024 threads of 64 registers fill it.
-constexpr int blocks_together(int threads) { return 1024 / threads; }
+constexpr int blocks_per_multiprocessor(int threads) { return 1024 / threads; }
 
 // A row of up to so many columns belongs to a cluster of so many blocks, 8 at most.
 struct RowShape {
@@ -36,7 +36,7 @@ constexpr RowShape kClusterShapes[] = {
 // cluster's next row. A cluster has so many rows, or fewer.
 constexpr int kPipelinedThreads = 256;
 constexpr int kPipelinedVectors = 20;
-constexpr int kPipelinedBlocksTogether = 2;
+constexpr int kPipelinedBlocksPerMultiprocessor = 2;
 constexpr int kPipelinedClusters[] = {4, 8};
 constexpr int kMostRowsPerCluster = 8;
 constexpr int kLeastWaves = 4;                 // of the clusters that run at once
@@ -103,8 +103,8 @@ inline int64_t shared_vector_bytes(const RowWork& work, int threads) {
 // a multiprocessor.
 inline int64_t fitting_shared_vectors(const RowWork& work, const Device& device, int threads,
                                       bool with_others) {
-  const int its_part =
-      device.shared_bytes_together / blocks_together(threads) - device.shared_bytes_reserved;
+  const int its_part = device.shared_bytes_together / blocks_per_multiprocessor(threads) -
+                       device.shared_bytes_reserved;
   const int room = with_others ? std::min(its_part, device.shared_bytes) : device.shared_bytes;
   return std::max(room - kStorageBytes, 0) / shared_vector_bytes(work, threads);
 }
@@ -136,11 +136,11 @@ inline void plan_pipelined_rows(const RowWork& work, const Device& device, Launc
   for (const int blocks : kPipelinedClusters) {
     const int64_t vectors = vectors_of_thread(work, blocks, kPipelinedThreads);
     const int64_t bytes = kPipelinedStorageBytes + vectors * kPipelinedThreads * kVectorBytes;
-    const bool fits = kPipelinedBlocksTogether * (bytes + device.shared_bytes_reserved) <=
+    const bool fits = kPipelinedBlocksPerMultiprocessor * (bytes + device.shared_bytes_reserved) <=
                       device.shared_bytes_together;
     if (vectors > kPipelinedVectors || !fits) continue;
     // Clusters have so many rows that all end at about the same time.
-    const int64_t clusters = device.multiprocessors * kPipelinedBlocksTogether / blocks;
+    const int64_t clusters = device.multiprocessors * kPipelinedBlocksPerMultiprocessor / blocks;
     const int64_t each = work.rows / std::max<int64_t>(kLeastWaves * clusters, 1);
     plan.path = RowPath::kPipelined;
     plan.cluster_blocks = blocks;
@@ -177,6 +177,7 @@ inline LaunchPlan plan_rows(const RowWork& work, const Device& device) {
   plan.vectors = static_cast<int>(vectors_of_thread(work, blocks, shape.threads));
   plan.shared_vectors = static_cast<int>(shared_vectors);
   plan.shared_bytes = kStorageBytes + shared_vectors * shared_vector_bytes(work, shape.threads);
+  plan.device_shared_bytes = device.shared_bytes;
   plan.splits = static_cast<int>(splits);
   plan_streamed_rows(work, plan);
   if (splits > 0 && !work.has_gradient) plan.stream_splits = 1;

@@ -1,5 +1,5 @@
-// A row of logits as a block holds it between the passes, in registers and shared memory: read once
-// wherever there is room.
+// A row of logits that a block keeps on chip between the passes, in registers and shared memory: it
+// is read once wherever there is room.
 #pragma once
 
 #include <limits>
@@ -8,193 +8,199 @@
 
 namespace ipo_ext::cuda {
 
-// A block's share of a row between the passes: first steps in registers, further ones in shared
-// memory, and where that ends each pass reads the rest again. Without a softcap, what is held turns
-// from logits into their exponentials. A softcap needs the logit again, and registers for its own
-// arithmetic: such a row is held in shared memory alone.
+// A block's slice of a row between the passes: a thread's first vectors are in registers, further
+// ones in shared memory, and where that ends each pass reads the rest again. Without a softcap,
+// what is kept turns from logits into their exponentials. A softcap needs the logit again, and
+// registers for its own arithmetic: such a row is kept in shared memory alone.
 template <typename Stored, int kThreads, bool kCapped>
-class HeldRow {
+class ResidentRow {
  public:
-  using Share = RowShare<Stored, kThreads>;
+  using Slice = RowSlice<Stored, kThreads>;
   using Storage = RowStorage<Stored, kThreads>;
-  using E = typename Share::E;
-  static constexpr int kColumns = Share::kColumns;
-  static constexpr int kRegisterSteps = kCapped ? 0 : kHeldGroups<Stored>;
+  using E = typename Slice::E;
+  static constexpr int kColumns = Slice::kColumns;
+  static constexpr int kInRegisters = kCapped ? 0 : kRegisterVectors<Stored>;
 
-  __device__ __forceinline__ HeldRow(const RowsArgs& rows, Share& share, Storage& storage)
-      : share_(share), storage_(storage), steps_(rows.plan.vectors) {
-    held_ = min(kRegisterSteps + rows.plan.shared_vectors, rows.plan.vectors);
+  __device__ __forceinline__ ResidentRow(const RowKernelArgs& rows, Slice& slice, Storage& storage)
+      : slice_(slice), storage_(storage), vectors_(rows.plan.vectors) {
+    kept_ = min(kInRegisters + rows.plan.shared_vectors, rows.plan.vectors);
   }
 
   __device__ __forceinline__ E logit(int64_t column) const {
-    return convert<E>(share_.row[column]);
+    return convert<E>(slice_.row[column]);
   }
 
-  // The thread's largest logit, on the only way of what is held from memory; NaNs are passed over,
-  // they show in the sums.
+  // Reads the slice and returns the thread's largest logit. What is kept comes from memory here
+  // alone. NaNs are passed over: they show in the sums.
   __device__ __forceinline__ E load() {
-    E largest = -std::numeric_limits<E>::infinity();
+    E row_max = -std::numeric_limits<E>::infinity();
     if (has_extra()) {
-      extra() = share_.load_extra();
-      largest = Larger()(extra(), largest);
+      extra() = slice_.load_extra();
+      row_max = Max()(extra(), row_max);
     }
     const auto raise = [&](const E(&values)[kColumns]) {
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) largest = Larger()(values[i], largest);
+      for (int i = 0; i < kColumns; ++i) row_max = Max()(values[i], row_max);
     };
-    for (int step = kRegisterSteps; step < steps_; step += kBatch) {
-      load_batch<kBatch>(step, steps_, [&](int step, const E(&values)[kColumns]) {
+    for (int vector = kInRegisters; vector < vectors_; vector += kBatch) {
+      load_batch<kBatch>(vector, vectors_, [&](int vector, const E(&values)[kColumns]) {
         raise(values);
-        if (step < held_) put(step, values);
+        if (vector < kept_) put(vector, values);
       });
     }
-    if constexpr (kRegisterSteps > 0) {
-      uint4 words[kRegisterSteps];
+    if constexpr (kInRegisters > 0) {
+      uint4 words[kInRegisters];
 #pragma unroll
-      for (int i = 0; i < kRegisterSteps; ++i) words[i] = share_.load(i);
+      for (int i = 0; i < kInRegisters; ++i) words[i] = slice_.load(i);
 #pragma unroll
-      for (int i = 0; i < kRegisterSteps; ++i) {
-        Share::widen(words[i], registers_[i]);
+      for (int i = 0; i < kInRegisters; ++i) {
+        Slice::widen(words[i], registers_[i]);
         raise(registers_[i]);
       }
     }
-    return largest;
+    return row_max;
   }
 
-  __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E largest) {
-    ThreadSums<E, kCapped> sums(scale, largest);
+  // Returns the thread's sums, and makes exponentials of what is kept where there is no softcap.
+  __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E row_max) {
+    ThreadSums<E, kCapped> sums(scale, row_max);
 #pragma unroll
-    for (int i = 0; i < kRegisterSteps; ++i)
-      if (share_.has_group(i)) sums.add(registers_[i]);
-    for (int step = kRegisterSteps; step < held_ && share_.has_group(step); ++step) {
+    for (int i = 0; i < kInRegisters; ++i)
+      if (slice_.has_vector(i)) sums.add(registers_[i]);
+    for (int vector = kInRegisters; vector < kept_ && slice_.has_vector(vector); ++vector) {
       E values[kColumns];
-      get(step, values);
+      get(vector, values);
       sums.add(values);
-      if (!kCapped) put(step, values);
+      if (!kCapped) put(vector, values);
     }
-    for (int step = first_unheld(); step < steps_ && share_.has_group(step); ++step)
-      load_batch<1>(step, steps_, [&](int, E(&values)[kColumns]) { sums.add(values); });
+    for (int vector = first_unkept(); vector < vectors_ && slice_.has_vector(vector); ++vector)
+      load_batch<1>(vector, vectors_, [&](int, E(&values)[kColumns]) { sums.add(values); });
     if (has_extra()) sums.add_one(extra());
     return sums.total();
   }
 
-  // May go over the logits. A gradient that is narrower than they are meets columns of other
-  // threads, always lower ones: what is read again is read by all before anybody stores.
+  // Writes the slice's gradient, which may go over the logits. A gradient that is narrower than
+  // they are meets columns of other threads, always lower ones: what is read again is read by all
+  // before anybody stores.
   template <typename Gradient>
-  __device__ __forceinline__ void write_gradient(const RowPlan<E>& plan, Gradient* gradient) {
-    const bool aligned = share_.is_aligned(gradient);
+  __device__ __forceinline__ void write_gradient(const GradientTerms<E>& terms,
+                                                 Gradient* gradient) {
+    const bool aligned = slice_.is_aligned(gradient);
 #pragma unroll
-    for (int i = 0; i < kRegisterSteps; ++i) {
-      finish(registers_[i], plan);
-      share_.store(gradient, aligned, i, registers_[i]);
+    for (int i = 0; i < kInRegisters; ++i) {
+      finish(registers_[i], terms);
+      slice_.store(gradient, aligned, i, registers_[i]);
     }
-    for (int step = kRegisterSteps; step < held_; ++step) {
+    for (int vector = kInRegisters; vector < kept_; ++vector) {
       E values[kColumns];
-      get(step, values);
-      finish(values, plan);
-      share_.store(gradient, aligned, step, values);
+      get(vector, values);
+      finish(values, terms);
+      slice_.store(gradient, aligned, vector, values);
     }
-    for (int step = first_unheld(); step < steps_; ++step) {
-      load_batch<1>(step, steps_, [&](int step, E(&values)[kColumns]) {
+    for (int vector = first_unkept(); vector < vectors_; ++vector) {
+      load_batch<1>(vector, vectors_, [&](int vector, E(&values)[kColumns]) {
         if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();
 #pragma unroll
-        for (E& value : values) value = plan.template other<kCapped>(value);
-        share_.store(gradient, aligned, step, values);
+        for (E& value : values) value = terms.template other<kCapped>(value);
+        slice_.store(gradient, aligned, vector, values);
       });
     }
     if (has_extra()) {
       E values[] = {extra()};
-      finish(values, plan);
-      share_.store_extra(gradient, values[0]);
+      finish(values, terms);
+      slice_.store_extra(gradient, values[0]);
     }
   }
 
-  // For the first warp: between the two calls its registers, those of the share included, are free
-  // for other work, without which the compiler would spill those of all warps.
-  __device__ __forceinline__ void put_aside() const {
+  // The first warp may call these two: between them its registers, those of the slice included, are
+  // free for other work, without which the compiler would spill those of all warps.
+  __device__ __forceinline__ void spill_to_shared() const {
 #pragma unroll
-    for (int i = 0; i < kRegisterSteps; ++i)
-      put<kWarpSize>(storage_.steps_aside + threadIdx.x, i, registers_[i]);
-    storage_.share_aside[threadIdx.x] = share_;
+    for (int i = 0; i < kInRegisters; ++i)
+      put<kWarpSize>(storage_.spilled_vectors + threadIdx.x, i, registers_[i]);
+    storage_.spilled_slice[threadIdx.x] = slice_;
   }
-  __device__ __forceinline__ void take_back() {
+  __device__ __forceinline__ void restore_from_shared() {
 #pragma unroll
-    for (int i = 0; i < kRegisterSteps; ++i)
-      get<kWarpSize>(storage_.steps_aside + threadIdx.x, i, registers_[i]);
-    share_ = storage_.share_aside[threadIdx.x];
+    for (int i = 0; i < kInRegisters; ++i)
+      get<kWarpSize>(storage_.spilled_vectors + threadIdx.x, i, registers_[i]);
+    slice_ = storage_.spilled_slice[threadIdx.x];
   }
 
  private:
-  // Loads of these many steps are under way at once.
+  // Loads of so many vectors are under way at once.
   static constexpr int kBatch = 4;
 
-  // The column outside of whole groups is held as a step in shared memory is.
-  __device__ __forceinline__ bool has_extra() const { return share_.extra() >= 0; }
+  // The column outside of whole vectors is kept in shared memory.
+  __device__ __forceinline__ bool has_extra() const { return slice_.extra() >= 0; }
   __device__ __forceinline__ E& extra() { return storage_.extras[threadIdx.x]; }
 
-  // From what is held to the gradient.
+  // Makes the gradient of what is kept.
   template <int kCount>
-  static __device__ __forceinline__ void finish(E (&values)[kCount], const RowPlan<E>& plan) {
+  static __device__ __forceinline__ void finish(E (&values)[kCount],
+                                                const GradientTerms<E>& terms) {
 #pragma unroll
     for (E& value : values) {
       if constexpr (kCapped) {
-        value = plan.template other<true>(value);
+        value = terms.template other<true>(value);
       } else {
-        value *= plan.factor;
+        value *= terms.factor;
       }
     }
   }
 
-  __device__ __forceinline__ int first_unheld() const {
-    return held_ > kRegisterSteps ? held_ : kRegisterSteps;
+  __device__ __forceinline__ int first_unkept() const {
+    return kept_ > kInRegisters ? kept_ : kInRegisters;
   }
 
-  // body(step, values) for the steps from `first` on that come before `end`.
-  template <int kSteps, typename Body>
+  // Calls body(vector, values) for the vectors from `first` on that come before `end`.
+  template <int kVectors, typename Body>
   __device__ __forceinline__ void load_batch(int first, int end, const Body& body) const {
-    uint4 words[kSteps];
+    uint4 words[kVectors];
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) words[i] = share_.load(first + i);
+    for (int i = 0; i < kVectors; ++i) words[i] = slice_.load(first + i);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       if (first + i < end) {
         E values[kColumns];
-        Share::widen(words[i], values);
+        Slice::widen(words[i], values);
         body(first + i, values);
       }
     }
   }
 
-  // A step in shared memory: 16 bytes of each thread side by side. Only the thread itself reads
-  // them, so no barrier is needed.
-  static constexpr int kWords = kHeldWords<Stored>;
+  // In shared memory the words of all threads lie side by side. Only the thread itself reads its
+  // own, so no barrier is needed.
+  static constexpr int kWords = kVectorWords<Stored>;
 
   template <int kWidth>
-  static __device__ __forceinline__ void put(uint4* shared, int step, const E (&values)[kColumns]) {
+  static __device__ __forceinline__ void put(uint4* shared, int vector,
+                                             const E (&values)[kColumns]) {
     uint4 words[kWords];
     memcpy(words, values, sizeof(words));
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) shared[(step * kWords + i) * kWidth] = words[i];
+    for (int i = 0; i < kWords; ++i) shared[(vector * kWords + i) * kWidth] = words[i];
   }
   template <int kWidth>
-  static __device__ __forceinline__ void get(const uint4* shared, int step, E (&values)[kColumns]) {
+  static __device__ __forceinline__ void get(const uint4* shared, int vector,
+                                             E (&values)[kColumns]) {
     uint4 words[kWords];
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = shared[(step * kWords + i) * kWidth];
+    for (int i = 0; i < kWords; ++i) words[i] = shared[(vector * kWords + i) * kWidth];
     memcpy(values, words, sizeof(words));
   }
-  __device__ __forceinline__ void put(int step, const E (&values)[kColumns]) {
-    put<kThreads>(storage_.held() + threadIdx.x, step - kRegisterSteps, values);
+  __device__ __forceinline__ void put(int vector, const E (&values)[kColumns]) {
+    put<kThreads>(storage_.vectors() + threadIdx.x, vector - kInRegisters, values);
   }
-  __device__ __forceinline__ void get(int step, E (&values)[kColumns]) const {
-    get<kThreads>(storage_.held() + threadIdx.x, step - kRegisterSteps, values);
+  __device__ __forceinline__ void get(int vector, E (&values)[kColumns]) const {
+    get<kThreads>(storage_.vectors() + threadIdx.x, vector - kInRegisters, values);
   }
 
-  Share& share_;
+  Slice& slice_;
   Storage& storage_;
-  int steps_;
-  int held_;  // of them in registers and shared memory
-  E registers_[kRegisterSteps > 0 ? kRegisterSteps : 1][kColumns];
+  int vectors_;
+  int kept_;  // vectors in registers and shared memory
+  E registers_[kInRegisters > 0 ? kInRegisters : 1][kColumns];
 };
 
 }  // namespace ipo_ext::cuda

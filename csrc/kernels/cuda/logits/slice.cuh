@@ -1,5 +1,6 @@
-// A block's share of a row of logits: groups of columns that start on 16 bytes wherever the row
-// does, loaded and stored at once, and the columns outside of whole groups, one for a thread.
+// A block's slice of a row of logits: vectors of columns, which start on 16 bytes wherever the row
+// does and are loaded and stored at once, and the columns outside of whole vectors, one for a
+// thread.
 #pragma once
 
 #include <limits>
@@ -9,40 +10,42 @@
 
 namespace ipo_ext::cuda {
 
-// Groups that a thread holds in registers: up to half of the 64 that blocks_together() leaves it.
+// The vectors that a thread keeps in registers: up to half of the 64 registers that
+// blocks_per_multiprocessor() leaves it.
 template <typename Stored>
-constexpr int kHeldGroups = std::is_same_v<Stored, float>     ? 6
-                            : std::is_same_v<Stored, Float16> ? 3
-                                                              : 4;
+constexpr int kRegisterVectors = std::is_same_v<Stored, float>     ? 6
+                                 : std::is_same_v<Stored, Float16> ? 3
+                                                                   : 4;
 
-// Of the block's groups, thread t has every kThreads-th: its steps, in ascending order. A launch
-// has the same number of steps everywhere; in the last ones a thread may have no group.
+// Thread t has every kThreads-th vector of the slice, in ascending order. A launch counts as many
+// vectors for every thread; of the last ones a thread may have none.
 template <typename Stored, int kThreads>
-struct RowShare {
-  static constexpr int kColumns = kGroupColumns<Stored>;
+struct RowSlice {
+  static constexpr int kColumns = kVectorElements<Stored>;
   static constexpr int kStride = kThreads * kColumns;
   using E = Compute<Stored>;
 
   const Stored* row;
   int columns;  // of the row
-  int first;    // column of the thread's first group
-  int end;      // of the block's groups
+  int first;    // column of the thread's first vector
+  int end;      // column behind the slice's last vector
 
-  __device__ __forceinline__ RowShare(const Stored* row, int columns, int part, int parts)
+  __device__ __forceinline__ RowSlice(const Stored* row, int columns, int index, int slices)
       : row(row), columns(columns) {
-    const int groups = (columns - head()) / kColumns;
-    const int share = (groups + parts - 1) / parts;
-    const int first_group = min(part * share, groups);
-    first = head() + (first_group + static_cast<int>(threadIdx.x)) * kColumns;
-    end = head() + min(first_group + share, groups) * kColumns;
+    const int vectors = (columns - head()) / kColumns;
+    const int per_slice = (vectors + slices - 1) / slices;
+    const int first_vector = min(index * per_slice, vectors);
+    first = head() + (first_vector + static_cast<int>(threadIdx.x)) * kColumns;
+    end = head() + min(first_vector + per_slice, vectors) * kColumns;
   }
 
-  // Columns before the first whole group.
+  // Returns the columns before the first whole vector.
   __device__ __forceinline__ int head() const {
     const int phase = reinterpret_cast<uintptr_t>(row) / sizeof(Stored) % kColumns;
     return min((kColumns - phase) % kColumns, columns);
   }
-  // The one column outside of whole groups that the thread has, or -1. The first block has them.
+  // Returns the one column outside of whole vectors that the thread has, or -1. The first block has
+  // them.
   __device__ __forceinline__ int extra() const {
     const int thread = threadIdx.x;
     const int before = head();
@@ -51,12 +54,12 @@ struct RowShare {
     const bool in_first_block = first == before + thread * kColumns;
     return in_first_block && outside < columns ? outside : -1;
   }
-  __device__ __forceinline__ int column(int step) const { return first + step * kStride; }
-  __device__ __forceinline__ bool has_group(int step) const { return column(step) < end; }
-  // Whether the calling thread is the one that has the column.
+  __device__ __forceinline__ int column(int vector) const { return first + vector * kStride; }
+  __device__ __forceinline__ bool has_vector(int vector) const { return column(vector) < end; }
+  // Returns whether the calling thread is the one that has the column.
   __device__ __forceinline__ bool is_mine(int column) const {
-    const bool in_group = column >= first && column < end && (column - first) % kStride < kColumns;
-    return in_group || column == extra();
+    const bool in_vector = column >= first && column < end && (column - first) % kStride < kColumns;
+    return in_vector || column == extra();
   }
 
   static __device__ __forceinline__ uint4 minus_infinities() {
@@ -69,11 +72,11 @@ struct RowShare {
     return word;
   }
 
-  // A group in two halves, so that many loads can be under way before the first one is looked at.
-  // -inf where the thread has none.
-  __device__ __forceinline__ uint4 load(int step) const {
+  // load() and widen() read a vector in two halves, so that many loads can be under way before the
+  // first one is looked at. Where the thread has no such vector its columns are -inf.
+  __device__ __forceinline__ uint4 load(int vector) const {
     uint4 word = minus_infinities();
-    if (has_group(step)) word = __ldcg(reinterpret_cast<const uint4*>(row + column(step)));
+    if (has_vector(vector)) word = __ldcg(reinterpret_cast<const uint4*>(row + column(vector)));
     return word;
   }
   static __device__ __forceinline__ void widen(uint4 word, E (&values)[kColumns]) {
@@ -89,10 +92,10 @@ struct RowShare {
   }
 
   template <typename Gradient>
-  __device__ __forceinline__ void store(Gradient* gradient, bool aligned, int step,
+  __device__ __forceinline__ void store(Gradient* gradient, bool aligned, int vector,
                                         const E (&values)[kColumns]) const {
-    if (!has_group(step)) return;
-    Gradient* to = gradient + column(step);
+    if (!has_vector(vector)) return;
+    Gradient* to = gradient + column(vector);
     Gradient narrowed[kColumns];
     narrow_all(values, narrowed);
     if (aligned) {
@@ -107,7 +110,8 @@ struct RowShare {
     if (extra() >= 0) gradient[extra()] = narrow<Gradient>(value);
   }
 
-  // Whether groups of the gradient start on a multiple of their size where those of the row do.
+  // Returns whether vectors of the gradient start on a multiple of their size where those of the
+  // row do.
   template <typename Gradient>
   __device__ __forceinline__ bool is_aligned(const Gradient* gradient) const {
     constexpr int kBytes = sizeof(Gradient) * kColumns;
@@ -115,12 +119,12 @@ struct RowShare {
   }
 
   template <typename Gradient>
-  __device__ __forceinline__ void fill(Gradient* gradient, int steps, E value) const {
+  __device__ __forceinline__ void fill(Gradient* gradient, int vectors, E value) const {
     E values[kColumns];
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) values[i] = value;
     const bool aligned = is_aligned(gradient);
-    for (int step = 0; step < steps; ++step) store(gradient, aligned, step, values);
+    for (int vector = 0; vector < vectors; ++vector) store(gradient, aligned, vector, values);
     store_extra(gradient, value);
   }
 };

@@ -1,5 +1,6 @@
-// What the blocks that share a row of logits tell each other and keep of it in shared memory: its
-// maximum, its sums, and the plan by which all threads write its gradient.
+// The shared memory of a block that works on a row of logits: where the blocks exchange the row's
+// maximum and sums, what all threads need to write its gradient, and what is kept of the row
+// itself.
 #pragma once
 
 #include "kernels/cuda/common/cluster.cuh"
@@ -12,13 +13,13 @@ namespace ipo_ext::cuda {
 using namespace ipo_ext::math;
 
 // What the kernels are given.
-struct RowsArgs {
+struct RowKernelArgs {
   LogitsArgs logits;
   LaunchPlan plan;
 };
 
-// A NaN loses.
-struct Larger {
+// Returns the larger of two numbers; a NaN loses.
+struct Max {
   template <typename E>
   __device__ __forceinline__ E operator()(E a, E b) const {
     return max(a, b);
@@ -31,81 +32,83 @@ struct MergeRowSums {
   }
 };
 
-// cap_logit where the kernel knows at compile time that there is no softcap.
+// Returns cap_logit(), whose work is left out of kernels that are compiled for no softcap.
 template <bool kCapped, typename E>
 __device__ __forceinline__ CappedLogit<E> cap(E logit, const LogitScale<E>& scale) {
   return cap_logit(logit, kCapped ? scale.softcap : E(0));
 }
 
-constexpr int kMostGroupColumns = kGroupColumns<BFloat16>;
+constexpr int kMostVectorElements = kVectorElements<BFloat16>;
 
-// What every thread must know to write its part of a row's gradient.
+// What every thread must know to write its columns of a row's gradient.
 template <typename E>
-struct RowPlan {
+struct GradientTerms {
   LogitScale<E> scale;
-  E largest;
+  E row_max;
   RowDerivative<E> derivative;
   E factor;  // derivative.factor()
   E label;   // the derivative by the label's logit
 
-  // By a logit that is not the label.
+  // Returns the derivative by a logit that is not the label.
   template <bool kCapped>
   __device__ __forceinline__ E other(E logit) const {
     const CappedLogit<E> capped = cap<kCapped>(logit, scale);
-    const RowTerm<E> term = row_term(capped.value, largest, scale.inverse_temperature);
-    return derivative.other(term, capped.slope);
+    const RowTerm<E> term = row_term(capped.value, row_max, scale.inverse_temperature);
+    return derivative.other(term, capped.derivative);
   }
 };
 
 template <bool kCapped, typename E>
-__device__ __forceinline__ RowPlan<E> plan_of(const RowDerivative<E>& derivative,
-                                              const LogitScale<E>& scale, E largest,
-                                              E label_logit) {
+__device__ __forceinline__ GradientTerms<E> gradient_terms(const RowDerivative<E>& derivative,
+                                                           const LogitScale<E>& scale, E row_max,
+                                                           E label_logit) {
   const CappedLogit<E> label = cap<kCapped>(label_logit, scale);
-  const RowTerm<E> term = row_term(label.value, largest, scale.inverse_temperature);
-  return {scale, largest, derivative, derivative.factor(), derivative.label(term, label.slope)};
+  const RowTerm<E> term = row_term(label.value, row_max, scale.inverse_temperature);
+  return {scale, row_max, derivative, derivative.factor(),
+          derivative.label(term, label.derivative)};
 }
 
-// The maximum and the sums of a part of a row, and the label's logit, which must be read before any
-// gradient is written.
+// The maximum and the sums of a row, or of a split of it, and the label's logit, which must be read
+// before any gradient is written.
 template <typename E>
-struct RowPart {
-  E largest;
+struct RowStats {
+  E row_max;
   E label_logit;
   RowSums sums;
 };
 
-// Of 16 bytes each: a step of a thread, as it is held.
+// The words of 16 bytes in which a thread's vector is kept, in the compute dtype.
 template <typename Stored>
-constexpr int kHeldWords = kGroupColumns<Stored> * sizeof(Compute<Stored>) / sizeof(uint4);
+constexpr int kVectorWords = kVectorElements<Stored> * sizeof(Compute<Stored>) / sizeof(uint4);
 
-template <typename Stored, int kThreads, int kAside = kHeldGroups<Stored> * kHeldWords<Stored>>
+template <typename Stored, int kThreads,
+          int kSpilled = kRegisterVectors<Stored> * kVectorWords<Stored>>
 struct RowStorage {
   using E = Compute<Stored>;
-  ClusterReduceStorage<E, kThreads> largest;
+  ClusterReduceStorage<E, kThreads> row_max;
   ClusterReduceStorage<RowSums, kThreads> sums;
-  uint4 steps_aside[kAside * kWarpSize];
-  RowShare<Stored, kThreads> share_aside[kWarpSize];
-  E extras[2 * kMostGroupColumns];
+  uint4 spilled_vectors[kSpilled * kWarpSize];
+  RowSlice<Stored, kThreads> spilled_slice[kWarpSize];
+  E extras[2 * kMostVectorElements];
   LogitScale<E> scale;
   E label_logit;
   int label;
-  RowPart<E> row;  // it and its result wait here while the loss is computed
+  RowStats<E> stats;  // they and the result wait here while the loss is computed
   RowResult<E> result;
-  RowSlopes<E> slopes;
-  RowPlan<E> plan;
+  RowGrads<E> grads;
+  GradientTerms<E> terms;
   void* gradient;  // of the row, or null
 
-  // By all threads, before this block may be sent anything.
-  __device__ __forceinline__ void prepare() {
+  // Initialises the barriers: by all threads, before this block may be sent anything.
+  __device__ __forceinline__ void init() {
     if (threadIdx.x != 0) return;
-    largest.arrivals.prepare();
-    sums.arrivals.prepare();
+    row_max.barrier.init();
+    sums.barrier.init();
   }
 
-  // Behind it lies what the block holds of its row.
+  // Returns where the vectors lie that the block keeps in shared memory: behind this struct.
   template <int kBytes = kStorageBytes>
-  __device__ __forceinline__ uint4* held() {
+  __device__ __forceinline__ uint4* vectors() {
     static_assert(sizeof(RowStorage) <= kBytes && kBytes % sizeof(uint4) == 0, "must hold it");
     return reinterpret_cast<uint4*>(this) + kBytes / sizeof(uint4);
   }

@@ -1,5 +1,5 @@
-// A thread's sums over its logits, relative to the row's maximum: of exponentials, and of them
-// times their distance from it, which the entropy needs.
+// Adds up a thread's logits relative to the row's maximum: exp(x), and exp(x) * x, which the
+// entropy needs, where x is the distance from the maximum.
 #pragma once
 
 #include <limits>
@@ -9,47 +9,48 @@
 
 namespace ipo_ext::cuda {
 
-// Exponentials are relative to the maximum; nothing but -inf has none, and any number will do.
+// Returns what exponentials are relative to: the maximum, or any number for a row of nothing but
+// -inf, which has none.
 template <typename E>
-__device__ __forceinline__ E finite_or_zero(E largest) {
-  return largest == -std::numeric_limits<E>::infinity() ? E(0) : largest;
+__device__ __forceinline__ E finite_or_zero(E row_max) {
+  return row_max == -std::numeric_limits<E>::infinity() ? E(0) : row_max;
 }
 
-// A thread's sums. Each group is added up before it joins them: fewer roundings of large numbers.
-// Without a softcap, in fp32, in powers of 2: a multiplication less for each logit.
+// A thread's sums. Each vector is added up before it joins them, which rounds large numbers less
+// often. In fp32 and without a softcap they are made of powers of 2: a multiplication less for each
+// logit.
 template <typename E, bool kCapped>
 class ThreadSums {
  public:
   static constexpr bool kBinary = !kCapped && std::is_same_v<E, float>;
 
-  // `largest` of the row: capped, finite.
-  __device__ __forceinline__ ThreadSums(const LogitScale<E>& scale, E largest)
+  // `row_max` is capped, and finite.
+  __device__ __forceinline__ ThreadSums(const LogitScale<E>& scale, E row_max)
       : scale_(scale),
-        largest_(largest),
-        distance_scale_(kBinary ? binary_scale(scale.inverse_temperature)
-                                : scale.inverse_temperature) {}
+        row_max_(row_max),
+        x_scale_(kBinary ? binary_scale(scale.inverse_temperature) : scale.inverse_temperature) {}
 
   __device__ __forceinline__ RowTerm<E> term(E logit) const {
     if constexpr (kBinary) {
-      return binary_row_term(logit, largest_, distance_scale_);
+      return binary_row_term(logit, row_max_, x_scale_);
     } else {
-      return row_term(cap<kCapped>(logit, scale_).value, largest_, distance_scale_);
+      return row_term(cap<kCapped>(logit, scale_).value, row_max_, x_scale_);
     }
   }
 
   // Turns logits into their exponentials, but leaves them as they are under a softcap.
   template <int kCount>
   __device__ __forceinline__ void add(E (&logits)[kCount]) {
-    E group_exponentials = 0, group_weighted = 0;
+    E vector_sum_exp = 0, vector_sum_exp_x = 0;
 #pragma unroll
     for (E& logit : logits) {
       const RowTerm<E> of_logit = term(logit);
-      group_exponentials += of_logit.exponential;
-      group_weighted += weighted(of_logit);
-      if (!kCapped) logit = of_logit.exponential;
+      vector_sum_exp += of_logit.exp;
+      vector_sum_exp_x += exp_x(of_logit);
+      if (!kCapped) logit = of_logit.exp;
     }
-    exponentials_ += group_exponentials;
-    weighted_ += group_weighted;
+    sum_exp_ += vector_sum_exp;
+    sum_exp_x_ += vector_sum_exp_x;
   }
 
   __device__ __forceinline__ void add_one(E& logit) {
@@ -60,15 +61,15 @@ class ThreadSums {
 
   __device__ __forceinline__ RowSums total() const {
     constexpr double kUnit = kBinary ? 1 / ExponentialConstants<double>::kLog2E : 1;
-    return {exponentials_, weighted_ * kUnit};
+    return {sum_exp_, sum_exp_x_ * kUnit};
   }
 
  private:
   LogitScale<E> scale_;
-  E largest_;
-  E distance_scale_;  // from the difference to the largest
-  E exponentials_ = 0;
-  E weighted_ = 0;
+  E row_max_;
+  E x_scale_;  // makes x of a difference to the maximum
+  E sum_exp_ = 0;
+  E sum_exp_x_ = 0;
 };
 
 }  // namespace ipo_ext::cuda
