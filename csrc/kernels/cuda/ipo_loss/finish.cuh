@@ -89,7 +89,6 @@ __device__ __forceinline__ void store_by_lanes(const IpoLossArgs& args, int64_t 
     storage.fractions = mean_fractions(storage.sums);
   }
   __syncwarp();
-  static_assert(kNumSumRows <= kWarpSize && mean::kNumRows <= kWarpSize, "one lane a row");
   if (lane < kNumSumRows) args.sums[lane * segments + segment] = storage.sums.sums[lane];
   if (lane < extreme::kNumRows)
     args.extremes[lane * segments + segment] = storage.sums.extremes[lane];

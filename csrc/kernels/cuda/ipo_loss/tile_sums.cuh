@@ -12,7 +12,9 @@ namespace ipo_ext::cuda {
 constexpr int kFirstCountRow = math::sum::kNumRows;
 constexpr int kFirstExtremeRow = kFirstCountRow + math::count::kNumRows;
 constexpr int kTileRows = kFirstExtremeRow + math::extreme::kNumRows;
-static_assert(kTileRows <= kWarpSize, "one lane a row");
+static_assert(kTileRows + math::of_segment::kNumRows <= kWarpSize &&
+                  math::mean::kNumRows <= kWarpSize,
+              "a warp has a lane for each row of the metrics");
 
 // A row as it is stored: rows of several tiles are loaded before the first is waited for, as a
 // conversion would.
@@ -56,8 +58,8 @@ __device__ __forceinline__ void store_row(double value, int row, math::SegmentSu
     segment.sums[row - kFirstCountRow] = value;
   } else if (row < kTileRows) {
     segment.extremes[row - kFirstExtremeRow] = value;
-  } else if (row == kTileRows) {
-    segment.sums[math::kFirstSegmentRow] = 0;
+  } else if (row < kTileRows + math::of_segment::kNumRows) {
+    segment.sums[math::kFirstSegmentRow + row - kTileRows] = 0;
   }
 }
 
@@ -86,27 +88,62 @@ __device__ __forceinline__ double merge_tiles(double merged, const math::TileSum
 }
 
 // Merges kValues numbers of each lane over the warp and returns number lane / (kWarpSize /
-// kValues): each round sends away the half of the numbers that another lane goes on with. All lanes
-// must call.
+// kValues): each round sends away the half of the first kCount numbers that another lane goes on
+// with. All lanes must call.
+template <int kCount, int kMask, typename T, int kValues, typename Merge>
+__device__ __forceinline__ T warp_reduce_round(T (&mine)[kValues], const Merge& merge) {
+  if constexpr (kMask == 0) {
+    return mine[0];
+  } else if constexpr (kCount == 1) {
+    mine[0] = merge(mine[0], shuffle_xor(mine[0], kMask));
+    return warp_reduce_round<1, kMask / 2>(mine, merge);
+  } else {
+    constexpr int kHalf = kCount / 2;
+    const bool upper = threadIdx.x & kMask;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const T away = upper ? mine[i] : mine[i + kHalf];
+      const T kept = upper ? mine[i + kHalf] : mine[i];
+      mine[i] = merge(kept, shuffle_xor(away, kMask));
+    }
+    return warp_reduce_round<kHalf, kMask / 2>(mine, merge);
+  }
+}
 template <typename T, int kValues, typename Merge>
 __device__ __forceinline__ T warp_reduce_each(const T (&values)[kValues], const Merge& merge) {
   T mine[kValues];
 #pragma unroll
   for (int i = 0; i < kValues; ++i) mine[i] = values[i];
-  int mask = kWarpSize / 2;
+  return warp_reduce_round<kValues, kWarpSize / 2>(mine, merge);
+}
+
+constexpr int power_of_two_from(int count) {
+  int power = 1;
+  while (power < count) power *= 2;
+  return power;
+}
+
+// The lanes that have the same number of kRows that are reduced over a warp, padded to as many as a
+// tree of lanes has leaves.
+template <int kRows>
+constexpr int kLanesOfRow = kWarpSize / power_of_two_from(kRows);
+
+// Adds each of kRows numbers over the warp and returns number lane / kLanesOfRow<kRows>. All lanes
+// must call.
+template <typename T, int kRows>
+__device__ __forceinline__ T warp_sum_each(const T (&rows)[kRows]) {
+  T padded[power_of_two_from(kRows)] = {};
 #pragma unroll
-  for (int half = kValues / 2; half > 0; half /= 2, mask /= 2) {
-    const bool upper = threadIdx.x & mask;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const T away = upper ? mine[i] : mine[i + half];
-      const T kept = upper ? mine[i + half] : mine[i];
-      mine[i] = merge(kept, shuffle_xor(away, mask));
-    }
-  }
-#pragma unroll
-  for (; mask > 0; mask /= 2) mine[0] = merge(mine[0], shuffle_xor(mine[0], mask));
-  return mine[0];
+  for (int i = 0; i < kRows; ++i) padded[i] = rows[i];
+  return warp_reduce_each(padded, [](T a, T b) { return a + b; });
+}
+
+// Stores what warp_sum_each() has returned to each lane.
+template <typename T, int kRows>
+__device__ __forceinline__ void store_each(T sum, T (&to)[kRows]) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = lane / kLanesOfRow<kRows>;
+  if (lane % kLanesOfRow<kRows> == 0 && row < kRows) to[row] = sum;
 }
 
 // Stores the merged sums of the warp to `tile`, which its lanes fill together: valid for other
@@ -114,25 +151,17 @@ __device__ __forceinline__ T warp_reduce_each(const T (&values)[kValues], const 
 template <typename E>
 __device__ __forceinline__ void warp_reduce_to(const math::TileSums<E>& sums,
                                                math::TileSums<E>& tile) {
-  constexpr int kNumbers = 8;
-  constexpr int kLanes = kWarpSize / kNumbers;  // that have the same number
-  static_assert(math::sum::kNumRows == kNumbers && math::count::kNumRows < kNumbers,
-                "as many sums as a tree of lanes has leaves, and no more counts");
-  const auto add = [](auto a, auto b) { return a + b; };
-  const int lane = threadIdx.x % kWarpSize;
-
-  uint32_t counts[kNumbers] = {};
-#pragma unroll
-  for (int i = 0; i < math::count::kNumRows; ++i) counts[i] = sums.counts[i];
   const E extremes[] = {sums.log_ratio_min, -sums.log_ratio_max};
-
-  const double sum = warp_reduce_each(sums.sums, add);
-  const uint32_t count = warp_reduce_each(counts, add);
+  const double sum = warp_sum_each(sums.sums);
+  const uint32_t count = warp_sum_each(sums.counts);
   const E smallest = warp_reduce_each(extremes, [](E a, E b) { return math::smaller(a, b); });
-  if (lane % kLanes == 0) {
-    tile.sums[lane / kLanes] = sum;
-    if (lane / kLanes < math::count::kNumRows) tile.counts[lane / kLanes] = count;
+  const int lane2 = threadIdx.x % kWarpSize;
+  constexpr int kL = kLanesOfRow<8>;
+  if (lane2 % kL == 0) {
+    tile.sums[lane2 / kL] = sum;
+    if (lane2 / kL < math::count::kNumRows) tile.counts[lane2 / kL] = count;
   }
+  const int lane = threadIdx.x % kWarpSize;
   if (lane == 0) tile.log_ratio_min = smallest;
   if (lane == kWarpSize / 2) tile.log_ratio_max = -smallest;
 }
