@@ -17,7 +17,7 @@ from pathlib import Path
 from environments import ROOT, build_wheel, fresh_environment, over_existing, run
 
 # Extras of the package, each with tests/integrations/test_<host>.py.
-HOSTS = ("deepspeed", "trl", "verl")
+HOSTS = ("deepspeed", "lightning", "transformers", "trl", "verl")
 TESTS = "tests/integrations"
 
 
