@@ -18,7 +18,7 @@ from environments import ROOT, build_wheel, fresh_environment, over_existing, ru
 
 # Extras of the package, each with tests/integrations/test_<host>.py.
 HOSTS = ("trl", "verl")
-SLOW_HOSTS = ("deepspeed",)  # it compiles an operator of its own first: only where it is named
+NIGHTLY_HOSTS = ("deepspeed", "lightning", "transformers")  # hosts without an adapter, where named
 TESTS = "tests/integrations"
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, help="take torch from this environment")
     parser.add_argument("--wheel", type=Path, help="test this file instead of building one")
     options = parser.parse_args()
-    known = (*HOSTS, *SLOW_HOSTS)
+    known = (*HOSTS, *NIGHTLY_HOSTS)
     if unknown := set(options.hosts) - set(known):
         parser.error(f"hosts: expected {', '.join(known)}, got {', '.join(sorted(unknown))}")
     existing = options.venv and options.venv.resolve()

@@ -1,5 +1,7 @@
 """The IPO+KL policy loss for RL of language models, as fused PyTorch operators."""
 
+from torch.serialization import add_safe_globals as _add_safe_globals
+
 from ipo_ext import reference
 from ipo_ext._C import VERSION as __version__
 from ipo_ext._ops.library import NAMESPACE as _NAMESPACE
@@ -37,3 +39,6 @@ __all__ = [
 ]
 
 _register(_NAMESPACE)
+
+# Tensors and numbers alone: a checkpoint that holds them loads with ``weights_only=True``.
+_add_safe_globals([IPOConfig, IPOMetrics, IPOOutput, LossBatch])

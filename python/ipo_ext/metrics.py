@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import ItemsView, KeysView, ValuesView
+from typing import Any, NoReturn
 
 import torch
 
@@ -12,11 +12,14 @@ from ipo_ext import _C
 from ipo_ext._ops import library, torch_internals
 
 
-class IPOMetrics(Mapping[str, torch.Tensor]):
+class IPOMetrics:
     """Name to mean, with the sums it was made of. Reading it never synchronises with the device.
 
     A mean of means is biased; to combine metrics, add them: ``a + b`` for micro-batches,
     ``total()`` for the segments of a packed batch, ``all_reduce()`` for ranks.
+
+    It is read as a dict is, but is not a ``Mapping`` and cannot be iterated over: hosts take those
+    apart, and would lose the sums. Loop over ``metrics.items()``. ``==`` compares identity.
 
     Attributes:
         means: ``[rows]`` or ``[rows, segments]`` in the compute dtype; read by name.
@@ -46,35 +49,66 @@ class IPOMetrics(Mapping[str, torch.Tensor]):
         self.has_entropy = has_entropy
         self.has_rollout_rule = has_rollout_rule
 
-    def _names(self) -> tuple[str, ...]:
-        return _NAMES[_optional(self)]
+    def keys(self) -> KeysView[str]:
+        return _ROWS[_optional(self)].keys()
+
+    def values(self) -> ValuesView[torch.Tensor]:
+        return self._as_dict().values()
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        return self._as_dict().items()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._as_dict().get(name, default)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names():
-            raise KeyError(f"{name!r}: expected one of {', '.join(self._names())}")
-        return self.means[_MEAN_ROW[name]]
+        if name not in self:
+            raise KeyError(f"{name!r}: expected one of {', '.join(self.keys())}")
+        return self.means[_ROWS[_optional(self)][name]]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names())
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
 
     def __len__(self) -> int:
-        return len(self._names())
+        return len(self.keys())
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "metrics: cannot be iterated over, since a host that gathers so would lose the sums; "
+            "read metrics.keys() or metrics.items(); combine ranks with metrics.all_reduce(), or "
+            "gather [metrics] and add what comes"
+        )
 
     def __repr__(self) -> str:
-        return f"IPOMetrics({dict(self)})"
+        return f"IPOMetrics({self._as_dict()})"
+
+    def _as_dict(self) -> dict[str, torch.Tensor]:
+        return {name: self.means[row] for name, row in _ROWS[_optional(self)].items()}
 
     def tolist(self) -> dict[str, Any]:
         """Every metric as a Python number, or as a list over segments, in one device transfer."""
         rows = self.means.tolist()
-        return {name: rows[_MEAN_ROW[name]] for name in self._names()}
+        return {name: rows[row] for name, row in _ROWS[_optional(self)].items()}
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> IPOMetrics:
+        """On ``device``; dtypes stay as they are, since sums need float64."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(
+                f"device: expected a device, got {device}: metrics keep their dtypes; convert what "
+                "is read of them, metrics[name].to(dtype)"
+            )
+        leaves, context = _flatten(self)
+        moved = [leaf.to(device, non_blocking=non_blocking) for leaf in leaves]
+        return _unflatten(moved, context)
 
     def total(self) -> IPOMetrics:
         """The metrics of all segments together; of metrics without segments, themselves."""
         if self.sums.dim() == 1:
             return self
+        self._check_sums()
         if self.sums.shape[1] == 0:
-            nothing = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
-            return self._made_of(self.sums.sum(1), nothing.to(self.sums.device))
+            largest = self.extremes.new_full((), torch.inf)
+            return self._made_of(self.sums.sum(1), torch.stack([largest, -largest]))
         lowest, highest = self.extremes.unbind(0)
         return self._made_of(self.sums.sum(1), torch.stack([lowest.amin(), highest.amax()]))
 
@@ -86,10 +120,12 @@ class IPOMetrics(Mapping[str, torch.Tensor]):
                 f"metrics: expected equal segments to add, got shapes {tuple(self.sums.shape)} and "
                 f"{tuple(other.sums.shape)}; add their total() instead"
             )
-        if self._names() != other._names():
+        if _optional(self) != _optional(other):
             raise ValueError(
                 "metrics: expected both or neither to have a teacher, an entropy, a rollout rule"
             )
+        self._check_sums()
+        other._check_sums()
         (low, high), (other_low, other_high) = self.extremes.unbind(0), other.extremes.unbind(0)
         extremes = torch.stack([torch.minimum(low, other_low), torch.maximum(high, other_high)])
         return self._made_of(self.sums + other.sums, extremes)
@@ -104,6 +140,7 @@ class IPOMetrics(Mapping[str, torch.Tensor]):
         Segments are totalled first, since ranks hold different numbers of them. Two collectives;
         every rank of the group must call it.
         """
+        self._check_sums()
         total = self.total()
         sums = total.sums.clone()
         negated = torch.stack([total.extremes[0], -total.extremes[1]])  # max(x) is -min(-x)
@@ -111,22 +148,30 @@ class IPOMetrics(Mapping[str, torch.Tensor]):
         torch.distributed.all_reduce(negated, torch.distributed.ReduceOp.MIN, group=group)
         return self._made_of(sums, torch.stack([negated[0], -negated[1]]))
 
+    def _check_sums(self) -> None:
+        """A cast loses what sums are for: bfloat16 counts to 256."""
+        for name in ("sums", "extremes"):
+            dtype = getattr(self, name).dtype
+            if dtype != torch.float64:
+                raise TypeError(
+                    f"metrics: expected {name} in float64, got {dtype}: a cast of their pytree "
+                    "rounded them; combine metrics before it, or leave them out of it"
+                )
+
     def _made_of(self, sums: torch.Tensor, extremes: torch.Tensor) -> IPOMetrics:
         float64 = self.means.dtype == torch.float64
         means = library.operators().metric_means(sums, extremes, float64)
         return _unflatten((means, sums, extremes), _optional(self))
 
 
-_MEAN_ROW = {name: row for row, name in enumerate(IPOMetrics.MEAN_ROWS)}
-
 # Metrics that are there only where the loss has seen what they measure, in the order of _optional.
 _OPTIONAL_ROWS = ("teacher_kl", "entropy", "rollout_dropped")
-_NAMES = {
-    present: tuple(
-        name
-        for name in IPOMetrics.MEAN_ROWS
+_ROWS = {
+    present: {
+        name: row
+        for row, name in enumerate(IPOMetrics.MEAN_ROWS)
         if name not in _OPTIONAL_ROWS or present[_OPTIONAL_ROWS.index(name)]
-    )
+    }
     for present in itertools.product((False, True), repeat=len(_OPTIONAL_ROWS))
 }
 

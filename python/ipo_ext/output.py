@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import ItemsView, KeysView, ValuesView
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ipo_ext._ops import torch_internals
+
+
+class Metrics(Protocol):
+    """Name to tensor, read as a dict is: an ``IPOMetrics``, or the dict of the reference."""
+
+    def keys(self) -> KeysView[str]: ...
+    def values(self) -> ValuesView[torch.Tensor]: ...
+    def items(self) -> ItemsView[str, torch.Tensor]: ...
+    def get(self, name: str, default: Any = None, /) -> Any: ...
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
+    def __contains__(self, name: object, /) -> bool: ...
+    def __len__(self) -> int: ...
 
 
 class IPOOutput(NamedTuple):
@@ -22,7 +34,7 @@ class IPOOutput(NamedTuple):
     """
 
     loss: torch.Tensor
-    metrics: Mapping[str, torch.Tensor]
+    metrics: Metrics
     logprobs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
 

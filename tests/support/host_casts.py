@@ -24,7 +24,16 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel.distributed import DistributedDataParallel, _MixedPrecision
 from torch.utils.data import DataLoader
 
-from ipo_ext import IPOConfig, IPOLMHead, LossBatch, LowPrecisionWarning, _precision, reference
+from ipo_ext import (
+    IPOConfig,
+    IPOLMHead,
+    IPOMetrics,
+    IPOOutput,
+    LossBatch,
+    LowPrecisionWarning,
+    _precision,
+    reference,
+)
 
 ROWS, WIDTH, VOCABULARY = 32, 32, 64
 CONFIG = IPOConfig(teacher_tau=0.1)
@@ -32,7 +41,7 @@ SECONDS = 120  # for two processes that start, import torch and finish: a few, o
 
 
 class Policy(nn.Module):
-    """Gives a loss and metrics in containers that every host passes on."""
+    """Gives the head's output, which every host passes on as it is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,9 +49,8 @@ class Policy(nn.Module):
 
     def forward(
         self, hidden: torch.Tensor, labels: torch.Tensor, *inputs: Any, **optional: Any
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        output = self.head(hidden, labels, *inputs, **optional)
-        return output.loss, dict(output.metrics)
+    ) -> IPOOutput:
+        return self.head(hidden, labels, *inputs, **optional)
 
 
 def head() -> IPOLMHead:
@@ -83,9 +91,10 @@ def inputs(rank: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tenso
     return hidden, labels, others
 
 
-def assert_exact(rank: int, outcome: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> None:
+def assert_exact(rank: int, outcome: IPOOutput) -> None:
     """Loss and metrics are those of the inputs in float64."""
-    loss, metrics = outcome
+    loss, metrics, *_ = outcome
+    assert isinstance(metrics, IPOMetrics)
     hidden, labels, others = inputs(rank)
     expected = reference.ipo_loss_from_hidden(
         hidden, weight(), labels, **others, config=CONFIG, dtype=torch.float64
@@ -113,9 +122,8 @@ def assert_casts_plain_arguments_alone(model: Callable[..., Any], rank: int) -> 
     positional = [others[name] for name in names]
     optional = {name: value for name, value in others.items() if name not in names}
 
-    (_, metrics), warned = outcome_and_warnings(
-        lambda: model(hidden, labels, *positional, **optional)
-    )
+    outcome, warned = outcome_and_warnings(lambda: model(hidden, labels, *positional, **optional))
+    metrics = outcome.metrics
     assert warned == 1
     assert metrics["log_ratio_max"] - metrics["log_ratio_min"] > 5e-3  # both are 0 in truth
 
@@ -192,8 +200,8 @@ def on_ddp(rank: int, meeting: str) -> None:
         assert_casts_plain_arguments_alone(model, rank)
 
 
-def on_accelerate(rank: int, meeting: str) -> None:
-    """Casts outputs and runs under autocast; its loader moves a batch by the batch's own ``to``."""
+def accelerator_of(rank: int, meeting: str) -> Any:
+    """Accelerate in bf16, of two processes."""
     import accelerate  # of the test extra, which the integrations' environments lack
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
@@ -201,6 +209,12 @@ def on_accelerate(rank: int, meeting: str) -> None:
     join_group(rank, meeting)
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     assert accelerator.num_processes == 2
+    return accelerator
+
+
+def on_accelerate(rank: int, meeting: str) -> None:
+    """Casts outputs and runs under autocast; its loader moves a batch by the batch's own ``to``."""
+    accelerator = accelerator_of(rank, meeting)
     loader = DataLoader([0, 1], collate_fn=lambda ranks: (ranks[0], batch_of(ranks[0])))
     model, loader = accelerator.prepare(Policy(), loader)
     hidden, labels, others = inputs(rank)

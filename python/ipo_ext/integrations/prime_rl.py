@@ -268,7 +268,7 @@ def _packed_loss(
         normalizer=loss_scale,
         config=loss_fn.config,
     )
-    return out.loss, dict(out.metrics)
+    return out.loss, dict(out.metrics.items())
 
 
 def _packed(sequences: Sequences | None) -> torch.Tensor | None:
