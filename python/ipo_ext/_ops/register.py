@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ipo_ext import _C
 from ipo_ext._ops import from_hidden, from_logits, from_logprobs
 from ipo_ext._ops.arguments import OPERATORS, by_name, schema
 from ipo_ext._ops.autograd import Formula, refuse_vmap
@@ -35,7 +36,7 @@ def register(namespace: str) -> None:
         text = name + schema(OPERATORS[name], results)
         # They read counts back, unless told.
         library.define(text, tags=(torch.Tag.cudagraph_unsafe,))
-        for key in ("CPU", "CUDA"):
+        for key in ("CPU", "CUDA") if _C.CUDA_ARCHITECTURES else ("CPU",):
             library.impl(name, _kernel(name, kernel, namespace), key)
     for name, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}", by_name(name, fake), lib=library)
