@@ -211,3 +211,20 @@ def test_the_readme_is_short_and_has_the_command_that_ci_takes_from_it() -> None
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) < 150
     assert any(re.fullmatch(r"pip install .*test.*pytest.*", line) for line in lines)
+
+
+def glossary() -> list[tuple[str, list[str]]]:
+    """Each code word that the glossary explains, with the files and folders that it names."""
+    rows = re.findall(
+        r"^\| (.+?) \| .+ \| (.+?) \|$", (ROOT / "docs/dev/glossary.md").read_text(), re.M
+    )
+    return [
+        (word, re.findall(r"`([^`]+)`", places))
+        for terms, places in rows
+        for word in re.findall(r"`(\w+)`", terms)
+    ]
+
+
+@pytest.mark.parametrize(("word", "places"), glossary(), ids=lambda value: str(value))
+def test_a_word_of_the_glossary_is_used_where_it_says(word: str, places: list[str]) -> None:
+    assert any(word in (ROOT / place).read_text() for place in places if (ROOT / place).is_file())
