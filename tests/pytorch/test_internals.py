@@ -100,7 +100,7 @@ def test_a_private_name_is_seen(source: str) -> None:
 
 
 def test_own_names_are_no_one_else_s() -> None:
-    assert private_names("self._names(); inputs._replace(x=1)", own_names()) == []
+    assert private_names("self._made_of(sums); inputs._replace(x=1)", own_names()) == []
     assert private_names("from ipo_ext._ops import library") == []
 
 
