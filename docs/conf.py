@@ -27,6 +27,7 @@ nitpicky = True  # a name that leads nowhere is a warning
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|numpy)(\..*)?"),  # the pages of others: nothing is fetched
     ("py:.*", r"(collections\.abc\.)?(Callable|Iterator|Mapping|Sequence)|optional"),
+    ("py:class", r"(ipo_ext\.output\.)?Metrics"),  # of IPOOutput, for type checkers
 ]
 
 myst_heading_anchors = 3  # links to headings, made as GitHub makes them
