@@ -24,25 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ipo_ext import IPOConfig  # noqa: E402
+from ipo_ext._ops.arguments import OPERATORS  # noqa: E402
 
-OPERATORS = (
-    "ipo_loss",
-    "metric_means",
-    "ipo_loss_from_logits",
-    "ipo_loss_from_logits_",
-    "find_faults",
-    "chunk_logprobs_and_gradient",
-    "loss_and_metrics",
-    "token_logprobs",
-    "token_logprobs_backward",
-    "chunk_logprobs",
-    "chunk_logprobs_backward",
-    "scale_",
-    "scale_into",
-    "ipo_loss_from_hidden",
-    "linear_token_logprobs",
-    "linear_token_logprobs_backward",
-)
 BLOCK = 50  # calls of a hash
 TOKENS = (0, 1, 2, 3, 7, 15, 16, 31, 32, 33, 64, 100, 257, 1023, 1024, 1025, 2500)
 ROWS = (0, 1, 2, 3, 5, 8)
@@ -255,7 +238,7 @@ def arguments_of(call: Call, schema: Any) -> dict[str, Any]:
 
 
 def run(call: Call) -> list[torch.Tensor]:
-    """The results, then every argument, which the operator may have written to."""
+    """The results, then every argument that the operator may have written to."""
     operator = getattr(call.ops, call.operator)
     arguments = arguments_of(call, operator.default._schema)
     results = operator(**arguments)
@@ -305,7 +288,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     parser.add_argument("--compare", type=Path)
     parser.add_argument("--calls", type=int, default=2000, help="of each operator and backend")
-    parser.add_argument("--operators", nargs="*", default=OPERATORS)
+    parser.add_argument("--operators", nargs="*", default=list(OPERATORS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
@@ -322,7 +305,9 @@ def main() -> None:
 def compare(before: dict[str, list[str]], now: dict[str, list[str]]) -> int:
     different = 0
     for name, blocks in now.items():
-        for index, (one, other) in enumerate(zip(before[name], blocks, strict=False)):
+        if len(before[name]) != len(blocks):
+            raise SystemExit(f"{name}: expected as many calls as were saved; pass the same --calls")
+        for index, (one, other) in enumerate(zip(before[name], blocks, strict=True)):
             if one != other:
                 different += 1
                 print(f"{name}: calls {index * BLOCK} to {(index + 1) * BLOCK - 1} differ")

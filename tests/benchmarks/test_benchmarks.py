@@ -25,17 +25,9 @@ from benchmarks.logprobs.benchmark import FromLogprobs
 from benchmarks.logprobs.cases import TARGET_CASE
 from benchmarks.logprobs.report import targets
 from ipo_ext import reference
+from tests.support.cases import UPSTREAM_METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
-SEVEN = {
-    "mismatch_kl",
-    "masked_mismatch_kl",
-    "unmasked_mismatch_kl",
-    "is_masked",
-    "is_masked_low",
-    "is_masked_high",
-    "teacher_kl",
-}
 
 
 # ---- Equal work ----
@@ -65,7 +57,7 @@ def test_a_baseline_equals_the_reference(call: baselines.Call, teacher: bool) ->
     torch.testing.assert_close(loss, expected.loss.float(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-9)
     if metrics is not None:
-        assert set(metrics) == (SEVEN if teacher else SEVEN - {"teacher_kl"})
+        assert set(metrics) == UPSTREAM_METRICS - (set() if teacher else {"teacher_kl"})
         for name, value in metrics.items():
             wanted = expected.metrics[name].float()
             torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-6, msg=name)

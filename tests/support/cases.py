@@ -14,6 +14,17 @@ from ipo_ext import IPOConfig
 _DEFAULT = IPOConfig()
 _Case = TypeVar("_Case", bound="Case")
 
+# Upstream's seven, under its names; the teacher's only where there is one.
+UPSTREAM_METRICS = {
+    "mismatch_kl",
+    "masked_mismatch_kl",
+    "unmasked_mismatch_kl",
+    "is_masked",
+    "is_masked_low",
+    "is_masked_high",
+    "teacher_kl",
+}
+
 
 # ---------------------------------------------------------------------------------------------
 # The arguments

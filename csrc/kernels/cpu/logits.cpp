@@ -11,8 +11,6 @@
 namespace ipo_ext::cpu {
 namespace {
 
-constexpr int64_t kElementsPerTask = 32768;  // fewer do not pay for waking a thread
-
 // Deals out batches of a few rows to whoever comes first: inactive rows cost nothing, and masks
 // come in runs, so equal numbers of rows would not be equal work.
 class RowBatches {
@@ -44,8 +42,7 @@ int64_t scratch_bytes(const LogitsArgs& args) {
 
 void logits(const LogitsArgs& args, const ParallelFor& parallel_for) {
   static const auto rows = IPO_EXT_CHOOSE(logits_rows);
-  const int64_t batch_rows =
-      std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, args.logits.columns));
+  const int64_t batch_rows = rows_per_task(args.logits.columns);
   RowBatches batches(args.logits.rows, batch_rows);
   parallel_for(args.logits.rows, batch_rows, [&](int64_t begin, int64_t end) {
     const int64_t threads = (args.logits.rows + end - begin - 1) / (end - begin);

@@ -1,16 +1,9 @@
 // A gradient times a factor on the CPU: its elements in parallel, each by one thread.
 #include "kernels/scale.h"
 
-#include <algorithm>
-
 #include "kernels/cpu/scale_simd.h"
 
 namespace ipo_ext::cpu {
-namespace {
-
-constexpr int64_t kElementsPerTask = 32768;  // fewer do not pay for waking a thread
-
-}  // namespace
 
 void scale(const ScaleArgs& args, const ParallelFor& parallel_for) {
   static const auto elements = IPO_EXT_CHOOSE(scale_elements);
@@ -26,8 +19,7 @@ void scale_rows(const ScaleRowsArgs& args, const ParallelFor& parallel_for) {
   const ScaleArgs in_place = {rows.data, rows.dtype, rows.data, rows.dtype, 0, args.factor};
   const double factor = load_scalar(args.factor);
   if (factor == 1) return;
-  const int64_t rows_per_task = kElementsPerTask / std::max<int64_t>(1, rows.columns);
-  parallel_for(rows.rows, std::max<int64_t>(1, rows_per_task), [&](int64_t begin, int64_t end) {
+  parallel_for(rows.rows, rows_per_task(rows.columns), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first = rows.offset(row);
       elements(in_place, factor, first, first + rows.columns);

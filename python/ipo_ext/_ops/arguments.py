@@ -1,8 +1,8 @@
 """The arguments of every operator, composed of the groups that several of them share.
 
 A group is listed once here and once in C++ (csrc/ops/arguments.h, csrc/math/settings.h), the
-settings in ``ipo_ext.config``; tests/test_schemas.py compares both with ``torch.ops``. An operator
-takes the fields one after the other, those of a group in its place: see ``flatten``.
+settings in ``ipo_ext.config``; tests/pytorch/test_schemas.py compares both with ``torch.ops``. An
+operator takes the fields one after the other, those of a group in its place: see ``flatten``.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class NeedsGrad(NamedTuple):
     needs_grad_weight: bool
 
 
-class Metrics(NamedTuple):
+class MetricRows(NamedTuple):
     """What every loss measures; the rows are named in ``_C``."""
 
     means: torch.Tensor  # [rows] or [rows, segments]
@@ -157,7 +157,7 @@ class IPOLossFromHiddenResults(NamedTuple):
     loss: torch.Tensor  # []
     logprobs: torch.Tensor  # [...]
     entropy: torch.Tensor  # [...]
-    metrics: Metrics
+    metrics: MetricRows
     grad_hidden: torch.Tensor  # [tokens, width]; without a row where not needed
     grad_weight: torch.Tensor  # [vocabulary, width] in the compute dtype; likewise
 
@@ -305,7 +305,6 @@ _SCHEMA_TYPES: dict[Any, str] = {
     bool: "bool",
     int: "int",
     float: "float",
-    float | None: "float?",
     SymInt: "SymInt",
     SymInt | None: "SymInt?",
 }
@@ -328,7 +327,15 @@ def schema(arguments: type[Any], results: type[Any]) -> str:
     return "({}) -> ({})".format(*sides)
 
 
-_GROUPS = (LogitScaling, LossInputs, LossSettings, HeadInputs, LogprobsBackward, NeedsGrad, Metrics)
+_GROUPS = (
+    LogitScaling,
+    LossInputs,
+    LossSettings,
+    HeadInputs,
+    LogprobsBackward,
+    NeedsGrad,
+    MetricRows,
+)
 _LAYOUTS = {
     kind: _layout(kind) for kind in (*_GROUPS, *OPERATORS.values(), IPOLossFromHiddenResults)
 }

@@ -23,7 +23,7 @@ from ipo_ext._ops.arguments import (
     LinearTokenLogprobsBackwardResults,
     LinearTokenLogprobsResults,
     LogprobsBackward,
-    Metrics,
+    MetricRows,
     NeedsGrad,
 )
 from ipo_ext._ops.autograd import gradient_is_normalized
@@ -129,7 +129,7 @@ def _loss_and_metrics(
     logprobs: torch.Tensor,
     entropy: torch.Tensor,
     needs_grad_logprobs: bool,
-) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+) -> tuple[torch.Tensor, torch.Tensor, MetricRows]:
     """Loss, its derivatives by the log-probabilities, metrics."""
     dtype = arguments.head.weight.dtype
     loss, grad_logprobs, *metrics = ops.loss_and_metrics(
@@ -141,7 +141,7 @@ def _loss_and_metrics(
         needs_grad_logprobs,
         not needs_grad_logprobs or gradient_is_normalized(dtype),
     )
-    return loss, grad_logprobs, Metrics(*metrics)
+    return loss, grad_logprobs, MetricRows(*metrics)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from ipo_ext._ops.arguments import (
     LinearTokenLogprobsResults,
     LossAndMetricsArguments,
     MetricMeansArguments,
-    Metrics,
+    MetricRows,
     NeedsGrad,
     TokenLogprobsArguments,
     TokenLogprobsBackwardArguments,
@@ -37,9 +37,11 @@ from ipo_ext._ops.arguments import (
 Tensors = tuple[Any, ...]
 
 
-def _metrics(like: torch.Tensor, cu_seqlens: torch.Tensor | None, compute: torch.dtype) -> Metrics:
+def _metrics(
+    like: torch.Tensor, cu_seqlens: torch.Tensor | None, compute: torch.dtype
+) -> MetricRows:
     segments = () if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
-    return Metrics(
+    return MetricRows(
         like.new_empty((len(_C.MEAN_ROWS), *segments), dtype=compute),
         like.new_empty((len(_C.SUM_ROWS), *segments), dtype=torch.float64),
         like.new_empty((len(_C.EXTREME_ROWS), *segments), dtype=torch.float64),

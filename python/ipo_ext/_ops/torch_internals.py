@@ -1,7 +1,7 @@
 """Every private API of torch that the package uses, and why: the file that a torch upgrade breaks.
 
 All are there from torch 2.11, the oldest that the package runs under, to 2.13;
-tests/torch/test_internals.py calls each, and keeps private names out of the other files.
+tests/pytorch/test_internals.py calls each, and keeps private names out of the other files.
 """
 
 from __future__ import annotations

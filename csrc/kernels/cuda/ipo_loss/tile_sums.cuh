@@ -155,12 +155,8 @@ __device__ __forceinline__ void warp_reduce_to(const math::TileSums<E>& sums,
   const double sum = warp_sum_each(sums.sums);
   const uint32_t count = warp_sum_each(sums.counts);
   const E smallest = warp_reduce_each(extremes, [](E a, E b) { return math::smaller(a, b); });
-  const int lane2 = threadIdx.x % kWarpSize;
-  constexpr int kL = kLanesOfRow<8>;
-  if (lane2 % kL == 0) {
-    tile.sums[lane2 / kL] = sum;
-    if (lane2 / kL < math::count::kNumRows) tile.counts[lane2 / kL] = count;
-  }
+  store_each(sum, tile.sums);
+  store_each(count, tile.counts);
   const int lane = threadIdx.x % kWarpSize;
   if (lane == 0) tile.log_ratio_min = smallest;
   if (lane == kWarpSize / 2) tile.log_ratio_max = -smallest;
