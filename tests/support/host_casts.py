@@ -189,14 +189,16 @@ def on_fsdp1(rank: int, meeting: str) -> None:
 
 def on_ddp(rank: int, meeting: str) -> None:
     join_group(rank, meeting)
-    model = DistributedDataParallel(
-        Policy(), mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16)
-    )
-    # DDP orders its copies of the parameters by events, which CPUs do not have nor need.
+    # DDP orders its copies of the parameters by streams and events, which CPUs neither have nor
+    # need; a torch with CUDA looks for its driver at the first of them.
     with (
+        mock.patch.object(torch, "Stream", mock.MagicMock()),
         mock.patch.object(torch, "Event", mock.MagicMock()),
         mock.patch.object(torch.accelerator, "current_stream", mock.MagicMock()),
     ):
+        model = DistributedDataParallel(
+            Policy(), mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16)
+        )
         assert_casts_plain_arguments_alone(model, rank)
 
 
