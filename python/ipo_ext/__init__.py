@@ -7,6 +7,7 @@ from ipo_ext._C import VERSION as __version__
 from ipo_ext._ops.library import NAMESPACE as _NAMESPACE
 from ipo_ext._ops.register import register as _register
 from ipo_ext._precision import LowPrecisionWarning
+from ipo_ext.aggregation import aggregate, aggregation_counts
 from ipo_ext.batch import LossBatch
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import (
@@ -30,6 +31,8 @@ __all__ = [
     "LossBatch",
     "LowPrecisionWarning",
     "__version__",
+    "aggregate",
+    "aggregation_counts",
     "ipo_loss",
     "ipo_loss_from_hidden",
     "ipo_loss_from_logits",

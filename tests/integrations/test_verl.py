@@ -22,7 +22,7 @@ from verl.utils import tensordict_utils
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
-from ipo_ext import IPOConfig
+from ipo_ext import IPOConfig, aggregate
 from ipo_ext.integrations import verl as adapter
 from tests.docs.page_blocks import blocks_of_host
 from tests.integrations.eager import token_losses
@@ -166,6 +166,24 @@ def test_weights_are_those_of_verls_aggregation(mode: str) -> None:
     weighted = (adapter._token_weights(mask, mode, world) * losses).sum()
     expected = agg_loss(loss_mat=losses, loss_mask=mask, loss_agg_mode=mode, **world)
     torch.testing.assert_close(weighted, expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "theirs", "length"),
+    [
+        ("token_mean", "token-mean", None),
+        ("sequence_mean_token_mean", "seq-mean-token-mean", None),
+        ("sequence_mean_token_sum", "seq-mean-token-sum", None),
+        ("constant", "seq-mean-token-sum-norm", 5),
+    ],
+)
+def test_aggregate_means_what_verl_means(mode: str, theirs: str, length: int | None) -> None:
+    mask = batch(LOCAL)["response_mask"]
+    losses = torch.randn(mask.shape)
+    weights, normalizer = aggregate(mode, mask, length=length)
+    ours = (losses * mask * (1 if weights is None else weights)).sum() / normalizer
+    expected = agg_loss(losses, mask, theirs, loss_scale_factor=length)
+    torch.testing.assert_close(ours.float(), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)

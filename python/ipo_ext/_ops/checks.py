@@ -16,7 +16,7 @@ LABELS = (torch.int32, torch.int64)
 NORMALIZER = (*FLOATING, torch.int32, torch.int64)
 
 
-class _Like(NamedTuple):
+class Like(NamedTuple):
     """What other tensors must agree with, and its name for the user."""
 
     name: str
@@ -37,9 +37,9 @@ def check_per_token_loss(
     trainer_logprobs: torch.Tensor, inputs: LossInputs, teacher_tau: float
 ) -> None:
     """Raises unless the arguments of the loss from log-probabilities agree."""
-    _check_tensor("trainer_logprobs", trainer_logprobs, FLOATING)
+    check_tensor("trainer_logprobs", trainer_logprobs, FLOATING)
     check_device_supported("trainer_logprobs", trainer_logprobs)
-    _check_inputs_of_loss(_Like("trainer_logprobs", trainer_logprobs), inputs, teacher_tau)
+    _check_inputs_of_loss(Like("trainer_logprobs", trainer_logprobs), inputs, teacher_tau)
 
 
 def check_logits_loss(
@@ -51,31 +51,31 @@ def check_logits_loss(
 ) -> None:
     """Raises unless the arguments of the loss from logits agree."""
     check_logits(logits, labels, temperature)
-    _check_inputs_of_loss(_Like("labels", labels), inputs, teacher_tau)
+    _check_inputs_of_loss(Like("labels", labels), inputs, teacher_tau)
 
 
 def check_logits(
     logits: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor | None
 ) -> None:
     """Raises unless logits, labels and temperature agree."""
-    _check_tensor("logits", logits, FLOATING)
+    check_tensor("logits", logits, FLOATING)
     check_device_supported("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape [..., vocabulary], got {_shape(logits)}")
-    _check_labels(labels, _Like("logits", logits), temperature)
+    _check_labels(labels, Like("logits", logits), temperature)
 
 
-def _check_labels(labels: torch.Tensor, rows: _Like, temperature: torch.Tensor | None) -> None:
+def _check_labels(labels: torch.Tensor, rows: Like, temperature: torch.Tensor | None) -> None:
     """Raises unless there is a label, and a temperature if they differ, for each row."""
-    _check_tensor("labels", labels, LABELS)
+    check_tensor("labels", labels, LABELS)
     if labels.shape != rows.tensor.shape[:-1]:
         raise ValueError(
             f"labels: expected shape {_shape(rows.tensor)[:-1]}, that of {rows.name} "
             f"{_shape(rows.tensor)} without its last dimension, got {_shape(labels)}"
         )
-    _check_device("labels", labels, rows)
+    check_device("labels", labels, rows)
     if temperature is not None and temperature.dim() > 0:
-        _check_per_token("temperature", temperature, FLOATING, _Like("labels", labels))
+        _check_per_token("temperature", temperature, FLOATING, Like("labels", labels))
     elif temperature is not None:
         _check_scalar("temperature", temperature, FLOATING, rows)
 
@@ -83,7 +83,7 @@ def _check_labels(labels: torch.Tensor, rows: _Like, temperature: torch.Tensor |
 def check_hidden_loss(head: HeadInputs, inputs: LossInputs, teacher_tau: float) -> None:
     """Raises unless the arguments of the loss from hidden states agree."""
     check_hidden(head)
-    _check_inputs_of_loss(_Like("labels", head.labels), inputs, teacher_tau)
+    _check_inputs_of_loss(Like("labels", head.labels), inputs, teacher_tau)
 
 
 def check_hidden(head: HeadInputs) -> None:
@@ -92,11 +92,11 @@ def check_hidden(head: HeadInputs) -> None:
     Their dtypes may differ, for autocast: see ``product_dtype``.
     """
     hidden, weight, labels, scaling = head
-    _check_tensor("hidden", hidden, FLOATING)
+    check_tensor("hidden", hidden, FLOATING)
     check_device_supported("hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape [..., width], got {_shape(hidden)}")
-    _check_tensor("weight", weight, FLOATING)
+    check_tensor("weight", weight, FLOATING)
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         _check_not_distributed(name, tensor)
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
@@ -104,8 +104,8 @@ def check_hidden(head: HeadInputs) -> None:
             f"weight: expected shape [vocabulary, {hidden.shape[-1]}] for hidden "
             f"{_shape(hidden)}, got {_shape(weight)}"
         )
-    _check_device("weight", weight, _Like("hidden", hidden))
-    _check_labels(labels, _Like("hidden", hidden), scaling.temperature)
+    check_device("weight", weight, Like("hidden", hidden))
+    _check_labels(labels, Like("hidden", hidden), scaling.temperature)
 
 
 def product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -137,7 +137,7 @@ def _check_not_distributed(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_inputs_of_loss(like: _Like, inputs: LossInputs, teacher_tau: float) -> None:
+def _check_inputs_of_loss(like: Like, inputs: LossInputs, teacher_tau: float) -> None:
     """Raises unless ``inputs`` agree with ``like``."""
     for name in TOKEN_INPUTS:
         tensor = getattr(inputs, name)
@@ -156,24 +156,24 @@ def _check_inputs_of_loss(like: _Like, inputs: LossInputs, teacher_tau: float) -
         )
 
 
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, like: _Like) -> None:
-    _check_tensor("cu_seqlens", cu_seqlens, (torch.int32,))
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, like: Like) -> None:
+    check_tensor("cu_seqlens", cu_seqlens, (torch.int32,))
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"cu_seqlens: expected shape [segments + 1], got {_shape(cu_seqlens)}; "
             "it holds the first token of each packed sequence, then the number of tokens"
         )
-    _check_device("cu_seqlens", cu_seqlens, like)
+    check_device("cu_seqlens", cu_seqlens, like)
 
 
 def _check_scalar(
-    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], like: _Like
+    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], like: Like
 ) -> None:
-    _check_tensor(name, tensor, dtypes)
+    check_tensor(name, tensor, dtypes)
     if tensor.dim() != 0:
         raise ValueError(f"{name}: expected a 0-dim tensor, got shape {_shape(tensor)}")
     if tensor.device.type != "cpu":
-        _check_device(name, tensor, like)
+        check_device(name, tensor, like)
 
 
 def check_no_gradient(inputs: LossInputs | None, temperature: torch.Tensor | None = None) -> None:
@@ -200,7 +200,7 @@ def check_device_supported(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected a CPU or CUDA tensor, got device {tensor.device}")
 
 
-def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
@@ -210,17 +210,17 @@ def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) ->
 
 
 def _check_per_token(
-    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], like: _Like
+    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], like: Like
 ) -> None:
-    _check_tensor(name, tensor, dtypes)
+    check_tensor(name, tensor, dtypes)
     if tensor.shape != like.tensor.shape:
         raise ValueError(
             f"{name}: expected shape {_shape(like.tensor)} like {like.name}, got {_shape(tensor)}"
         )
-    _check_device(name, tensor, like)
+    check_device(name, tensor, like)
 
 
-def _check_device(name: str, tensor: torch.Tensor, like: _Like) -> None:
+def check_device(name: str, tensor: torch.Tensor, like: Like) -> None:
     if tensor.device != like.tensor.device:
         raise ValueError(
             f"{name}: expected device {like.tensor.device} like {like.name}, got {tensor.device}"
