@@ -11,7 +11,7 @@
 
 namespace {
 
-#define IPO_EXT_NAME(name) #name,
+#define IPO_EXT_NAME(name, ...) #name,
 
 std::vector<std::string> split(const std::string& list) {
   std::vector<std::string> items;

@@ -7,8 +7,16 @@
 
 namespace ipo_ext::math {
 
-// In the order of Python's config.MaskRule.
-enum class MaskRule : int32_t { kRatio, kDppo, kProbDiff, kKpop, kCount };
+// Every rule but the default's, the band on the ratio: X(name, function), in the order of Python's
+// config.MaskRule, which begins with "ratio".
+#define IPO_EXT_OTHER_MASK_RULES(X) \
+  X(kDppo, dppo_rule)               \
+  X(kProbDiff, prob_diff_rule)      \
+  X(kKpop, kpop_rule)
+
+#define IPO_EXT_ENUMERATOR(name, function) name,
+enum class MaskRule : int32_t { kRatio, IPO_EXT_OTHER_MASK_RULES(IPO_EXT_ENUMERATOR) kCount };
+#undef IPO_EXT_ENUMERATOR
 
 // What a kernel is compiled for: the default settings alone, whose code knows no other rule, or
 // every rule and scope, chosen at run time.
@@ -121,9 +129,10 @@ template <Rules kRules, typename T>
 IPO_HOST_DEVICE MaskDecision<T> mask_decision(const MaskInput<T>& token, MaskRule rule,
                                               Element<T> low, Element<T> high) {
   if constexpr (kRules == Rules::kAny) {
-    if (rule == MaskRule::kDppo) return dppo_rule(token, low, high);
-    if (rule == MaskRule::kProbDiff) return prob_diff_rule(token, low, high);
-    if (rule == MaskRule::kKpop) return kpop_rule(token, low, high);
+#define IPO_EXT_DECIDE(name, function) \
+  if (rule == MaskRule::name) return function(token, low, high);
+    IPO_EXT_OTHER_MASK_RULES(IPO_EXT_DECIDE)
+#undef IPO_EXT_DECIDE
   }
   return ratio_rule(token, low, high);
 }

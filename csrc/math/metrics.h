@@ -37,27 +37,28 @@ namespace ipo_ext::math {
   X(log_ratio_min)              \
   X(log_ratio_max)
 
-// The rows of the operator's `means`: what users read.
-#define IPO_EXT_MEAN_ROWS(X)   \
-  X(mismatch_kl)               \
-  X(masked_mismatch_kl)        \
-  X(unmasked_mismatch_kl)      \
-  X(is_masked)                 \
-  X(is_masked_low)             \
-  X(is_masked_high)            \
-  X(teacher_kl)                \
-  X(pg_loss)                   \
-  X(kl_loss)                   \
-  X(nonfinite)                 \
-  X(rollout_dropped)           \
-  X(masked_advantage_positive) \
-  X(masked_advantage_negative) \
-  X(ess)                       \
-  X(log_ratio_min)             \
-  X(log_ratio_max)             \
-  X(entropy)
+// The rows of the operator's `means`, which users read: X(name, numerator, denominator), of the
+// rows above by their names. `masked` is active - kept; `measured` is 0 where no log-ratio was.
+#define IPO_EXT_MEAN_ROWS(X)                                      \
+  X(mismatch_kl, mismatch_kl_kept + mismatch_kl_masked, active)   \
+  X(masked_mismatch_kl, mismatch_kl_masked, masked)               \
+  X(unmasked_mismatch_kl, mismatch_kl_kept, kept)                 \
+  X(is_masked, masked, active)                                    \
+  X(is_masked_low, masked_low, active)                            \
+  X(is_masked_high, masked_high, active)                          \
+  X(teacher_kl, teacher_kl, active)                               \
+  X(pg_loss, pg_loss, active)                                     \
+  X(kl_loss, kl_loss, active)                                     \
+  X(nonfinite, nonfinite, active)                                 \
+  X(rollout_dropped, rollout_dropped, active)                     \
+  X(masked_advantage_positive, masked_advantage_positive, masked) \
+  X(masked_advantage_negative, masked_advantage_negative, masked) \
+  X(ess, (ratio * ratio), (kept * ratio_squared))                 \
+  X(log_ratio_min, log_ratio_min, measured)                       \
+  X(log_ratio_max, log_ratio_max, measured)                       \
+  X(entropy, entropy, active)
 
-#define IPO_EXT_ENUMERATOR(name) name,
+#define IPO_EXT_ENUMERATOR(name, ...) name,
 namespace count {
 enum Row : int { IPO_EXT_COUNT_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
 }
@@ -199,35 +200,32 @@ struct Fractions {
   }
 };
 
+#define IPO_EXT_COUNT(name) [[maybe_unused]] const double name = counts[count::name];
+#define IPO_EXT_SUM(name) [[maybe_unused]] const double name = sums[sum::name];
+#define IPO_EXT_OF_SEGMENT(name) [[maybe_unused]] const double name = of_whole[of_segment::name];
+#define IPO_EXT_EXTREME(name) [[maybe_unused]] const double name = segment.extremes[extreme::name];
+#define IPO_EXT_MEAN(name, numerator, denominator) means.set(mean::name, numerator, denominator);
+
 IPO_HOST_DEVICE Fractions mean_fractions(const SegmentSums& segment) {
   const double* counts = segment.sums;
   const double* sums = segment.sums + count::kNumRows;
-  const double active = counts[count::active];
-  const double kept = counts[count::kept];
+  const double* of_whole = segment.sums + kFirstSegmentRow;
+  IPO_EXT_COUNT_ROWS(IPO_EXT_COUNT)
+  IPO_EXT_SUM_ROWS(IPO_EXT_SUM)
+  IPO_EXT_SEGMENT_ROWS(IPO_EXT_OF_SEGMENT)
+  IPO_EXT_EXTREME_ROWS(IPO_EXT_EXTREME)
   const double masked = active - kept;
-  const double lowest = segment.extremes[extreme::log_ratio_min];
-  const double highest = segment.extremes[extreme::log_ratio_max];
+  const double measured = log_ratio_min <= log_ratio_max;
 
   Fractions means;
-  means.set(mean::mismatch_kl, sums[sum::mismatch_kl_kept] + sums[sum::mismatch_kl_masked], active);
-  means.set(mean::masked_mismatch_kl, sums[sum::mismatch_kl_masked], masked);
-  means.set(mean::unmasked_mismatch_kl, sums[sum::mismatch_kl_kept], kept);
-  means.set(mean::is_masked, masked, active);
-  means.set(mean::is_masked_low, counts[count::masked_low], active);
-  means.set(mean::is_masked_high, counts[count::masked_high], active);
-  means.set(mean::teacher_kl, sums[sum::teacher_kl], active);
-  means.set(mean::pg_loss, sums[sum::pg_loss], active);
-  means.set(mean::kl_loss, sums[sum::kl_loss], active);
-  means.set(mean::nonfinite, counts[count::nonfinite], active);
-  means.set(mean::rollout_dropped, segment.sums[kFirstSegmentRow + of_segment::rollout_dropped],
-            active);
-  means.set(mean::masked_advantage_positive, counts[count::masked_advantage_positive], masked);
-  means.set(mean::masked_advantage_negative, counts[count::masked_advantage_negative], masked);
-  means.set(mean::ess, sums[sum::ratio] * sums[sum::ratio], kept * sums[sum::ratio_squared]);
-  means.set(mean::log_ratio_min, lowest, lowest <= highest);
-  means.set(mean::log_ratio_max, highest, lowest <= highest);
-  means.set(mean::entropy, sums[sum::entropy], active);
+  IPO_EXT_MEAN_ROWS(IPO_EXT_MEAN)
   return means;
 }
+
+#undef IPO_EXT_MEAN
+#undef IPO_EXT_EXTREME
+#undef IPO_EXT_OF_SEGMENT
+#undef IPO_EXT_SUM
+#undef IPO_EXT_COUNT
 
 }  // namespace ipo_ext::math

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 
-MaskRule = Literal["ratio", "dppo", "prob_diff", "kpop"]  # in the order of math/mask_rules.h
+# In the order of csrc/math/mask_rules.h.
+MaskRule = Literal["ratio", "dppo", "prob_diff", "kpop"]
 KLScope = Literal["kept", "active"]
 
 
@@ -196,15 +197,13 @@ class IPOConfig:
         # float(): read here, or torch.compile (2.13) reads them inside the first of two calls of
         # the loss in a graph, and fails at the second.
         return LossSettings(
-            float(low),
-            float(high),
-            float(self.adv_tau),
-            float(self.kl_tau),
-            float(self.teacher_tau),
-            get_args(MaskRule).index(self.mask_rule),
-            self.kl_scope == "active",
-            self.has_rollout_rule,
-            self._rollout_lows.get(dtype, _LOG_RANGE[dtype][0]),
+            low=float(low),
+            high=float(high),
+            mask_rule=get_args(MaskRule).index(self.mask_rule),
+            kl_active=self.kl_scope == "active",
+            has_rollout_rule=self.has_rollout_rule,
+            rollout_low=self._rollout_lows.get(dtype, _LOG_RANGE[dtype][0]),
+            **{name: float(getattr(self, name)) for name in _NUMBERS},
         )
 
     def log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
@@ -222,6 +221,13 @@ _WORDS: dict[str, tuple[str, ...]] = {
 }
 
 _BOUNDS = ("dppo_mask_low", "dppo_mask_high")  # of which the rule says what they may be
+
+# The fields that the operators take as they are.
+_NUMBERS = [
+    field.name
+    for field in dataclasses.fields(IPOConfig)
+    if field.name not in (*_BOUNDS, *_WORDS, "rollout_min_ratio")
+]
 
 # -max, and the largest number whose exp is finite. (The float32 nearest to log(max) overflows.)
 _LOG_RANGE = {

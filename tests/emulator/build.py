@@ -65,17 +65,24 @@ def build(
     compile_flags = [*COMPILE_FLAGS, *sanitize, f"-I{HARNESS / 'include'}"]
     compile_flags += [f"-I{folder}" for folder in include] + list(flags)
     link_flags = [*sanitize, *(["-shared"] if shared else []), *link, *LINK_FLAGS]
-    paths = [Path(source) for source in (*HARNESS_SOURCES, *sources)]
-    compile_one = functools.partial(_compile, flags=compile_flags, root=root)
     with _one_at_a_time(root):
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, paths))
+        objects = compile_all((*HARNESS_SOURCES, *sources), compile_flags, root)
+        return link_all(name, objects, link_flags, root)
 
-        key = _digest([str(path) for path in objects], link_flags)
-        output = _cache(root) / f"emulator-{key}" / name
-        if not output.exists():
-            _say(f"linking {name}")
-            _run([_compiler(), *map(str, objects), *link_flags], output, root)
+
+def compile_all(sources: Iterable[Path | str], flags: Sequence[str], root: Path) -> list[Path]:
+    """The objects of `sources`, as many compiled at once as there are cores."""
+    compile_one = functools.partial(_compile, flags=flags, root=root)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, map(Path, sources)))
+
+
+def link_all(name: str, objects: Sequence[Path], flags: Sequence[str], root: Path) -> Path:
+    key = _digest([str(path) for path in objects], flags)
+    output = _cache(root) / f"emulator-{key}" / name
+    if not output.exists():
+        _say(f"linking {name}")
+        _run([*_compiler(), *map(str, objects), *flags], output, root)
     return output
 
 
@@ -89,7 +96,7 @@ def _one_at_a_time(root: Path) -> Iterator[None]:
 
 
 def _compile(source: Path, *, flags: Sequence[str], root: Path) -> Path:
-    command = [_compiler(), *flags]
+    command = [*_compiler(), *flags]
     command += ["-x", "c++"] if source.suffix == ".cu" else []
     key = _digest([_compiler_version(), *command, str(source)], _inputs(command, source, root))
     output = _cache(root) / "emulator-objects" / f"{source.stem}-{key}.o"
@@ -134,13 +141,13 @@ def _digest(*groups: Iterable[str | bytes]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))  # which may begin with ccache
 
 
 @functools.cache
 def _compiler_version() -> str:
-    return _output([_compiler(), "--version"], ROOT)
+    return _output([*_compiler(), "--version"], ROOT)
 
 
 def _cache(root: Path) -> Path:

@@ -15,9 +15,13 @@ from tests.emulator import build
 
 NAMESPACE = "ipo_ext_emulated"
 TORCH = Path(torch.__file__).parent
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
+LINK = (f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
 
 
-def build_operators(root: Path = build.ROOT, sanitize: Sequence[str] = ()) -> Path:
+def build_operators(
+    root: Path = build.ROOT, sanitize: Sequence[str] = (), flags: Sequence[str] = ()
+) -> Path:
     """Compiles csrc/ops and the CUDA kernels of `root` for the emulator, as a library for torch."""
     # The one that takes longest, logits/fp32, not last: two compile at once.
     kernels = sorted(root.glob("csrc/kernels/cuda/**/*.cu"), reverse=True)
@@ -26,13 +30,14 @@ def build_operators(root: Path = build.ROOT, sanitize: Sequence[str] = ()) -> Pa
         ["csrc/ops/register.cpp", *(path.relative_to(root) for path in kernels)],
         include=["csrc"],
         flags=[
+            *flags,
             f"-isystem{TORCH / 'include'}",
-            "-DTORCH_TARGET_VERSION=0x020b000000000000",
+            TARGET,
             f"-DIPO_EXT_NAMESPACE={NAMESPACE}",
             "-DIPO_EXT_CUDA_DISPATCH_KEY=CPU",
             "-DIPO_EXT_WITH_CUDA",
         ],
-        link=[f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"],
+        link=LINK,
         sanitize=sanitize,
         shared=True,
         root=root,

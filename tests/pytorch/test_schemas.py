@@ -10,7 +10,7 @@ import torch
 
 from ipo_ext._ops import arguments as groups
 from ipo_ext._ops import library
-from ipo_ext.config import LossSettings
+from ipo_ext.config import IPOConfig, LossSettings
 from ipo_ext.diagnosis import info
 from tests.support.backends import Backend
 
@@ -73,6 +73,6 @@ def test_a_schema_is_made_of_the_fields() -> None:
 
 def test_the_operator_says_which_rule_it_does_not_know(backend: Backend) -> None:
     inputs = groups.LossInputs(*(torch.zeros(2, device=backend.device),) * 2, torch.ones(2) == 1)
-    settings = LossSettings(-1.0, 1.0, 1.0, 0.0, 0.0, 99, False, False, 0.0)
+    settings = IPOConfig().settings(torch.float32)._replace(mask_rule=99)
     with pytest.raises(RuntimeError, match="mask_rule: expected the index of a rule, got 99"):
         library.operators().ipo_loss(torch.zeros(2), *inputs, *settings, False)
