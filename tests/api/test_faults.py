@@ -125,13 +125,23 @@ def faulty(name: str) -> tuple[HiddenCase, dict[str, Any], type[Exception], str]
             "normalizer",
         ),
         "num_active": (case, {"num_active": 3}, RuntimeError, "num_active: expected at least"),
+        "one_too_few": (
+            case,
+            {"num_active": int(case.loss_mask.sum()) - 1},
+            RuntimeError,
+            "num_active: expected at least",
+        ),
         "none_active": (case, {"num_active": 0}, RuntimeError, "num_active: expected at least"),
     }[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "name", ["label", "temperature", "cu_seqlens", "normalizer", "num_active", "none_active"]
+    "name",
+    [
+        *("label", "temperature", "cu_seqlens", "normalizer"),
+        *("num_active", "one_too_few", "none_active"),
+    ],
 )
 def test_contract_faults_from_hidden(backend: Backend, name: str, dtype: torch.dtype) -> None:
     case, how, error, text = faulty(name)

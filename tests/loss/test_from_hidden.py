@@ -275,6 +275,21 @@ def test_autocast_casts_as_linear_does(backend: Backend) -> None:
     assert torch.equal(ours.bfloat16(), torch.autograd.grad(truth, low)[0])
 
 
+def test_autocast_leaves_float64_alone_as_linear_does(backend: Backend) -> None:
+    case = random_case(dtype=torch.float64).to(backend.device)
+    expected = evaluate(case)
+    narrow = case.with_(weight=case.weight.float())
+    other_way = case.with_(hidden=case.hidden.float())
+    with torch.autocast(backend.device.type, dtype=torch.bfloat16):
+        assert_same_bits(evaluate(case), expected)
+        assert expected.loss.dtype == torch.float64
+        for mixed in (narrow, other_way):
+            with pytest.raises(TypeError, match=r"weight: expected dtype .*; convert one$"):
+                mixed.call()
+            with pytest.raises(RuntimeError):
+                torch.nn.functional.linear(mixed.hidden, mixed.weight)
+
+
 def test_scalars_do_not_follow_the_default_device(backend: Backend) -> None:
     case = random_case(normalizer=3.0, temperature=0.9).to(backend.device)
     expected = case.call()

@@ -25,6 +25,7 @@ from tests.support.logprobs import (
     MOST_TOKENS,
     SEGMENTS,
     SMALL_SIZES,
+    TILES,
     cu_seqlens,
     kept,
     nasty_case,
@@ -104,6 +105,25 @@ def test_long_and_short_segments_matches_the_reference_around_tiles(backend, sho
     for schedule in schedules(backend)[:3]:
         with schedule:
             assert_matches_reference(case, backend.device)
+
+
+CPU_GROUP = 4 * TILES[1]  # tokens that one thread of the CPU takes together
+
+
+@pytest.mark.parametrize("before", [0, 1, 5])
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 2])
+def test_a_segment_that_ends_around_a_group_of_tiles(backend, before, beyond):
+    """It is finished once all its tiles are summed: a call before leaves other sums in memory."""
+    lengths = [before, CPU_GROUP - before + beyond, 0, 3000, CPU_GROUP - 3000 - beyond, 0]
+    case = random_case(2 * CPU_GROUP, masked=0).with_(cu_seqlens=cu_seqlens(lengths))
+    case = case.to(backend.device)
+    for schedule in schedules(backend)[:3]:
+        with schedule:
+            evaluate(case.with_(loss_mask=torch.zeros_like(case.loss_mask)))
+            result = evaluate(case)
+            counts = result.metrics.sums[_C.SUM_ROWS.index("active")]
+            assert counts.tolist() == lengths
+            assert_near_reference(case, backend.device)
 
 
 # ---------------------------------------------------------------------------------------------

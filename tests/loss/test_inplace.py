@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from typing import Any
@@ -14,7 +15,7 @@ from tests.support.backends import Backend
 from tests.support.cases import LogitsCase, bits, same_bits
 from tests.support.layouts import LAYOUTS, at_row_starts
 from tests.support.logits import DTYPES, MANY_ROWS, NARROWER, random_case
-from tests.support.operators import call_operator, chunk_of_loss, find_faults
+from tests.support.operators import call_operator, chunk_of_loss, find_faults, operator
 
 COLUMNS = (1, 2, 7, 33, 130, 511, 512, 1031)
 
@@ -213,6 +214,39 @@ def test_rows_that_share_memory_are_refused(backend: Backend) -> None:
         over_logits(case.with_(logits=room[:8].expand(3, 8)))
     with pytest.raises(RuntimeError, match="gradient: expected the shape"):
         into(case, torch.empty(3, 9, device=backend.device))
+
+
+def follow_each_other(groups: torch.Tensor) -> bool:
+    """Whether every element of a group lies before those of the next."""
+    groups = groups.flatten(1)
+    return bool((groups.amax(1)[:-1] < groups.amin(1)[1:]).all())
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("block_rows", [1, 2, 3])
+def test_rows_at_any_two_strides(
+    backend: Backend, block_rows: int, blocks: int, columns: int
+) -> None:
+    """Those that share an element are refused; those of which blocks follow blocks, or first rows
+    second rows, are changed, each once."""
+    shape = blocks, block_rows, columns
+    factor = torch.tensor(2.0, device=backend.device)
+    before = torch.arange(1.0, 50.0)
+    for strides in itertools.product(range(3 * columns + 2), repeat=2):
+        room = before.to(backend.device, copy=True)
+        places = torch.arange(len(before)).as_strided(shape, (*strides, 1))
+        expected = before.clone()
+        try:
+            operator("scale_")(room.as_strided(shape, (*strides, 1)), factor)
+        except RuntimeError as error:
+            assert str(error).startswith("gradient: expected rows of adjacent elements")
+            for nested in (places, places.transpose(0, 1)):
+                assert not (follow_each_other(nested) and follow_each_other(nested[0])), strides
+        else:
+            assert len(places.unique()) == places.numel(), strides
+            expected[places] *= 2
+        assert torch.equal(room.cpu(), expected), strides
 
 
 # -------------------------------------------------------------------------------------------------
