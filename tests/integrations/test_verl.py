@@ -266,20 +266,19 @@ def test_bypass_and_decoupled_mode_are_honoured() -> None:
     assert losses[0] == losses[1]
 
 
-def test_verls_older_trainer_finds_the_loss_as_bypass_mode(monkeypatch) -> None:
-    monkeypatch.setitem(POLICY_LOSS_REGISTRY, "bypass_mode", None)
-    adapter.register(BAND, name="bypass_mode")
+def test_the_rename_of_verls_older_trainer_reaches_no_worker() -> None:
+    """Its driver renames the loss after the workers have their own copies of the config."""
     data = batch(LOCAL)
     output = {"log_probs": packed_logprobs(policy(), data)}
+    drivers = OmegaConf.create({"loss_mode": "ipo"})
+    workers = copy.deepcopy(drivers)  # as Ray sends it
     proto = DataProto.from_dict({"rollout_log_probs": data["old_log_probs"]})
-    config = OmegaConf.structured(PolicyLossConfig(loss_mode="ipo"))
-    correction = RolloutCorrectionConfig(bypass_mode=True)
-    apply_bypass_mode(proto, correction, config)
-    assert config.loss_mode == "bypass_mode"
+    apply_bypass_mode(proto, RolloutCorrectionConfig(bypass_mode=True), drivers)
+    assert drivers.loss_mode == "bypass_mode"
 
     expected, _ = ppo_loss(actor_config(), output, data)
     data["old_log_probs"] = proto.batch["old_log_probs"]
-    options = PolicyLossConfig(loss_mode=config.loss_mode, rollout_correction=correction)
+    options = PolicyLossConfig(**workers)
     loss, _ = ppo_loss(actor_config(policy_loss=options), output, data)
     assert loss == expected
 
