@@ -85,17 +85,21 @@ def gradient_is_normalized(dtype: torch.dtype) -> bool:
     return dtype != torch.float16
 
 
-def normalizer_to_keep(dtype: torch.dtype, normalizer: torch.Tensor | None) -> torch.Tensor | None:
-    """The normalizer where ``gradient_factor`` will need it."""
-    return None if gradient_is_normalized(dtype) else normalizer
+def inverse_to_keep(dtype: torch.dtype, normalizer: torch.Tensor | None) -> torch.Tensor | None:
+    """1 / normalizer where ``gradient_factor`` will need it.
 
-
-def gradient_factor(grad_loss: torch.Tensor, normalizer: torch.Tensor | None) -> torch.Tensor:
-    """What a gradient made in forward lacks; ``normalizer`` as ``normalizer_to_keep`` gave it."""
-    if normalizer is None:
-        return grad_loss
+    A tensor of our own: the caller's may have changed by then, or come from ``inference_mode``.
+    """
+    if normalizer is None or gradient_is_normalized(dtype):
+        return None
     nothing = normalizer == 0
-    inverse = torch.where(nothing, 0.0, 1 / torch.where(nothing, 1, normalizer.double()))
+    return torch.where(nothing, 0.0, 1 / torch.where(nothing, 1, normalizer.double()))
+
+
+def gradient_factor(grad_loss: torch.Tensor, inverse: torch.Tensor | None) -> torch.Tensor:
+    """What a gradient made in forward lacks; ``inverse`` as ``inverse_to_keep`` gave it."""
+    if inverse is None:
+        return grad_loss
     return grad_loss * inverse.to(grad_loss.dtype)  # a scalar on the CPU needs no copy to a device
 
 
@@ -174,6 +178,13 @@ def scale_once(
 
 # -------------------------------------------------------------------------------------------------
 # Log-probabilities, whose gradient is made in backward
+
+
+def savable(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A small constant as autograd saves it: it refuses what was made under ``inference_mode``."""
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
 
 
 def logprobs_backward(

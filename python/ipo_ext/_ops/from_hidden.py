@@ -22,10 +22,11 @@ from ipo_ext._ops.autograd import (
     anchor,
     gradient_factor,
     hand_over_once,
+    inverse_to_keep,
     logprobs_backward,
-    normalizer_to_keep,
     refuse_vmap,
     refusing_tangents,
+    savable,
     scale_once,
 )
 from ipo_ext._ops.torch_internals import in_forward_mode
@@ -52,9 +53,9 @@ def _keep_gradients(
     hidden, weight, *_ = arguments.head
     ctx.shape, ctx.needs_grad = hidden.shape, arguments.needs_grad
     ctx.dtypes = hidden.dtype, weight.dtype
-    normalizer = normalizer_to_keep(dtype, arguments.inputs.normalizer)
+    inverse = inverse_to_keep(dtype, arguments.inputs.normalizer)
     results = unflatten(IPOLossFromHiddenResults, output)
-    ctx.save_for_backward(results.grad_hidden, results.grad_weight, normalizer, anchor)
+    ctx.save_for_backward(results.grad_hidden, results.grad_weight, inverse, anchor)
 
 
 def _loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -71,8 +72,8 @@ def _loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[A
             raise RuntimeError(
                 f"ipo_ext::ipo_loss_from_hidden: expected {name}=True to run backward, got False"
             )
-    grad_hidden, grad_weight, normalizer, _ = ctx.saved_tensors
-    factor = gradient_factor(grad_loss, normalizer)
+    grad_hidden, grad_weight, inverse, _ = ctx.saved_tensors
+    factor = gradient_factor(grad_loss, inverse)
     hidden_dtype, weight_dtype = ctx.dtypes
     needs_hidden, needs_weight = ctx.needs_grad
     return (
@@ -108,8 +109,8 @@ class IPOLossFromHiddenFunction(torch.autograd.Function):
         if grad_loss is None:
             return (None, None, None, None, *others)
         hand_over_once(ctx)
-        grad_hidden, grad_weight, normalizer, anchor = ctx.saved_tensors
-        factor = gradient_factor(grad_loss, normalizer)
+        grad_hidden, grad_weight, inverse, anchor = ctx.saved_tensors
+        factor = gradient_factor(grad_loss, inverse)
         hidden_dtype, weight_dtype = ctx.dtypes
         needs_hidden, needs_weight = ctx.needs_grad
         of_hidden = of_weight = None
@@ -206,7 +207,8 @@ def _keep_for_logprobs(
     hidden, weight, labels, (temperature, ctx.softcap) = arguments.head
     _, entropy, softmax_stats = output
     ctx.mark_non_differentiable(softmax_stats)
-    ctx.save_for_backward(hidden, weight, labels, temperature, entropy, softmax_stats)
+    saved = (savable(labels), savable(temperature), entropy.clone(), softmax_stats)
+    ctx.save_for_backward(hidden, weight, *saved)
     ctx.set_materialize_grads(False)  # not for the statistics
     ctx.chunk_size, ctx.dtype = arguments.chunk_size, dtype
 

@@ -19,11 +19,13 @@ from ipo_ext._ops.autograd import (
     NoSecondDerivative,
     anchor,
     gradient_factor,
+    gradient_is_normalized,
     hand_over_once,
+    inverse_to_keep,
     logprobs_backward,
-    normalizer_to_keep,
     refuse_vmap,
     refusing_tangents,
+    savable,
     scale_once,
 )
 from ipo_ext._ops.torch_internals import in_forward_mode
@@ -53,10 +55,10 @@ def run_ipo_loss_from_logits(
 def _with_kept_normalizer(arguments: IPOLossFromLogitsArguments) -> IPOLossFromLogitsArguments:
     """The arguments, a normalizer that backward needs apart from logits that it may be one of."""
     inputs = arguments.inputs
-    kept = normalizer_to_keep(arguments.logits.dtype, inputs.normalizer)
-    if kept is None:
+    normalizer = inputs.normalizer
+    if normalizer is None or gradient_is_normalized(arguments.logits.dtype):
         return arguments
-    return arguments._replace(inputs=inputs._replace(normalizer=kept.clone()))
+    return arguments._replace(inputs=inputs._replace(normalizer=normalizer.clone()))
 
 
 def _keep_gradient(
@@ -65,8 +67,8 @@ def _keep_gradient(
     gradient: torch.Tensor,
     anchor: torch.Tensor | None,
 ) -> None:
-    normalizer = normalizer_to_keep(gradient.dtype, arguments.inputs.normalizer)
-    ctx.save_for_backward(gradient, normalizer, anchor)  # not the logits: they may be freed
+    inverse = inverse_to_keep(gradient.dtype, arguments.inputs.normalizer)
+    ctx.save_for_backward(gradient, inverse, anchor)  # not the logits: they may be freed
     ctx.set_materialize_grads(False)  # else backward makes zeros as large as the logits
 
 
@@ -90,8 +92,8 @@ def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.
         return (None, *others)
     if torch.is_grad_enabled():
         raise NotImplementedError(NO_SECOND_DERIVATIVE)
-    gradient, normalizer, _ = ctx.saved_tensors
-    factor = gradient_factor(grad_loss, normalizer)
+    gradient, inverse, _ = ctx.saved_tensors
+    factor = gradient_factor(grad_loss, inverse)
     return ((gradient * factor).to(gradient.dtype), *others)
 
 
@@ -124,8 +126,8 @@ class IPOLossFromLogitsFunction(torch.autograd.Function):
         if grad_loss is None:
             return (None, None, *others)
         hand_over_once(ctx)
-        gradient, normalizer, anchor = ctx.saved_tensors
-        factor = gradient_factor(grad_loss, normalizer)
+        gradient, inverse, anchor = ctx.saved_tensors
+        factor = gradient_factor(grad_loss, inverse)
         return (None, scale_once(gradient.detach(), factor, gradient.dtype, anchor), *others)
 
     vmap = staticmethod(refuse_vmap)
@@ -205,7 +207,8 @@ def _logprobs_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any
     logits, labels, (temperature, ctx.softcap) = unflatten(TokenLogprobsArguments, inputs)
     _, entropy, softmax_stats = output
     ctx.mark_non_differentiable(softmax_stats)
-    ctx.save_for_backward(logits, labels, temperature, entropy, softmax_stats)
+    saved = (savable(labels), savable(temperature), entropy.clone(), softmax_stats)
+    ctx.save_for_backward(logits, *saved)
     ctx.set_materialize_grads(False)  # not for the statistics
 
 

@@ -107,12 +107,15 @@ class EagerIPOLoss(torch.autograd.Function):
         metrics: list[torch.Tensor],
     ) -> torch.Tensor:
         loss, gradient, *metrics[:] = _below_autograd(values)
-        ctx.save_for_backward(gradient, trainer_logprobs)
+        ctx.save_for_backward(gradient)
+        # Not saved: of its values none is needed, so it may change before backward.
+        ctx.trainer_logprobs = trainer_logprobs
         return cast(torch.Tensor, loss)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
-        return _scaled(*ctx.saved_tensors, *grad_outputs), None, None
+        (gradient,) = ctx.saved_tensors
+        return _scaled(gradient, ctx.trainer_logprobs, *grad_outputs), None, None
 
 
 # -------------------------------------------------------------------------------------------------
