@@ -15,15 +15,14 @@ struct CUstream_st;
 
 namespace ipo_ext {
 
+#define IPO_EXT_MEMBER(member, tensor, ...) TokenInput tensor;
+
 struct IpoLossArgs {
-  DType compute_dtype;            // kFloat32 or kFloat64; the comments below call it "compute"
-  TokenInput trainer_logprobs;    // [tokens]
-  TokenInput inference_logprobs;  // [tokens]
-  TokenInput advantages;          // [tokens]
-  TokenInput teacher_logprobs;    // [tokens] or null
-  TokenInput loss_weights;        // [tokens] or null
-  TokenInput entropy;             // [tokens] or null; only measured
-  const uint8_t* loss_mask;       // [tokens] booleans: any byte but 0 is true
+  DType compute_dtype;          // kFloat32 or kFloat64; the comments below call it "compute"
+  TokenInput trainer_logprobs;  // [tokens]
+  IPO_EXT_TOKEN_INPUTS(IPO_EXT_MEMBER, IPO_EXT_MEMBER)  // [tokens], or null where optional
+  TokenInput entropy;                                   // [tokens] or null; only measured
+  const uint8_t* loss_mask;                             // [tokens] booleans: any byte but 0 is true
   ScalarInput normalizer;
   math::LossParams<double> params;  // inv_normalizer is the kernels' to fill
   bool normalized = true;           // whether the gradient already holds 1 / normalizer; under the
@@ -38,6 +37,8 @@ struct IpoLossArgs {
   double* extremes;  // [extreme::kNumRows, segments]
   void* workspace;   // [workspace_bytes(args)], aligned to 16 bytes, uninitialised
 };
+
+#undef IPO_EXT_MEMBER
 
 // What the tiles leave for the second step, in args.workspace.
 template <typename E>

@@ -100,13 +100,12 @@ IPO_HOST_DEVICE void fill_results(const LogitsArgs& args, int64_t row, E value) 
 template <typename C>
 IPO_HOST_DEVICE double grad_logprob(const LogitsArgs& args, int64_t row, C logprob) {
   const IpoLossArgs& loss = args.loss;
-  const math::Token<C> token = {logprob,
-                                load_token<C>(loss.inference_logprobs, row, 0),
-                                load_token<C>(loss.advantages, row, 0),
-                                load_token<C>(loss.teacher_logprobs, row, 0),
-                                load_token<C>(loss.loss_weights, row, 1),
-                                true,
-                                C(0)};
+#define IPO_EXT_LOAD_REQUIRED(member, tensor) load_token<C>(loss.tensor, row, 0),
+#define IPO_EXT_LOAD_OPTIONAL(member, tensor, absent) load_token<C>(loss.tensor, row, absent),
+  const math::Token<C> token = {
+      logprob, IPO_EXT_TOKEN_INPUTS(IPO_EXT_LOAD_REQUIRED, IPO_EXT_LOAD_OPTIONAL) true, C(0)};
+#undef IPO_EXT_LOAD_OPTIONAL
+#undef IPO_EXT_LOAD_REQUIRED
   const math::LossParams<C> params = gradient_params_for<C>(loss);
   return params.rules() == math::Rules::kDefault
              ? math::token_loss<math::Rules::kDefault>(token, params).gradient

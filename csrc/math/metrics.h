@@ -200,10 +200,11 @@ struct Fractions {
   }
 };
 
-#define IPO_EXT_COUNT(name) [[maybe_unused]] const double name = counts[count::name];
-#define IPO_EXT_SUM(name) [[maybe_unused]] const double name = sums[sum::name];
-#define IPO_EXT_OF_SEGMENT(name) [[maybe_unused]] const double name = of_whole[of_segment::name];
-#define IPO_EXT_EXTREME(name) [[maybe_unused]] const double name = segment.extremes[extreme::name];
+// Each row of a segment under its name.
+#define IPO_EXT_COUNT(name) [[maybe_unused]] const double& name = counts[count::name];
+#define IPO_EXT_SUM(name) [[maybe_unused]] const double& name = sums[sum::name];
+#define IPO_EXT_OF_SEGMENT(name) [[maybe_unused]] const double& name = of_whole[of_segment::name];
+#define IPO_EXT_EXTREME(name) [[maybe_unused]] const double& name = segment.extremes[extreme::name];
 #define IPO_EXT_MEAN(name, numerator, denominator) means.set(mean::name, numerator, denominator);
 
 IPO_HOST_DEVICE Fractions mean_fractions(const SegmentSums& segment) {

@@ -20,16 +20,27 @@ IPO_HOST_DEVICE double inverse_normalizer(double normalizer) {
   return normalizer > 0 ? 1 / normalizer : std::numeric_limits<double>::quiet_NaN();
 }
 
+// What a token has besides the policy's log-probability, listed once: its member of Token, the
+// tensor that holds it and, for one that may be absent, what then stands for it. The kernels'
+// arguments and loads are made from the list. REQUIRED and OPTIONAL are X(member, tensor) and
+// X(member, tensor, absent).
+#define IPO_EXT_TOKEN_INPUTS(REQUIRED, OPTIONAL)  \
+  REQUIRED(inference_logprob, inference_logprobs) \
+  REQUIRED(advantage, advantages)                 \
+  OPTIONAL(teacher_logprob, teacher_logprobs, 0)  \
+  OPTIONAL(weight, loss_weights, 1)
+
+#define IPO_EXT_MEMBER(member, ...) T member;
+
 template <typename T>
 struct Token {
   T trainer_logprob;
-  T inference_logprob;
-  T advantage;
-  T teacher_logprob;  // anything without a teacher
-  T weight;           // 1 without weights
-  Mask<T> active;     // the loss mask
-  T entropy;          // anything where no logits were seen
+  IPO_EXT_TOKEN_INPUTS(IPO_EXT_MEMBER, IPO_EXT_MEMBER)
+  Mask<T> active;  // the loss mask
+  T entropy;       // anything where no logits were seen
 };
+
+#undef IPO_EXT_MEMBER
 
 template <typename T>
 struct TokenLoss {

@@ -25,6 +25,10 @@ inline void check_normalizer(const ScalarInput& normalizer) {
   IPO_EXT_CHECK(value >= 0, "normalizer: expected a count of tokens, at least 0, got ", value);
 }
 
+#define IPO_EXT_HOLD(member, tensor, ...) tensor##_(inputs.tensor, like_, #tensor),
+#define IPO_EXT_PASS(member, tensor, ...) args.tensor = tensor##_.input();
+#define IPO_EXT_NAME(member, tensor, ...) tensor##_,
+
 // One call of the loss's kernels: checks the inputs, owns the copies that they needed and the
 // results. The operators from logits make its log-probabilities and entropies first, and take a
 // per-token gradient under a rollout rule alone.
@@ -34,19 +38,12 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
               const std::optional<Tensor>& entropy, const LossSettings& settings,
               bool with_gradient)
       : like_(trainer_logprobs),
-        trainer_(trainer_logprobs, like_, "trainer_logprobs"),
-        inference_(inputs.inference_logprobs, like_, "inference_logprobs"),
-        advantage_(inputs.advantages, like_, "advantages"),
-        teacher_(inputs.teacher_logprobs, like_, "teacher_logprobs"),
-        weight_(inputs.loss_weights, like_, "loss_weights"),
-        entropy_(entropy, like_, "entropy") {
+        trainer_logprobs_(trainer_logprobs, like_, "trainer_logprobs"),
+        IPO_EXT_TOKEN_INPUTS(IPO_EXT_HOLD, IPO_EXT_HOLD) entropy_(entropy, like_, "entropy") {
     const bool float64 = is_float64(trainer_logprobs) || is_float64(inputs.inference_logprobs);
     args.compute_dtype = float64 ? DType::kFloat64 : DType::kFloat32;
-    args.trainer_logprobs = trainer_.input();
-    args.inference_logprobs = inference_.input();
-    args.advantages = advantage_.input();
-    args.teacher_logprobs = teacher_.input();
-    args.loss_weights = weight_.input();
+    args.trainer_logprobs = trainer_logprobs_.input();
+    IPO_EXT_TOKEN_INPUTS(IPO_EXT_PASS, IPO_EXT_PASS)
     args.entropy = entropy_.input();
     args.normalizer = scalar_input(inputs.normalizer, like_, "normalizer");
     args.params = settings;
@@ -123,9 +120,13 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
   }
 
   Tensor like_;
-  PerToken trainer_, inference_, advantage_, teacher_, weight_, entropy_;
+  PerToken trainer_logprobs_, IPO_EXT_TOKEN_INPUTS(IPO_EXT_NAME, IPO_EXT_NAME) entropy_;
   Tensor mask_, cu_seqlens_;
 };
+
+#undef IPO_EXT_NAME
+#undef IPO_EXT_PASS
+#undef IPO_EXT_HOLD
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss(const Tensor& trainer_logprobs,

@@ -9,7 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ipo_ext import IPOConfig, IPOMetrics, ipo_loss_from_logits, reference
+from ipo_ext import (
+    IPOConfig,
+    IPOMetrics,
+    ipo_loss_from_hidden,
+    ipo_loss_from_logits,
+    reference,
+)
 from tests.support.backends import Backend
 from tests.support.cases import LogprobsCase, evaluate
 from tests.support.logprobs import random_case
@@ -80,3 +86,30 @@ def test_the_mask_rule_drops_what_has_risen(backend: Backend) -> None:
     assert (result.gradient != 0).tolist() == [False, True, True, True, False]
     sides = {name: float(result.metrics[f"is_masked_{name}"]) for name in ("high", "low")}
     assert sides == {"high": 0.25, "low": 0.0}
+
+
+def test_the_input_scales_the_advantage(backend: Backend) -> None:
+    case = case_of(backend, IPOConfig(kl_tau=0.0), weights=True)
+    scales = torch.rand(case.tokens).to(backend.device).bfloat16()
+    scales[~case.loss_mask] = torch.nan  # a dropped token may hold anything
+    scaled = evaluate(case.with_(advantage_scales=scales))
+    by_hand = evaluate(case.with_(advantages=case.advantages * scales.float()))
+    torch.testing.assert_close(scaled.gradient, by_hand.gradient)
+    torch.testing.assert_close(scaled.loss, by_hand.loss, rtol=1e-4, atol=1e-3)
+    expected = evaluate(case.with_(advantage_scales=scales), reference.ipo_loss)
+    torch.testing.assert_close(scaled.gradient, expected.gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_the_input_reaches_the_loss_from_hidden_states(backend: Backend) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 8, generator=generator).to(backend.device).requires_grad_()
+    weight = torch.randn(16, 8, generator=generator).to(backend.device)
+    labels = torch.randint(16, (40,), generator=generator).to(backend.device)
+    case = random_case(40).to(backend.device)
+    rest = (case.inference_logprobs, case.advantages, case.loss_mask)
+    options = {"advantage_scales": case.advantages.abs(), "config": IPOConfig(0.0, 100.0)}
+    gradients = [
+        torch.autograd.grad(function(hidden, weight, labels, *rest, **options).loss, hidden)[0]
+        for function in (ipo_loss_from_hidden, reference.ipo_loss_from_hidden)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

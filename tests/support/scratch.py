@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.emulator import build, operators
 
 ROOT = build.ROOT
-PARTS = ("csrc", "docs", "python", "tests", "pyproject.toml", "README.md")
+PARTS = ("csrc", "docs", "python", "scripts", "tests", "pyproject.toml", "README.md")
 UNOPTIMISED = ("-O0", "-g0", "-w", "-fno-sanitize=alignment")
 
 # As in CMakeLists.txt.

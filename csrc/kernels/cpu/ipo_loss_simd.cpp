@@ -14,15 +14,19 @@ using namespace ipo_ext::math;
 
 constexpr int64_t kChunk = 1024;  // tokens staged at once; a multiple of every vector's lanes
 
+#define IPO_EXT_POINTER(member, ...) const E* member;
+#define IPO_EXT_STAGED(member, ...) alignas(64) E member[kChunk];
+#define IPO_EXT_STAGE_OPTIONAL(member, tensor, absent) \
+  chunk.member = stage<E>(args.tensor, kConstant<E, absent>, begin, count, staging.member);
+#define IPO_EXT_STAGE_REQUIRED(member, tensor) IPO_EXT_STAGE_OPTIONAL(member, tensor, 0)
+#define IPO_EXT_LOAD(member, ...) load<T>(chunk.member + i),
+
 // Neighbouring tokens in the compute dtype, padded with inactive ones to whole vectors: the
 // caller's memory where it can be used as it is, else staged copies.
 template <typename E>
 struct Chunk {
-  const E* trainer;  // [padded count], as all of these
-  const E* inference;
-  const E* advantage;
-  const E* teacher;
-  const E* weight;
+  const E* trainer_logprob;  // [padded count], as all of these
+  IPO_EXT_TOKEN_INPUTS(IPO_EXT_POINTER, IPO_EXT_POINTER)
   const E* entropy;
   const uint8_t* active;
   E* gradient;
@@ -30,11 +34,8 @@ struct Chunk {
 
 template <typename E>
 struct Staging {
-  alignas(64) E trainer[kChunk];
-  alignas(64) E inference[kChunk];
-  alignas(64) E advantage[kChunk];
-  alignas(64) E teacher[kChunk];
-  alignas(64) E weight[kChunk];
+  alignas(64) E trainer_logprob[kChunk];
+  IPO_EXT_TOKEN_INPUTS(IPO_EXT_STAGED, IPO_EXT_STAGED)
   alignas(64) E entropy[kChunk];
   alignas(64) E gradient[kChunk];
   alignas(64) uint8_t active[64];
@@ -48,10 +49,8 @@ struct Constant {
     for (E& each : values) each = value;
   }
 };
-template <typename E>
-constexpr Constant<E> kZeros(0);
-template <typename E>
-constexpr Constant<E> kOnes(1);
+template <typename E, int kValue>
+constexpr Constant<E> kConstant(kValue);
 
 template <typename E>
 constexpr int64_t kLanes = kLanesOf<Vector<E>>;
@@ -95,12 +94,9 @@ template <typename E>
 inline __attribute__((always_inline)) Chunk<E> stage_chunk(const IpoLossArgs& args, int64_t begin,
                                                            int64_t count, Staging<E>& staging) {
   Chunk<E> chunk;
-  chunk.trainer = stage<E>(args.trainer_logprobs, kZeros<E>, begin, count, staging.trainer);
-  chunk.inference = stage<E>(args.inference_logprobs, kZeros<E>, begin, count, staging.inference);
-  chunk.advantage = stage<E>(args.advantages, kZeros<E>, begin, count, staging.advantage);
-  chunk.teacher = stage<E>(args.teacher_logprobs, kZeros<E>, begin, count, staging.teacher);
-  chunk.weight = stage<E>(args.loss_weights, kOnes<E>, begin, count, staging.weight);
-  chunk.entropy = stage<E>(args.entropy, kZeros<E>, begin, count, staging.entropy);
+  IPO_EXT_STAGE_OPTIONAL(trainer_logprob, trainer_logprobs, 0)
+  IPO_EXT_TOKEN_INPUTS(IPO_EXT_STAGE_REQUIRED, IPO_EXT_STAGE_OPTIONAL)
+  IPO_EXT_STAGE_OPTIONAL(entropy, entropy, 0)
   chunk.active = args.loss_mask + begin;
   chunk.gradient = static_cast<E*>(args.gradient) + begin;
   if (is_ragged<E>(count)) {
@@ -137,16 +133,16 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int6
   alignas(64) E ratios[kChunk], mismatches[kChunk];
   for (int64_t i = 0; i < count; i += kLanes<E>) {
     const Exponential<T> each =
-        exponential(load<T>(chunk.trainer + i) - load<T>(chunk.inference + i));
+        exponential(load<T>(chunk.trainer_logprob + i) - load<T>(chunk.inference_logprob + i));
     store(ratios + i, each.exp);
     store(mismatches + i, each.exp_minus_1_minus_x);
   }
   TileSums<T> sums;
   copy_sums(tile, sums);
   for (int64_t i = 0; i < count; i += kLanes<E>) {
-    const Token<T> token = {load<T>(chunk.trainer + i),   load<T>(chunk.inference + i),
-                            load<T>(chunk.advantage + i), load<T>(chunk.teacher + i),
-                            load<T>(chunk.weight + i),    load_mask<T>(chunk.active + i),
+    const Token<T> token = {load<T>(chunk.trainer_logprob + i),
+                            IPO_EXT_TOKEN_INPUTS(IPO_EXT_LOAD, IPO_EXT_LOAD)
+                                load_mask<T>(chunk.active + i),
                             load<T>(chunk.entropy + i)};
     const TokenLoss<T> loss =
         token_loss<kRules, T>(token, {load<T>(ratios + i), load<T>(mismatches + i)}, params);

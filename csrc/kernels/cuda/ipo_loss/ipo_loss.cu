@@ -37,11 +37,12 @@ Segments with_tiles(Segments segments) {
 
 // Returns whether neighbouring tokens can be loaded and stored as vectors.
 bool vectorizable(const IpoLossArgs& args) {
-  return is_aligned(args.trainer_logprobs) && is_aligned(args.inference_logprobs) &&
-         is_aligned(args.advantages) && is_aligned(args.teacher_logprobs) &&
-         is_aligned(args.loss_weights) && is_aligned(args.entropy) &&
+#define IPO_EXT_IS_ALIGNED(member, tensor, ...) is_aligned(args.tensor) &&
+  return is_aligned(args.trainer_logprobs) &&
+         IPO_EXT_TOKEN_INPUTS(IPO_EXT_IS_ALIGNED, IPO_EXT_IS_ALIGNED) is_aligned(args.entropy) &&
          is_aligned({args.loss_mask, DType::kFloat32}) &&
          is_aligned({args.gradient, DType::kFloat32});
+#undef IPO_EXT_IS_ALIGNED
 }
 
 template <Rules kRules, typename E>

@@ -12,14 +12,19 @@ using namespace ipo_ext::math;
 template <typename E>
 constexpr int kTokensPerVector = 16 / sizeof(E);
 
+#define IPO_EXT_MEMBER(member, ...) E member[kCount];
+#define IPO_EXT_VISIT_REQUIRED(member, tensor) visit(args.tensor, member);
+#define IPO_EXT_VISIT_OPTIONAL(member, tensor, absent) \
+  if (args.tensor.data != nullptr) visit(args.tensor, member);
+#define IPO_EXT_REQUIRED(member, tensor) member[i],
+#define IPO_EXT_OPTIONAL(member, tensor, absent) \
+  args.tensor.data != nullptr ? member[i] : E(absent),
+
 // All inputs of kCount neighbouring tokens.
 template <typename E, int kCount>
 struct TokenVector {
-  E trainer[kCount];
-  E inference[kCount];
-  E advantage[kCount];
-  E teacher[kCount];
-  E weight[kCount];
+  E trainer_logprob[kCount];
+  IPO_EXT_TOKEN_INPUTS(IPO_EXT_MEMBER, IPO_EXT_MEMBER)
   E entropy[kCount];
   uint32_t mask;  // a byte for each token
 
@@ -40,11 +45,8 @@ struct TokenVector {
   // Calls visit(input, values) for the inputs that there are.
   template <typename Visit>
   __device__ __forceinline__ void for_each(const IpoLossArgs& args, const Visit& visit) {
-    visit(args.trainer_logprobs, trainer);
-    visit(args.inference_logprobs, inference);
-    visit(args.advantages, advantage);
-    if (args.teacher_logprobs.data != nullptr) visit(args.teacher_logprobs, teacher);
-    if (args.loss_weights.data != nullptr) visit(args.loss_weights, weight);
+    visit(args.trainer_logprobs, trainer_logprob);
+    IPO_EXT_TOKEN_INPUTS(IPO_EXT_VISIT_REQUIRED, IPO_EXT_VISIT_OPTIONAL)
     if (args.entropy.data != nullptr) visit(args.entropy, entropy);
   }
 
@@ -59,14 +61,15 @@ struct TokenVector {
   __device__ __forceinline__ bool active(int i) const { return (mask >> (8 * i)) & 0xffu; }
 
   __device__ __forceinline__ Token<E> token(int i, const IpoLossArgs& args) const {
-    return {trainer[i],
-            inference[i],
-            advantage[i],
-            args.teacher_logprobs.data != nullptr ? teacher[i] : E(0),
-            args.loss_weights.data != nullptr ? weight[i] : E(1),
-            active(i),
+    return {trainer_logprob[i], IPO_EXT_TOKEN_INPUTS(IPO_EXT_REQUIRED, IPO_EXT_OPTIONAL) active(i),
             args.entropy.data != nullptr ? entropy[i] : E(0)};
   }
 };
+
+#undef IPO_EXT_OPTIONAL
+#undef IPO_EXT_REQUIRED
+#undef IPO_EXT_VISIT_OPTIONAL
+#undef IPO_EXT_VISIT_REQUIRED
+#undef IPO_EXT_MEMBER
 
 }  // namespace ipo_ext::cuda
