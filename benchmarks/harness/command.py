@@ -83,7 +83,7 @@ def begin(name: str, arguments: argparse.Namespace, terminal: Terminal) -> dict[
 
 
 def main(benchmark_type: type[Benchmark], argv: list[str] | None = None) -> int:
-    """Runs a benchmark; returns 0, or 1 if a provider was wrong, or 2 where there is no GPU."""
+    """Runs a benchmark; returns 0, 1 if one was wrong or ours failed, 2 where there is no GPU."""
     arguments = parse(benchmark_type, argv)
     terminal = Terminal()
     content = begin(benchmark_type.name, arguments, terminal)

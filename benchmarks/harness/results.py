@@ -118,12 +118,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
     part.replace(path)
 
 
-# The names under which the first results files were written.
-FORMER_NAMES = {"tier1": "logprobs", "tier2": "logits", "tier3": "hidden"}
-
-
 def read(path: Path) -> dict[str, Any]:
-    """A results file, an old one in today's form: the benchmark's name, what every row holds.
+    """A results file, an old one in today's form: what every row holds.
 
     Raises:
         ValueError: for a file that does not hold rows.
@@ -131,7 +127,6 @@ def read(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text())
     if "benchmark" not in content or not isinstance(content.get("results"), list):
         raise ValueError(f"{path}: expected rows of results, as benchmarks write them by --json")
-    content["benchmark"] = FORMER_NAMES.get(content["benchmark"], content["benchmark"])
     clock = "events" if "gpu" in content["machine"] else "wall"
     complete = {"grad_out": 1.0, "clock": clock}
     content["results"] = [{**complete, **row} for row in content["results"]]

@@ -26,7 +26,7 @@ class Runner:
     Attributes:
         rows: what was timed.
         left_out: what was not, and why.
-        wrong: whether a provider was refused because its results are wrong.
+        wrong: whether a provider was refused because its results are wrong, or ours failed.
         stage: what stands before each word of progress.
     """
 
@@ -103,7 +103,7 @@ class Runner:
             self.leave_out(case, name, f"wrong: {error}")
             return None
         except Exception as error:  # a compiler that is missing, say: the others still run
-            self.leave_out(case, name, f"unavailable: {words.first_line(error)}")
+            self._fail(case, name, "unavailable", error)
             return None
         if not self._is_fast_enough(case, name, work):
             return None
@@ -117,9 +117,14 @@ class Runner:
             return provider.make()
         except Exception as error:  # a library that is missing, say
             self._missing.add(name)
-            reason = f"unavailable, here and after: {words.first_line(error)}"
-            self.leave_out(case, name, reason)
+            self._fail(case, name, "unavailable, here and after", error)
             return None
+
+    def _fail(self, case: Case, name: str, state: str, error: Exception) -> None:
+        """Leaves out a provider that raises. Ours has nothing to be missing: it is an error."""
+        is_ours = name == results.OURS
+        self.wrong |= is_ours
+        self.leave_out(case, name, f"{'failed' if is_ours else state}: {words.first_line(error)}")
 
     def _is_fast_enough(self, case: Case, name: str, work: Work) -> bool:
         patience = self.benchmark.patience()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -141,6 +142,26 @@ def test_a_wrong_provider_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     (left,) = running.left_out
     assert left["provider"] == "packed_eager"
     assert left["reason"].startswith("wrong: gradient: relative error 1.0e-02")
+
+
+@pytest.mark.parametrize("place", ["make", "bind", "run"])
+@pytest.mark.parametrize("name", ["ipo_ext", "packed_eager"])
+def test_only_a_provider_of_others_may_be_unavailable(
+    name: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> NoReturn:
+        raise RuntimeError("no such operator")
+
+    work = Work(fails, fails, fails) if place == "run" else None
+    bind = fails if place == "bind" else lambda _: work
+    broken = dataclasses.replace(PROVIDERS[name], make=fails if place == "make" else lambda: bind)
+    monkeypatch.setattr(FromLogprobs, "providers", {**PROVIDERS, name: broken})
+    running = Runner(FromLogprobs(arguments_of(FromLogprobs, "--providers", name)), Terminal())
+    running.run([packed(1024)])
+    assert running.wrong == (name == "ipo_ext")
+    (left,) = running.left_out
+    assert left["reason"].startswith("failed: " if name == "ipo_ext" else "unavailable")
+    assert left["reason"].endswith("no such operator")
 
 
 def test_on_a_gpu_inputs_rotate_and_graphs_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
