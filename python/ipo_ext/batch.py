@@ -7,16 +7,12 @@ from typing import Any
 
 import torch
 
-FIELDS = (
-    "inference_logprobs",
-    "advantages",
-    "loss_mask",
-    "temperature",
-    "teacher_logprobs",
-    "loss_weights",
-    "cu_seqlens",
-    "normalizer",
-)
+from ipo_ext._ops.arguments import LossInputs
+
+# The loss's inputs in the order of the functions: those that it needs, then those that may be None.
+_OPTIONAL = tuple(LossInputs._field_defaults)
+_REQUIRED = tuple(name for name in LossInputs._fields if name not in _OPTIONAL)
+FIELDS = (*_REQUIRED, "temperature", *_OPTIONAL)
 
 
 class LossBatch:
