@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 from environments import ROOT, build_wheel, fresh_environment, run
 
 VERSIONS = ("2.11", "2.12", "2.13", "2.14", "newest")
-SMOKE = ("tests/builds/test_abi.py", "tests/api/test_smoke.py", "tests/api/test_diagnosis.py")
+SMOKE = ("tests/builds/test_abi.py", "tests/api/test_smoke.py", "tests/api/test_diagnostics.py")
 TEST_TOOLS = ("pytest", "hypothesis", "numpy")
 BUILD_EMULATED = "from tests.emulator.operators import build_operators; print(build_operators())"
 MARKERS = ("<!-- abi matrix -->", "<!-- end of abi matrix -->")

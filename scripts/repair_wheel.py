@@ -27,7 +27,7 @@ PLATFORM = re.compile(
 # One GPU of each generation, oldest to newest: compute capabilities that a release has code for.
 GPUS = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 COVERAGE = (
-    "import json, sys; from ipo_ext import _C; from ipo_ext.diagnosis.info import code_for; "
+    "import json, sys; from ipo_ext import _C; from ipo_ext.diagnostics.info import code_for; "
     "print(json.dumps([code_for(tuple(gpu), _C.CUDA_ARCHITECTURES) for gpu in {gpus}]))"
 )
 

@@ -9,8 +9,8 @@ import sys
 # Command to the module whose main() runs it, imported only then, and what it does.
 COMMANDS = {
     "demo": ("ipo_ext.demo", "train a small policy with the loss, on CPU"),
-    "info": ("ipo_ext.diagnosis.info", "print what was built and what it runs under"),
-    "verify": ("ipo_ext.diagnosis.verify", "check every operator on this machine's devices"),
+    "info": ("ipo_ext.diagnostics.info", "print what was built and what it runs under"),
+    "verify": ("ipo_ext.diagnostics.verify", "check every operator on this machine's devices"),
 }
 
 

@@ -1,1 +1,1 @@
-"""What a user meets: settings, errors, diagnosis, the demo."""
+"""What a user meets: settings, errors, diagnostics, the demo."""

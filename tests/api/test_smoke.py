@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ipo_ext import _C, ipo_loss, reference
-from ipo_ext.diagnosis import info
+from ipo_ext.diagnostics import info
 from tests.support.backends import Backend
 from tests.support.cases import assert_same_bits, evaluate
 from tests.support.logprobs import DTYPES, random_case

@@ -550,70 +550,71 @@ void cluster_wait(const char* file, int line) {
 
 namespace {
 
-struct Arrivals {
+struct TransactionBarrier {
   std::int32_t bytes;  // expected and not yet come; below 0 those that came unannounced
   std::uint16_t phase;
   bool announced;
   bool prepared;
 };
-static_assert(sizeof(Arrivals) == sizeof(std::uint64_t));
+static_assert(sizeof(TransactionBarrier) == sizeof(std::uint64_t));
 
-Arrivals load_arrivals(const std::uint64_t* state, Site site) {
-  Arrivals arrivals;
-  std::memcpy(&arrivals, state, sizeof(arrivals));
-  if (!arrivals.prepared) fail(*current, site, "uses a barrier that nobody has initialised");
-  return arrivals;
+TransactionBarrier load_barrier(const std::uint64_t* state, Site site) {
+  TransactionBarrier barrier;
+  std::memcpy(&barrier, state, sizeof(barrier));
+  if (!barrier.prepared) fail(*current, site, "uses a barrier that nobody has initialised");
+  return barrier;
 }
 
-void store_arrivals(std::uint64_t* state, Arrivals arrivals) {
-  if (arrivals.announced && arrivals.bytes == 0) {
-    arrivals.announced = false;
-    ++arrivals.phase;
+void store_barrier(std::uint64_t* state, TransactionBarrier barrier) {
+  if (barrier.announced && barrier.bytes == 0) {
+    barrier.announced = false;
+    ++barrier.phase;
     ++counts.barriers;
     for (Block& block : cluster.blocks) {
       for (Thread* thread : block.threads) {
         const bool waits = thread->state == State::waiting;
-        if (waits && thread->operation == Operation::arrivals) thread->state = State::runnable;
+        if (waits && thread->operation == Operation::transaction_barrier)
+          thread->state = State::runnable;
       }
     }
   }
-  std::memcpy(state, &arrivals, sizeof(arrivals));
+  std::memcpy(state, &barrier, sizeof(barrier));
 }
 
 }  // namespace
 
-void arrivals_init(std::uint64_t* state, const char* file, int line) {
+void transaction_barrier_init(std::uint64_t* state, const char* file, int line) {
   current->site = {file, line};
-  const Arrivals arrivals = {0, 0, false, true};
-  std::memcpy(state, &arrivals, sizeof(arrivals));
+  const TransactionBarrier barrier = {0, 0, false, true};
+  std::memcpy(state, &barrier, sizeof(barrier));
 }
 
-void arrivals_expect(std::uint64_t* state, unsigned bytes, const char* file, int line) {
+void transaction_barrier_expect(std::uint64_t* state, unsigned bytes, const char* file, int line) {
   const Site site = current->site = {file, line};
-  Arrivals arrivals = load_arrivals(state, site);
-  if (arrivals.announced) fail(*current, site, "announces bytes twice in a phase");
-  arrivals.announced = true;
-  arrivals.bytes += static_cast<std::int32_t>(bytes);
-  store_arrivals(state, arrivals);
+  TransactionBarrier barrier = load_barrier(state, site);
+  if (barrier.announced) fail(*current, site, "announces bytes twice in a phase");
+  barrier.announced = true;
+  barrier.bytes += static_cast<std::int32_t>(bytes);
+  store_barrier(state, barrier);
 }
 
-void arrivals_send(std::uint64_t* state, void* to, const void* value, std::size_t bytes,
-                   const char* file, int line) {
+void transaction_barrier_send(std::uint64_t* state, void* to, const void* value, std::size_t bytes,
+                              const char* file, int line) {
   const Site site = current->site = {file, line};
-  Arrivals arrivals = load_arrivals(state, site);
+  TransactionBarrier barrier = load_barrier(state, site);
   if (reinterpret_cast<std::uintptr_t>(to) % bytes != 0) {
     fail(*current, site, "sends %zu bytes to an address that is no multiple of as many", bytes);
   }
   std::memcpy(to, value, bytes);
-  arrivals.bytes -= static_cast<std::int32_t>(bytes);
-  store_arrivals(state, arrivals);
+  barrier.bytes -= static_cast<std::int32_t>(bytes);
+  store_barrier(state, barrier);
 }
 
-void arrivals_wait(std::uint64_t* state, unsigned parity, const char* file, int line) {
+void transaction_barrier_wait(std::uint64_t* state, unsigned parity, const char* file, int line) {
   Thread& self = *current;
   self.site = {file, line};
-  while (load_arrivals(state, self.site).phase % 2 == parity) {
-    self.operation = Operation::arrivals;
+  while (load_barrier(state, self.site).phase % 2 == parity) {
+    self.operation = Operation::transaction_barrier;
     wait_here();
   }
 }

@@ -84,11 +84,11 @@ T* map_shared(T* pointer, unsigned rank, EMULATOR_SITE_PARAMETERS) {
 
 // An mbarrier of one arrival, and st.async, which counts its bytes there: a phase is complete once
 // it was told how many to expect and so many have come.
-void arrivals_init(std::uint64_t* state, EMULATOR_SITE_PARAMETERS);
-void arrivals_expect(std::uint64_t* state, unsigned bytes, EMULATOR_SITE_PARAMETERS);
-void arrivals_send(std::uint64_t* state, void* to, const void* value, std::size_t bytes,
-                   EMULATOR_SITE_PARAMETERS);
-void arrivals_wait(std::uint64_t* state, unsigned parity, EMULATOR_SITE_PARAMETERS);
+void transaction_barrier_init(std::uint64_t* state, EMULATOR_SITE_PARAMETERS);
+void transaction_barrier_expect(std::uint64_t* state, unsigned bytes, EMULATOR_SITE_PARAMETERS);
+void transaction_barrier_send(std::uint64_t* state, void* to, const void* value, std::size_t bytes,
+                              EMULATOR_SITE_PARAMETERS);
+void transaction_barrier_wait(std::uint64_t* state, unsigned parity, EMULATOR_SITE_PARAMETERS);
 
 // cp.async: 4, 8 or 16 aligned bytes from global to the block's own shared memory. They land when
 // this thread waits; until then the destination keeps what it held.
@@ -114,7 +114,7 @@ enum class Operation : unsigned char {
   block_barrier_or,
   block_barrier_and,
   cluster_barrier,
-  arrivals,
+  transaction_barrier,
 };
 
 // A rendezvous of the lanes named by `mask`; `operand` is the source lane, delta or lane mask.

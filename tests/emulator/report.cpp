@@ -153,7 +153,7 @@ const char* name_of(Operation operation) {
       return "__syncthreads_and";
     case Operation::cluster_barrier:
       return "the cluster barrier";
-    case Operation::arrivals:
+    case Operation::transaction_barrier:
       return "bytes sent by other blocks";
   }
   return "?";

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ipo_ext.diagnosis import info
+from ipo_ext.diagnostics import info
 from tests.support import hidden, logits
 from tests.support.backends import Backend
 from tests.support.cases import LogprobsCase, evaluate, same_bits

@@ -11,7 +11,7 @@ import torch
 from ipo_ext._ops import arguments as groups
 from ipo_ext._ops import library
 from ipo_ext.config import IPOConfig, LossSettings
-from ipo_ext.diagnosis import info
+from ipo_ext.diagnostics import info
 from tests.support.backends import Backend
 
 # Names in the order in which every schema has them; what else a schema has comes before or behind.

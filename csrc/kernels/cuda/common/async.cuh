@@ -39,7 +39,7 @@ class TransactionBarrier {
   // Initialises the barrier: by thread 0, before any block may send.
   __device__ __forceinline__ void init() {
 #if !defined(__CUDACC__)
-    emulator::arrivals_init(&state_);
+    emulator::transaction_barrier_init(&state_);
 #elif __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&state_)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -50,7 +50,7 @@ class TransactionBarrier {
   // there for all who wait.
   __device__ __forceinline__ void expect(unsigned bytes) {
 #if !defined(__CUDACC__)
-    emulator::arrivals_expect(&state_, bytes);
+    emulator::transaction_barrier_expect(&state_, bytes);
 #elif __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&state_)),
                  "r"(bytes)
@@ -63,8 +63,8 @@ class TransactionBarrier {
   __device__ __forceinline__ void send(S* to, const S& value, unsigned block) {
     static_assert(sizeof(S) == 4 || sizeof(S) == 8 || sizeof(S) == 16, "what one store sends");
 #if !defined(__CUDACC__)
-    emulator::arrivals_send(emulator::map_shared(&state_, block), emulator::map_shared(to, block),
-                            &value, sizeof(S));
+    emulator::transaction_barrier_send(emulator::map_shared(&state_, block),
+                                       emulator::map_shared(to, block), &value, sizeof(S));
 #elif __CUDA_ARCH__ >= 900
     const unsigned there = address_in(to, block), counter = address_in(&state_, block);
     if constexpr (sizeof(S) == 4) {
@@ -97,7 +97,7 @@ class TransactionBarrier {
   // is there then; the cluster's scope, which would empty L1, is not asked for.
   __device__ __forceinline__ void wait(unsigned phase) {
 #if !defined(__CUDACC__)
-    emulator::arrivals_wait(&state_, phase % 2);
+    emulator::transaction_barrier_wait(&state_, phase % 2);
 #elif __CUDA_ARCH__ >= 900
     unsigned complete = 0;
     while (!complete) {

@@ -15,7 +15,7 @@ from ipo_ext import _C
 from ipo_ext.__main__ import main
 from ipo_ext._ops import library
 from ipo_ext.config import MaskRule
-from ipo_ext.diagnosis import info, verify
+from ipo_ext.diagnostics import info, verify
 from tests.support.backends import Backend
 
 # ---------------------------------------------------------------------------------------------
