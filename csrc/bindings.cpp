@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "math/metrics.h"
+#include "math/softmax_row.h"
 
 namespace {
 
@@ -35,6 +36,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("TORCH_AT_BUILD") = IPO_EXT_TORCH_AT_BUILD;
   m.attr("CUDA_COMPILER") = IPO_EXT_CUDA_COMPILER;  // empty without CUDA
   m.attr("CUDA_ARCHITECTURES") = names(split(IPO_EXT_CUDA_ARCHITECTURES));
+  // In float32 and in float64.
+  m.attr("HIGHEST_TEMPERATURES") = pybind11::make_tuple(ipo_ext::math::kHighestTemperature<float>,
+                                                        ipo_ext::math::kHighestTemperature<double>);
   m.attr("SUM_ROWS") = names({IPO_EXT_COUNT_ROWS(IPO_EXT_NAME) IPO_EXT_SUM_ROWS(IPO_EXT_NAME)
                                   IPO_EXT_SEGMENT_ROWS(IPO_EXT_NAME)});
   m.attr("EXTREME_ROWS") = names({IPO_EXT_EXTREME_ROWS(IPO_EXT_NAME)});

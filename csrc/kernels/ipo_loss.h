@@ -80,7 +80,7 @@ IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
   const math::LossParams<double>& params = args.params;
 #define IPO_EXT_CAST(schema, Type, name) static_cast<Type>(params.name),
   return {IPO_EXT_LOSS_NUMBERS(IPO_EXT_CAST) static_cast<E>(
-              math::inverse_normalizer(load_scalar(args.normalizer))),
+              math::inverse_normalizer<E>(load_scalar(args.normalizer))),
           IPO_EXT_LOSS_RULES(IPO_EXT_CAST) params.rollout_dropped};
 #undef IPO_EXT_CAST
 }
@@ -97,8 +97,9 @@ IPO_HOST_DEVICE math::TokenExtras extras_of(const IpoLossArgs& args) {
   return {args.teacher_logprobs.data != nullptr, args.entropy.data != nullptr};
 }
 
+template <typename E>
 IPO_HOST_DEVICE double inverse_normalizer_of(const IpoLossArgs& args) {
-  return math::inverse_normalizer(load_scalar(args.normalizer));
+  return math::inverse_normalizer<E>(load_scalar(args.normalizer));
 }
 
 // Returns the loss of all segments from the fp64 sum of its terms; 0 for a normalizer of 0,

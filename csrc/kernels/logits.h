@@ -58,14 +58,22 @@ IPO_HOST_DEVICE int64_t label_of(const LogitsArgs& args, int64_t row) {
   return load_element<int64_t>(args.labels, args.label_dtype, row);
 }
 
-IPO_HOST_DEVICE double temperature_of(const LogitsArgs& args, int64_t row) {
+IPO_HOST_DEVICE double given_temperature(const LogitsArgs& args, int64_t row) {
   return args.temperatures.data != nullptr ? load_token<double>(args.temperatures, row, 1)
                                            : load_scalar(args.temperature);
 }
 
 template <typename E>
+IPO_HOST_DEVICE double temperature_of(const LogitsArgs& args, int64_t row) {
+  const double temperature = given_temperature(args, row);
+  constexpr double kHighest = math::kHighestTemperature<E>;
+  if (!(temperature < kHighest)) return kHighest;
+  return temperature > 1 / kHighest ? temperature : 1 / kHighest;
+}
+
+template <typename E>
 IPO_HOST_DEVICE math::LogitScale<E> scale_of(const LogitsArgs& args, int64_t row) {
-  return {static_cast<E>(args.softcap), static_cast<E>(1 / temperature_of(args, row))};
+  return {static_cast<E>(args.softcap), static_cast<E>(1 / temperature_of<E>(args, row))};
 }
 
 // Returns whether a row takes part; one that does not is never read, and neither is its label.
@@ -79,7 +87,7 @@ IPO_HOST_DEVICE bool label_is_valid(const LogitsArgs& args, int64_t row) {
   return label >= 0 && label < args.logits.columns;
 }
 IPO_HOST_DEVICE bool temperature_is_valid(const LogitsArgs& args, int64_t row) {
-  const double temperature = temperature_of(args, row);
+  const double temperature = given_temperature(args, row);
   return temperature > 0 && temperature <= std::numeric_limits<double>::max();
 }
 
@@ -123,7 +131,8 @@ template <typename E>
 IPO_HOST_DEVICE math::RowResult<E> result_of_row(const LogitsArgs& args, int64_t row,
                                                  const math::RowSums& sums, E row_max,
                                                  E label_capped) {
-  const double label_x = (static_cast<double>(label_capped) - row_max) / temperature_of(args, row);
+  const double label_x =
+      (static_cast<double>(label_capped) - row_max) / temperature_of<E>(args, row);
   return math::row_result<E>(sums, label_x);
 }
 

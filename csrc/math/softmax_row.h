@@ -10,6 +10,11 @@
 
 namespace ipo_ext::math {
 
+// A temperature beyond this or its inverse counts as the nearer of the two. The softmax is its
+// limit by then; where 1 / T is infinite or 0, the argument 0 / T or -inf / T would be NaN.
+template <typename E>
+constexpr double kHighestTemperature = sizeof(E) == sizeof(float) ? 1e30 : 1e300;
+
 // How raw logits z become the softmax's arguments: u = softcap * tanh(z / softcap), then u / T.
 template <typename E>
 struct LogitScale {

@@ -14,10 +14,14 @@ namespace ipo_ext::math {
 
 // Returns 1 / normalizer for the gradient and the loss. 0 stands for "loss 0, gradients 0" (a
 // normalizer of 0), NaN for "poison every gradient" (a normalizer that is no count: negative or
-// NaN).
+// NaN). One whose inverse E cannot hold counts as the smallest whose inverse it can: an infinite
+// one would make NaN of tokens that pay nothing.
+template <typename E>
 IPO_HOST_DEVICE double inverse_normalizer(double normalizer) {
   if (normalizer == 0) return 0;
-  return normalizer > 0 ? 1 / normalizer : std::numeric_limits<double>::quiet_NaN();
+  if (!(normalizer > 0)) return std::numeric_limits<double>::quiet_NaN();
+  constexpr double kMost = std::numeric_limits<E>::max();
+  return 1 / normalizer < kMost ? 1 / normalizer : kMost;
 }
 
 // What a token has besides the policy's log-probability, listed once: its member of Token, the

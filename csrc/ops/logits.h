@@ -28,7 +28,7 @@ inline void check_rows(const LogitsArgs& args) {
                   " at row ", row);
     IPO_EXT_CHECK(temperature_is_valid(args, row),
                   "temperature: expected a finite number > 0 wherever a row is active, got ",
-                  temperature_of(args, row), " at row ", row);
+                  given_temperature(args, row), " at row ", row);
   }
   IPO_EXT_CHECK(active <= args.max_active, "num_active: expected at least the ", active,
                 " tokens that loss_mask has, got ", args.max_active);

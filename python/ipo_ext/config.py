@@ -65,7 +65,8 @@ class IPOConfig:
 
     Raises:
         ValueError: a field breaks ``0 <= dppo_mask_low``, ``dppo_mask_low <= dppo_mask_high`` (a
-            band on the ratio) or "finite and >= 0", or is not one of its words.
+            band on the ratio) or "finite and >= 0", a tau is more than float32 holds, or a
+            field is not one of its words.
     """
 
     dppo_mask_low: float = 0.2
@@ -95,6 +96,11 @@ class IPOConfig:
             object.__setattr__(self, field.name, value)
             if field.name not in _BOUNDS and not 0 <= value < math.inf:
                 raise ValueError(f"{field.name}: expected a finite number >= 0, got {value!r}")
+            if field.name in _TAUS and value > _LARGEST_TAU:
+                raise ValueError(
+                    f"{field.name}: expected a number of at most {_LARGEST_TAU:.3g}, the largest "
+                    f"of float32, got {value!r}"
+                )
         rollout_lows = {
             dtype: _round_to(math.log(self.rollout_min_ratio), dtype)
             for dtype in _LOG_RANGE
@@ -219,6 +225,9 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "mask_rule": get_args(MaskRule),
     "kl_scope": get_args(KLScope),
 }
+
+_TAUS = ("adv_tau", "kl_tau", "teacher_tau")
+_LARGEST_TAU = torch.finfo(torch.float32).max  # the loss may be computed in float32
 
 _BOUNDS = ("dppo_mask_low", "dppo_mask_high")  # of which the rule says what they may be
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from ipo_ext import _C
 from ipo_ext._ops import checks, torch_internals
 from ipo_ext._ops.arguments import (
     HeadInputs,
@@ -191,7 +192,7 @@ def ipo_loss_from_logits(
         _check_may_be_overwritten(logits)
     if config.has_rollout_rule:
         inputs = _with_sequences(inputs)
-    scaling = LogitScaling(temperature, _softcap(softcap))
+    scaling = LogitScaling(temperature, _softcap(softcap, logits))
     settings = config.settings(compute)
     loss, logprobs, entropy, *rows = _with_index_error(
         functools.partial(run_ipo_loss_from_logits, inplace=inplace),
@@ -229,7 +230,9 @@ def token_logprobs(
     checks.check_no_gradient(None, temperature)
     logprobs, entropy, _ = _with_index_error(
         run_token_logprobs,
-        TokenLogprobsArguments(logits, labels, LogitScaling(temperature, _softcap(softcap))),
+        TokenLogprobsArguments(
+            logits, labels, LogitScaling(temperature, _softcap(softcap, logits))
+        ),
     )
     return logprobs, entropy
 
@@ -312,7 +315,7 @@ def ipo_loss_from_hidden(
         _scalar("normalizer", normalizer, hidden),
     )
     temperature = _scalar("temperature", temperature, hidden)
-    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap)))
+    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap, hidden)))
     checks.check_hidden_loss(head, inputs, config.teacher_tau)
     checks.check_no_gradient(inputs, temperature)
     compute = checks.compute_dtype(hidden, inference_logprobs)
@@ -364,7 +367,7 @@ def linear_token_logprobs(
         TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
     """
     temperature = _scalar("temperature", temperature, hidden)
-    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap)))
+    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap, hidden)))
     checks.check_hidden(head)
     checks.check_no_gradient(None, temperature)
     logprobs, entropy, _ = _with_index_error(
@@ -437,13 +440,33 @@ def _scalar(
         raise TypeError(f"{name}: expected a float or a 0-dim tensor, got {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0 or a tensor, got {value!r}")
+    dtype = _computed_in(like)
+    lowest, highest = _range(name, dtype)
+    if not lowest <= value <= highest:
+        raise ValueError(
+            f"{name}: expected a number from {lowest:.3g} to {highest:.3g} in {dtype}, or a "
+            f"tensor, got {value!r}"
+        )
     if torch.compiler.is_compiling():
         # A number that the graph computes with: as a constant, each new value would recompile.
         return like.new_ones((), dtype=torch.float64) * value
     return torch.scalar_tensor(float(value), dtype=torch.float64, device="cpu")
 
 
-def _softcap(softcap: float | None) -> float:
+def _computed_in(like: torch.Tensor) -> torch.dtype:
+    is_double = isinstance(like, torch.Tensor) and like.dtype == torch.float64
+    return torch.float64 if is_double else torch.float32
+
+
+def _range(name: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Of a number whose inverse is computed with; what a tensor holds counts as the nearer end."""
+    if name == "temperature":
+        highest = _C.HIGHEST_TEMPERATURES[dtype == torch.float64]
+        return 1 / highest, highest
+    return 1 / torch.finfo(dtype).max, torch.finfo(torch.float64).max
+
+
+def _softcap(softcap: float | None, like: torch.Tensor) -> float:
     """As the operators take it: 0 for none."""
     if softcap is None:
         return 0.0
@@ -451,6 +474,13 @@ def _softcap(softcap: float | None) -> float:
         raise TypeError(f"softcap: expected a float or None, got {type(softcap).__name__}")
     if not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
+    dtype = _computed_in(like)
+    lowest, highest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    if not lowest <= softcap <= highest:
+        raise ValueError(
+            f"softcap: expected a number from {lowest:.3g} to {highest:.3g}, which {dtype} holds, "
+            f"or None, got {softcap!r}"
+        )
     return float(softcap)
 
 

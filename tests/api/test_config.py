@@ -79,7 +79,7 @@ def test_a_field_is_a_number(name: str, value: object) -> None:
         {"dppo_mask_low": 1, "dppo_mask_high": 1},
         {"dppo_mask_low": 0.0, "dppo_mask_high": 0.0},
         {"adv_tau": 0, "kl_tau": 0, "teacher_tau": 0},
-        {"kl_tau": 1e300, "teacher_tau": np.float64(2)},
+        {"kl_tau": 3.4e38, "teacher_tau": np.float64(2)},
         {"adv_tau": np.float32(0.5), "kl_tau": np.int64(1)},
     ],
 )

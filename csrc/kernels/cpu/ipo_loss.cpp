@@ -149,7 +149,7 @@ void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
   const Workspace<E> workspace(args);
   double loss = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) loss += workspace.tile_losses[tile];
-  *static_cast<E*>(args.loss) = static_cast<E>(normalized_loss(loss, inverse_normalizer_of(args)));
+  *static_cast<E*>(args.loss) = static_cast<E>(normalized_loss(loss, inverse_normalizer_of<E>(args)));
   for (int64_t s = 0; s < args.segments.count; ++s) {
     if (group_of_segment(args.segments, s) < 0) finish_segment<E>(args, s);
   }

@@ -93,7 +93,8 @@ def inverse_to_keep(dtype: torch.dtype, normalizer: torch.Tensor | None) -> torc
     if normalizer is None or gradient_is_normalized(dtype):
         return None
     nothing = normalizer == 0
-    return torch.where(nothing, 0.0, 1 / torch.where(nothing, 1, normalizer.double()))
+    inverse = torch.where(nothing, 0.0, 1 / torch.where(nothing, 1, normalizer.double()))
+    return inverse.clamp(max=2.0**64)  # a larger one would make NaN of 0
 
 
 def gradient_factor(grad_loss: torch.Tensor, inverse: torch.Tensor | None) -> torch.Tensor:

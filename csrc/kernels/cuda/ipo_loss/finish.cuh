@@ -40,7 +40,7 @@ __device__ void finish_loss(const IpoLossArgs& args,
       invalid |= !segments.entry_is_valid(s);
   }
   const bool poisoned = __syncthreads_count(invalid) > 0;
-  const double inverse = inverse_normalizer_of(args);
+  const double inverse = inverse_normalizer_of<E>(args);
 
   pdl_wait();
   double loss = 0;

@@ -155,7 +155,7 @@ __device__ __forceinline__ RowStats<E> merge_splits(const LogitsArgs& args, int6
     row_max = Max()(splits[split].row_max, row_max);
   cluster_all_gather<kThreads>(row_max, Max(), alone, 0, storage.row_max);
   row_max = reduce_gathered<kThreads>(row_max, Max(), alone, storage.row_max);
-  const double temperature = temperature_of(args, index);
+  const double temperature = temperature_of<E>(args, index);
   RowSums sums = {0, 0};
   for (int split = threadIdx.x; split < count; split += kThreads) {
     const double shift = static_cast<double>(splits[split].row_max) - row_max;
