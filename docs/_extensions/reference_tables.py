@@ -14,6 +14,7 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 import ipo_ext
+from ipo_ext._ops.changing_numbers import NUMBERS, twin
 
 NAMESPACE = "ipo_ext"
 
@@ -62,7 +63,9 @@ class Operators(Table):
             for schema in torch._C._jit_get_all_schemas()
             if schema.name.startswith(f"{NAMESPACE}::")
         )
-        return {schema.name.partition("::")[2]: on_lines(str(schema)) for schema in schemas}
+        known = {schema.name.partition("::")[2]: on_lines(str(schema)) for schema in schemas}
+        twins = map(twin, NUMBERS)  # the page names them in one sentence
+        return {name: known[name] for name in known.keys() - set(twins)}
 
 
 class Metrics(Table):

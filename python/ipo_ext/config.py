@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -13,6 +13,7 @@ import torch
 # In the order of csrc/math/mask_rules.h.
 MaskRule = Literal["ratio", "dppo", "prob_diff", "kpop"]
 KLScope = Literal["kept", "active"]
+LogBound = Callable[[float, torch.dtype], float]
 
 
 def is_number(value: object) -> bool:
@@ -78,9 +79,9 @@ class IPOConfig:
     kl_scope: KLScope = "kept"
     rollout_min_ratio: float = 0.0
 
-    # Of an instance; no fields. Made once: torch.compile would compute with the floats otherwise.
-    _log_bounds: ClassVar[dict[torch.dtype, tuple[float, float]]]
-    _rollout_lows: ClassVar[dict[torch.dtype, float]]  # empty for no rollout rule
+    # Of an instance; no fields. Bounds are made once, but for a config made in a compiled graph.
+    _made_bounds: ClassVar[dict[torch.dtype, tuple[float, float, float]]] = {}
+    _has_rollout_rule: ClassVar[bool]
 
     def __post_init__(self) -> None:
         for name, words in _WORDS.items():
@@ -101,29 +102,19 @@ class IPOConfig:
                     f"{field.name}: expected a number of at most {_LARGEST_TAU:.3g}, the largest "
                     f"of float32, got {value!r}"
                 )
-        rollout_lows = {
-            dtype: _round_to(math.log(self.rollout_min_ratio), dtype)
-            for dtype in _LOG_RANGE
-            if self.rollout_min_ratio > 0
-        }
-        object.__setattr__(self, "_rollout_lows", rollout_lows)
         low, high = self.dppo_mask_low, self.dppo_mask_high
         if not 0 <= low < math.inf:
             raise ValueError(f"dppo_mask_low: expected a finite number >= 0, got {low!r}")
-        if self.mask_rule != "ratio":
-            if not high >= 0:
-                raise ValueError(f"dppo_mask_high: expected a number >= 0, got {high!r}")
-            return
-        if not low <= high:
+        if self.mask_rule != "ratio" and not high >= 0:
+            raise ValueError(f"dppo_mask_high: expected a number >= 0, got {high!r}")
+        if self.mask_rule == "ratio" and not low <= high:
             raise ValueError(
                 f"dppo_mask_high: expected a number >= dppo_mask_low ({low!r}), got {high!r}"
             )
-
-        log_low, log_high = (math.log(ratio) if ratio > 0 else -math.inf for ratio in (low, high))
-        log_bounds = {
-            dtype: (_round_to(log_low, dtype), _round_to(log_high, dtype)) for dtype in _LOG_RANGE
-        }
-        object.__setattr__(self, "_log_bounds", log_bounds)
+        object.__setattr__(self, "_has_rollout_rule", bool(self.rollout_min_ratio > 0))
+        if not torch.compiler.is_compiling():
+            bounds = {dtype: self._bounds(dtype, log_bound) for dtype in _LOG_RANGE}
+            object.__setattr__(self, "_made_bounds", bounds)
 
     @classmethod
     def dppo(cls, low: float = 0.2, high: float = 0.2, **taus: float) -> IPOConfig:
@@ -185,40 +176,45 @@ class IPOConfig:
                 )
         return cls(**mapping)
 
-    def bounds(self, dtype: torch.dtype) -> tuple[float, float]:
-        """What the rule compares with: those of the ratio are logarithms."""
-        if self.mask_rule == "ratio":
-            return self.log_bounds(dtype)
-        largest = _LOG_RANGE[dtype][0]
-        return min(self.dppo_mask_low, -largest), min(self.dppo_mask_high, -largest)
-
     @property
     def has_rollout_rule(self) -> bool:
         """Whether a token can drop its whole sequence."""
-        return len(self._rollout_lows) > 0  # torch.compile (2.11) cannot trace the bool of a dict
+        return self._has_rollout_rule
 
-    def settings(self, dtype: torch.dtype) -> LossSettings:
-        """The settings as every operator takes them, in the compute dtype ``dtype``."""
-        low, high = self.bounds(dtype)
+    def settings(self, dtype: torch.dtype, log: LogBound | None = None) -> LossSettings:
+        """The settings as every operator takes them, in the compute dtype ``dtype``.
+
+        ``log`` takes the logarithms of a config that was made in a compiled graph; default
+        ``log_bound``, which makes constants of bounds there.
+        """
+        made = self._made_bounds.get(dtype)
+        low, high, rollout_low = self._bounds(dtype, log or log_bound) if made is None else made
         # float(): read here, or torch.compile (2.13) reads them inside the first of two calls of
         # the loss in a graph, and fails at the second.
         return LossSettings(
-            low=float(low),
-            high=float(high),
+            low=low,
+            high=high,
             mask_rule=get_args(MaskRule).index(self.mask_rule),
             kl_active=self.kl_scope == "active",
             has_rollout_rule=self.has_rollout_rule,
-            rollout_low=self._rollout_lows.get(dtype, _LOG_RANGE[dtype][0]),
+            rollout_low=rollout_low,
             **{name: float(getattr(self, name)) for name in _NUMBERS},
         )
 
-    def log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
-        """The band's bounds on ``log r``, exactly representable in ``dtype`` (float32 or float64).
+    def _bounds(self, dtype: torch.dtype, log: LogBound) -> tuple[float, float, float]:
+        """What the rules compare with; the last of rollouts. Those of ratios are logarithms."""
+        low, high = self.dppo_mask_low, self.dppo_mask_high
+        smallest = _LOG_RANGE[dtype][0]
+        rollout_low = log(self.rollout_min_ratio, dtype) if self.has_rollout_rule else smallest
+        if self.mask_rule == "ratio":
+            return log(low, dtype), log(high, dtype), rollout_low
+        # No min(): torch.compile (2.11) would make constants of bounds that change.
+        low, high = (bound if bound < -smallest else -smallest for bound in (low, high))
+        return low, high, rollout_low
 
-        The logarithm is taken in fp64, rounded once to nearest and clamped so that no bound is
-        infinite and ``exp`` of none overflows (docs/math.md, "The band").
-        """
-        return self._log_bounds[dtype]
+    def log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
+        """The band's bounds on ``log r``: ``log_bound`` of both."""
+        return log_bound(self.dppo_mask_low, dtype), log_bound(self.dppo_mask_high, dtype)
 
 
 _WORDS: dict[str, tuple[str, ...]] = {
@@ -243,6 +239,15 @@ _LOG_RANGE = {
     torch.float32: (-torch.finfo(torch.float32).max, 88.72283172607422),
     torch.float64: (-torch.finfo(torch.float64).max, 709.782712893384),
 }
+
+
+def log_bound(ratio: float, dtype: torch.dtype) -> float:
+    """A bound on ``log r``, exactly representable in ``dtype`` (float32 or float64).
+
+    The logarithm is taken in fp64, rounded once to nearest and clamped so that no bound is
+    infinite and ``exp`` of none overflows (docs/math.md, "The band").
+    """
+    return _round_to(math.log(ratio) if ratio > 0 else -math.inf, dtype)
 
 
 def _round_to(value: float, dtype: torch.dtype) -> float:

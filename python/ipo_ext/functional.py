@@ -23,6 +23,7 @@ from ipo_ext._ops.arguments import (
     NeedsGrad,
     TokenLogprobsArguments,
 )
+from ipo_ext._ops.changing_numbers import settings_of
 from ipo_ext._ops.chunks import default_chunk_size
 from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_logprobs
 from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
@@ -104,7 +105,7 @@ def ipo_loss(
     compute = checks.compute_dtype(trainer_logprobs, inference_logprobs)
     if config.has_rollout_rule:
         inputs = _with_sequences(inputs)
-    settings = config.settings(compute)
+    settings = settings_of(config, compute)
     loss, *rows = run_ipo_loss(IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient))
     return IPOOutput(loss, _metrics(rows, cu_seqlens, inputs, config))
 
@@ -193,7 +194,7 @@ def ipo_loss_from_logits(
     if config.has_rollout_rule:
         inputs = _with_sequences(inputs)
     scaling = LogitScaling(temperature, _softcap(softcap, logits))
-    settings = config.settings(compute)
+    settings = settings_of(config, compute)
     loss, logprobs, entropy, *rows = _with_index_error(
         functools.partial(run_ipo_loss_from_logits, inplace=inplace),
         IPOLossFromLogitsArguments(logits, labels, scaling, inputs, settings, with_gradient),
@@ -328,7 +329,7 @@ def ipo_loss_from_hidden(
         IPOLossFromHiddenArguments(
             head,
             inputs,
-            config.settings(compute),
+            settings_of(config, compute),
             _chunk_size(chunk_size, hidden, weight),
             _count("num_active", num_active, 0),
             NeedsGrad(

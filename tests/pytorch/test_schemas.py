@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ipo_ext._ops import arguments as groups
-from ipo_ext._ops import library
+from ipo_ext._ops import changing_numbers, library
 from ipo_ext.config import IPOConfig, LossSettings
 from ipo_ext.diagnostics import info
 from tests.support.backends import Backend
@@ -31,7 +31,9 @@ def arguments_of(library: Any, operator: str) -> list[tuple[str, str]]:
 
 
 def test_every_operator_has_its_arguments() -> None:
-    assert {name.removeprefix("ipo_ext::") for name in info.operators()} == set(groups.OPERATORS)
+    twins = {changing_numbers.twin(name) for name in changing_numbers.NUMBERS}
+    expected = {*groups.OPERATORS, *twins, "log_bound"}
+    assert {name.removeprefix("ipo_ext::") for name in info.operators()} == expected
 
 
 @pytest.mark.parametrize("operator", groups.OPERATORS)

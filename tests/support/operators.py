@@ -115,9 +115,16 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "chunk_size": 8,
         "columns": VOCABULARY,
         "float64": False,
+        "ratio": 0.3,
         "normalized": True,
     }
     known = {key: tensor.to(device) for key, tensor in tensors.items()} | numbers
     if name.startswith("chunk"):
         known["cu_seqlens"] = None  # a chunk of rows is not packed
-    return [known[argument] for argument in names_of(name)]
+    return [_as(argument, known[argument.name]) for argument in operator(name)._schema.arguments]
+
+
+def _as(argument: Any, value: Any) -> Any:
+    """A number as the tensor that a twin takes for it."""
+    is_number = isinstance(value, float) and str(argument.type) == "Tensor"
+    return torch.tensor(value, dtype=torch.float64) if is_number else value

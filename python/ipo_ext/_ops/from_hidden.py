@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from ipo_ext._ops import library
 from ipo_ext._ops.arguments import (
     IPOLossFromHiddenArguments,
     IPOLossFromHiddenResults,
@@ -29,6 +28,7 @@ from ipo_ext._ops.autograd import (
     savable,
     scale_once,
 )
+from ipo_ext._ops.changing_numbers import as_operands, operator
 from ipo_ext._ops.torch_internals import in_forward_mode
 
 # -------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class IPOLossFromHiddenFunction(torch.autograd.Function):
     def forward(
         anchor: torch.Tensor | None, dtype: torch.dtype, *inputs: Any
     ) -> tuple[torch.Tensor, ...]:
-        return tuple(library.operators().ipo_loss_from_hidden(*_cast(dtype, inputs)))
+        return tuple(operator("ipo_loss_from_hidden", inputs)(*_cast(dtype, inputs)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -130,12 +130,12 @@ def run_ipo_loss_from_hidden(
     dtype: torch.dtype, arguments: IPOLossFromHiddenArguments
 ) -> tuple[torch.Tensor, ...]:
     """Loss, log-probabilities, entropy, means, sums, extremes; differentiates as the inputs ask."""
-    values = flatten(arguments)
+    values = as_operands("ipo_loss_from_hidden", flatten(arguments))
     function: Any
     if in_forward_mode():
         function = IPOLossFromHiddenInForwardMode
     elif not any(arguments.needs_grad):
-        return tuple(library.operators().ipo_loss_from_hidden(*_cast(dtype, values)))[:6]
+        return tuple(operator("ipo_loss_from_hidden", values)(*_cast(dtype, values)))[:6]
     else:
         function = IPOLossFromHiddenFunction
     leaves = arguments.head.hidden, arguments.head.weight
@@ -174,7 +174,7 @@ class LinearTokenLogprobsGradient(NoSecondDerivative):
         needs_grad_hidden: bool,
         needs_grad_weight: bool,
     ) -> tuple[torch.Tensor, ...]:
-        gradients = library.operators().linear_token_logprobs_backward(
+        values = (
             hidden,
             weight,
             labels,
@@ -188,7 +188,7 @@ class LinearTokenLogprobsGradient(NoSecondDerivative):
             needs_grad_hidden,
             needs_grad_weight,
         )
-        return tuple(gradients)
+        return tuple(operator("linear_token_logprobs_backward", values)(*values))
 
     vmap = staticmethod(refuse_vmap)
 
@@ -244,7 +244,7 @@ class LinearTokenLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(dtype: torch.dtype, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(library.operators().linear_token_logprobs(*_cast(dtype, inputs)))
+        return tuple(operator("linear_token_logprobs", inputs)(*_cast(dtype, inputs)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -267,12 +267,12 @@ def run_linear_token_logprobs(
 ) -> tuple[torch.Tensor, ...]:
     """Log-probabilities, entropy and what the backward pass needs."""
     hidden, weight, *_ = arguments.head
-    values = flatten(arguments)
+    values = as_operands("linear_token_logprobs", flatten(arguments))
     function: Any
     if in_forward_mode():
         function = LinearTokenLogprobsInForwardMode
     elif not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-        return tuple(library.operators().linear_token_logprobs(*_cast(dtype, values)))
+        return tuple(operator("linear_token_logprobs", values)(*_cast(dtype, values)))
     else:
         function = LinearTokenLogprobsFunction
     return tuple(function.apply(dtype, *values))

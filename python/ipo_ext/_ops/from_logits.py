@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 
-from ipo_ext._ops import library
 from ipo_ext._ops.arguments import (
     IPOLossFromLogitsArguments,
     TokenLogprobsArguments,
@@ -28,6 +27,7 @@ from ipo_ext._ops.autograd import (
     savable,
     scale_once,
 )
+from ipo_ext._ops.changing_numbers import as_operands, operator
 from ipo_ext._ops.torch_internals import in_forward_mode
 
 # -------------------------------------------------------------------------------------------------
@@ -42,13 +42,15 @@ def run_ipo_loss_from_logits(
     if in_forward_mode():
         function = IPOLossFromLogitsInForwardMode
     elif not arguments.with_gradient:
-        loss, _, *others = library.operators().ipo_loss_from_logits(*flatten(arguments))
+        values = as_operands("ipo_loss_from_logits", flatten(arguments))
+        loss, _, *others = operator("ipo_loss_from_logits", values)(*values)
         return (loss, *others)
     elif inplace:
         function, arguments = IPOLossFromLogitsInplace, _with_kept_normalizer(arguments)
     else:
         function = IPOLossFromLogitsFunction
-    outputs = function.apply(anchor(arguments.logits), *flatten(arguments))
+    values = as_operands("ipo_loss_from_logits", flatten(arguments))
+    outputs = function.apply(anchor(arguments.logits), *values)
     return cast("tuple[torch.Tensor, ...]", outputs)[:6]
 
 
@@ -111,7 +113,7 @@ class IPOLossFromLogitsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(anchor: torch.Tensor | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        loss, gradient, *others = library.operators().ipo_loss_from_logits(*inputs)
+        loss, gradient, *others = operator("ipo_loss_from_logits", inputs)(*inputs)
         return (loss, *others, gradient)
 
     @staticmethod
@@ -149,7 +151,7 @@ class IPOLossFromLogitsInplace(IPOLossFromLogitsFunction):
     def forward(anchor: torch.Tensor | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
         logits, *others, _ = inputs
         written = logits if torch.compiler.is_compiling() else logits.detach()
-        outputs = library.operators().ipo_loss_from_logits_(written, *others)
+        outputs = operator("ipo_loss_from_logits_", inputs)(written, *others)
         torch.autograd.graph.increment_version(logits)
         return tuple(outputs)
 
@@ -169,13 +171,14 @@ IPOLossFromLogitsInForwardMode = refusing_tangents(IPOLossFromLogitsFunction)
 def run_token_logprobs(arguments: TokenLogprobsArguments) -> tuple[torch.Tensor, ...]:
     """Log-probabilities, entropy and what the backward pass needs; as ``run_ipo_loss``."""
     run: Any
+    values = as_operands("token_logprobs", flatten(arguments))
     if in_forward_mode():
         run = TokenLogprobsInForwardMode.apply
     elif arguments.logits.requires_grad and torch.is_grad_enabled():
         run = TokenLogprobsFunction.apply
     else:
-        run = library.operators().token_logprobs
-    return cast("tuple[torch.Tensor, ...]", run(*flatten(arguments)))
+        run = operator("token_logprobs", values)
+    return cast("tuple[torch.Tensor, ...]", run(*values))
 
 
 class TokenLogprobsGradient(NoSecondDerivative):
@@ -197,10 +200,8 @@ class TokenLogprobsGradient(NoSecondDerivative):
         grad_entropy: torch.Tensor,
     ) -> torch.Tensor:
         saved = (entropy, softmax_stats, grad_logprobs, grad_entropy)
-        gradient = library.operators().token_logprobs_backward(
-            logits, labels, temperature, softcap, *saved
-        )
-        return cast(torch.Tensor, gradient)
+        values = (logits, labels, temperature, softcap, *saved)
+        return cast(torch.Tensor, operator("token_logprobs_backward", values)(*values))
 
 
 def _logprobs_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -228,7 +229,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(library.operators().token_logprobs(*inputs))
+        return tuple(operator("token_logprobs", inputs)(*inputs))
 
     setup_context = staticmethod(_logprobs_setup_context)
     backward = staticmethod(_logprobs_backward)

@@ -10,6 +10,7 @@ import torch
 from ipo_ext._ops import library
 from ipo_ext._ops.arguments import IPOLossArguments, flatten, unflatten
 from ipo_ext._ops.autograd import Formula, NoSecondDerivative, refuse_vmap, refusing_tangents
+from ipo_ext._ops.changing_numbers import as_operands, operator
 from ipo_ext._ops.torch_internals import (
     below_autograd,
     in_forward_mode,
@@ -20,12 +21,12 @@ from ipo_ext._ops.torch_internals import (
 
 def run_ipo_loss(arguments: IPOLossArguments) -> tuple[torch.Tensor, ...]:
     """Loss, means, sums and extremes, differentiable as the inputs ask, or refusing to be."""
-    values = flatten(arguments)
+    values = as_operands("ipo_loss", flatten(arguments))
     if in_forward_mode():
         loss, _, *metrics = IPOLossInForwardMode.apply(*values)
     elif not is_eager():
         function: Any = IPOLossFunction.apply
-        run = function if arguments.with_gradient else library.operators().ipo_loss
+        run = function if arguments.with_gradient else operator("ipo_loss", values)
         loss, _, *metrics = run(*values)
     elif arguments.with_gradient:
         metrics = []
@@ -72,7 +73,7 @@ class IPOLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
-        return tuple(library.operators().ipo_loss(*inputs))
+        return tuple(operator("ipo_loss", inputs)(*inputs))
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_backward)

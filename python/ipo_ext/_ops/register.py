@@ -14,6 +14,16 @@ from ipo_ext import _C
 from ipo_ext._ops import from_hidden, from_logits, from_logprobs
 from ipo_ext._ops.arguments import OPERATORS, by_name, schema
 from ipo_ext._ops.autograd import Formula, refuse_vmap
+from ipo_ext._ops.changing_numbers import (
+    LOG_BOUND,
+    NUMBERS,
+    log_bound_fake,
+    log_bound_kernel,
+    twin,
+    twin_fake,
+    twin_kernel,
+    twin_schema,
+)
 from ipo_ext._ops.chunk_loop import KERNELS
 from ipo_ext._ops.fakes import FAKES
 from ipo_ext._ops.torch_internals import without_tracking_views
@@ -32,12 +42,23 @@ def register(namespace: str) -> None:
     """Defines what Python does of the operators of ``namespace``, whose C++ half is loaded."""
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)
+    keys = ("CPU", "CUDA") if _C.CUDA_ARCHITECTURES else ("CPU",)
     for name, (results, kernel) in KERNELS.items():
         text = name + schema(OPERATORS[name], results)
         # They read counts back, unless told.
         library.define(text, tags=(torch.Tag.cudagraph_unsafe,))
-        for key in ("CPU", "CUDA") if _C.CUDA_ARCHITECTURES else ("CPU",):
+        for key in keys:
             library.impl(name, _kernel(name, kernel, namespace), key)
+    library.define(LOG_BOUND)
+    library.impl("log_bound", log_bound_kernel, "CPU")
+    torch.library.register_fake(f"{namespace}::log_bound", log_bound_fake, lib=library)
+    for name in NUMBERS:
+        # They read numbers on the host.
+        library.define(twin_schema(namespace, name), tags=(torch.Tag.cudagraph_unsafe,))
+        for key in keys:
+            library.impl(twin(name), twin_kernel(namespace, name), key)
+        fake = twin_fake(name, FAKES[name])
+        torch.library.register_fake(f"{namespace}::{twin(name)}", fake, lib=library)
     for name, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}", by_name(name, fake), lib=library)
     for name, (backward, setup_context) in AUTOGRAD.items():

@@ -57,6 +57,16 @@ def in_compiled_autograd() -> bool:
     return module is not None and bool(getattr(module, "in_compiled_autograd_region", False))
 
 
+def compiler_knows(number: float) -> bool:
+    """Whether it is a constant to the compiler at work: not a symbol for whatever comes.
+
+    Imported here, where the compiler is loaded: it would take half a second of every start.
+    """
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(number)
+
+
 # -------------------------------------------------------------------------------------------------
 # What a tensor is a view of
 
@@ -102,6 +112,11 @@ def registered_operators(namespace: str) -> list[str]:
     """``namespace::name`` of every operator: ``torch.ops`` lists only those already used."""
     names = torch._C._dispatch_get_all_op_names()
     return sorted(name for name in names if name.startswith(f"{namespace}::"))
+
+
+def schema_of(namespace: str, name: str) -> str:
+    """``namespace::name(Tensor ..., float ...) -> ...`` as torch prints it."""
+    return str(getattr(getattr(torch.ops, namespace), name).default._schema)
 
 
 def has_kernel(operator: str, dispatch_key: str) -> bool:
