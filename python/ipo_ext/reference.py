@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -111,40 +112,44 @@ def ipo_loss(
             shares["rollout_dropped"] = (active & rollout_dropped, active)
         if entropy is not None:
             shares["entropy"] = (only(counted, entropy), active)
-        kept_ratio = only(keep, ratio)
+        parts = _segments(cu_seqlens, x.numel())
+
+        def totals(values: Iterable[torch.Tensor]) -> torch.Tensor:
+            """[rows, segments], summed in float64."""
+            rows = torch.stack([value.flatten().double() for value in values])
+            sums = [rows[:, part].sum(1) for part in parts]
+            return torch.stack(sums, 1) if sums else rows.new_zeros(len(rows), 0)
+
+        def extremes(kind: str, nothing: float) -> torch.Tensor:
+            values = torch.where(measured, band_x, nothing).flatten().double()
+            largest = values.new_full((len(parts),), nothing)
+            largest = largest.scatter_reduce(0, _segment_of_tokens(parts, values), values, kind)
+            return torch.where(largest == nothing, 0.0, largest)
+
+        numerators, denominators = map(totals, zip(*shares.values(), strict=True))
+        metrics = dict(zip(shares, _mean(numerators, denominators), strict=True))
+        kept_ratio = only(keep, ratio).double()
+        ratio_sum, ratio_squares, kept = totals((kept_ratio, kept_ratio**2, keep))
+        metrics["ess"] = _mean(ratio_sum**2, kept * ratio_squares)
         measured = active & band_x.isfinite()
-
-        def of_tokens(part: slice) -> dict[str, torch.Tensor]:
-            def total(values: torch.Tensor) -> torch.Tensor:
-                return values.flatten()[part].to(torch.float64).sum()
-
-            metrics = {
-                name: _mean(total(numerator), total(denominator))
-                for name, (numerator, denominator) in shares.items()
-            }
-            metrics["ess"] = _mean(
-                total(kept_ratio) ** 2, total(keep) * total(kept_ratio.double() ** 2)
-            )
-            log_ratios = band_x.flatten()[part][measured.flatten()[part]].double()
-            nothing = torch.zeros(1, dtype=torch.float64, device=log_ratios.device)
-            log_ratios = log_ratios if log_ratios.numel() else nothing
-            metrics["log_ratio_min"] = log_ratios.min()
-            metrics["log_ratio_max"] = log_ratios.max()
-            return {name: value.to(dtype) for name, value in metrics.items()}
-
+        metrics["log_ratio_min"] = extremes("amin", math.inf)
+        metrics["log_ratio_max"] = extremes("amax", -math.inf)
         if cu_seqlens is None:
-            return IPOOutput(loss, of_tokens(slice(None)))
-        ends = cu_seqlens.tolist()
-        segments = [of_tokens(slice(a, b)) for a, b in itertools.pairwise(ends)]
-        names = of_tokens(slice(0, 0))
-        empty = loss.new_zeros(0)
-        return IPOOutput(
-            loss,
-            {
-                name: torch.stack([metrics[name] for metrics in segments]) if segments else empty
-                for name in names
-            },
-        )
+            metrics = {name: value.squeeze(0) for name, value in metrics.items()}
+        return IPOOutput(loss, {name: value.to(dtype) for name, value in metrics.items()})
+
+
+def _segments(cu_seqlens: torch.Tensor | None, tokens: int) -> list[slice]:
+    """The tokens of each segment; without ``cu_seqlens`` all of them are one."""
+    if cu_seqlens is None:
+        return [slice(0, tokens)]
+    return list(itertools.starmap(slice, itertools.pairwise(cu_seqlens.tolist())))
+
+
+def _segment_of_tokens(parts: list[slice], like: torch.Tensor) -> torch.Tensor:
+    """``[tokens]``: the number of each token's segment."""
+    lengths = torch.tensor([part.stop - part.start for part in parts], dtype=torch.int64)
+    return torch.repeat_interleave(lengths).to(like.device)
 
 
 def mask_rule(
@@ -182,8 +187,8 @@ def rollout_rule(
     if cu_seqlens is None:  # the rows of [..., T]
         return below.any(-1, keepdim=True).expand(x.shape) if x.dim() else below
     flat, dropped = below.flatten(), torch.zeros_like(below.flatten())
-    for begin, end in itertools.pairwise(cu_seqlens.tolist()):
-        dropped[begin:end] = flat[begin:end].any()
+    for part in _segments(cu_seqlens, x.numel()):
+        dropped[part] = flat[part].any()
     return dropped.view(x.shape)
 
 

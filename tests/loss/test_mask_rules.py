@@ -16,7 +16,7 @@ from ipo_ext import IPOConfig, ipo_loss, ipo_loss_from_hidden, ipo_loss_from_log
 from tests.support.backends import Backend
 from tests.support.cases import LogprobsCase, assert_same_bits, evaluate, same_bits
 from tests.support.logprobs import DTYPES, nasty_case, random_case, with_garbage
-from tests.support.rules import RULES
+from tests.support.rules import RULES, rounding, score
 
 rules = pytest.mark.parametrize("rule", RULES)
 fuzzed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -38,29 +38,22 @@ def case_of(
     )
 
 
-def score(case: LogprobsCase, dtype: torch.dtype) -> torch.Tensor:
-    """What an exponential rule compares with its bounds, per token."""
-    trainer, inference = case.trainer_logprobs.to(dtype), case.inference_logprobs.to(dtype)
-    p, q = trainer.exp(), inference.exp()
-    if case.config.mask_rule == "kpop":
-        return torch.maximum(reference._binary_kl(p, q), reference._binary_kl(q, p))
-    return p - q
+def score_of(case: LogprobsCase, dtype: torch.dtype) -> torch.Tensor:
+    return score(case.config, case.trainer_logprobs.to(dtype), case.inference_logprobs.to(dtype))
 
 
-def rounding(case: LogprobsCase) -> torch.Tensor:
-    """How far the compute dtype may be from ``score`` in float64."""
-    p = case.trainer_logprobs.double().exp() + case.inference_logprobs.double().exp()
-    steepness = 40.0 if case.config.mask_rule == "kpop" else 8.0
-    return steepness * torch.finfo(case.compute_dtype).eps * (1 + p)
+def rounding_of(case: LogprobsCase) -> torch.Tensor:
+    logprobs = case.trainer_logprobs, case.inference_logprobs
+    return rounding(case.config, *logprobs, case.compute_dtype)
 
 
 def decidable(case: LogprobsCase) -> LogprobsCase:
     """Without the tokens that rounding may drop or keep: those at a rule's edge."""
     if case.config.mask_rule == "ratio":
         return case
-    exact = score(case, torch.float64)
+    exact = score_of(case, torch.float64)
     bounds = (case.config.dppo_mask_high, -case.config.dppo_mask_low)
-    near = [(exact - bound).abs() <= rounding(case) for bound in bounds]
+    near = [(exact - bound).abs() <= rounding_of(case) for bound in bounds]
     return case.with_(loss_mask=case.loss_mask & ~(near[0] | near[1]))
 
 
@@ -121,7 +114,7 @@ def at_the_edge(draw: st.DrawFn) -> LogprobsCase:
     for _ in range(50):
         middle = (low + p) / 2
         drift = case_of(middle.log(), q.log(), q, q > 0, config)
-        beyond = score(drift, torch.float64) > config.dppo_mask_high
+        beyond = score_of(drift, torch.float64) > config.dppo_mask_high
         low, p = torch.where(beyond, low, middle), torch.where(beyond, middle, p)
     advantages = torch.randn(count, generator=generator)
     mask = torch.ones(count, dtype=torch.bool)
@@ -139,9 +132,9 @@ def test_a_flip_is_a_proven_crossing(backend: Backend, case: LogprobsCase) -> No
         case.advantages,
     )
     flipped = (ours != 0) != ~dropped
-    exact = score(case, torch.float64)
+    exact = score_of(case, torch.float64)
     edges = [(exact - b).abs() for b in (case.config.dppo_mask_high, -case.config.dppo_mask_low)]
-    assert (torch.minimum(*edges) <= rounding(case))[flipped].all()
+    assert (torch.minimum(*edges) <= rounding_of(case))[flipped].all()
 
 
 def taxed(config: IPOConfig, kl_tau: float) -> IPOConfig:
