@@ -20,6 +20,7 @@ class Function(NamedTuple):
     backward_once: bool  # whether a second backward pass is refused
 
 
+DEFAULT = IPOConfig()
 _OF_LOSS = ("inference_logprobs", "advantages", "loss_mask")
 FUNCTIONS = {
     "ipo_loss": Function(
@@ -65,7 +66,7 @@ class Call:
 
     @property
     def config(self) -> IPOConfig:
-        return self.arguments.get("config", IPOConfig())
+        return self.arguments.get("config", DEFAULT)
 
     def with_(self, **changes: Any) -> Call:
         """The call with other arguments; None leaves one to its default."""

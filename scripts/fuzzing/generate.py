@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fuzzing.calls import FUNCTIONS, Call
+from fuzzing.calls import DEFAULT, FUNCTIONS, Call
 from ipo_ext import IPOConfig
 from tests.support.logprobs import DTYPES, GARBAGE, MOST_TOKENS, SEGMENTS, TILES
 from tests.support.rules import RULES
@@ -77,7 +77,7 @@ class _Batch:
         self.from_logprobs = function == "ipo_loss"
         self.is_loss = "logprobs" not in function
         self.dtypes = self._dtypes()
-        self.config = _config(choose) if self.is_loss else IPOConfig()
+        self.config = _config(choose) if self.is_loss else DEFAULT
         self.softcap = None if self.from_logprobs else choose.choice(SOFTCAPS)
         self.columns = choose.choice(WIDE) if choose.random() < 0.05 else choose.choice(COLUMNS)
         self.width = choose.choice(WIDTHS)
@@ -297,7 +297,7 @@ class _Batch:
             arguments["cu_seqlens"] = self._cu_seqlens(tokens)
         if choose.random() < 0.5:
             arguments["normalizer"] = self._normalizer()
-        if self.config != IPOConfig():
+        if self.config is not DEFAULT:
             arguments["config"] = self.config
         if "hidden" in arguments and choose.random() < 0.3:
             active = int(arguments["loss_mask"].sum())
@@ -366,7 +366,7 @@ def _config(choose: random.Random) -> IPOConfig:
     kind = choose.random()
     teacher_tau = choose.choice((0.0, 0.0, 0.3))
     if kind < 0.2:
-        return IPOConfig(teacher_tau=teacher_tau)
+        return IPOConfig(teacher_tau=teacher_tau) if teacher_tau else DEFAULT
     settings = {
         "adv_tau": choose.choice((0.0, 1.0, 1.0, 0.7)),
         "kl_tau": choose.choice((0.0, 1e-3, 0.5)),

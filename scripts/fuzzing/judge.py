@@ -300,6 +300,11 @@ class _Scales:
         weight = 1.0 if tokens.weights is None else _only(pays_kl, tokens.weights).abs()
         steep = 1 + self.x.abs()
         self.pg = _only(self.keep, weight * advantage * self.ratio * steep)
+        # EXCLUDED, until it is right: where advantage times ratio overflows, a weight of 0 or
+        # nearly 0 is multiplied by infinity.
+        product = _only(self.keep, advantage * self.ratio)
+        overflows = product > torch.finfo(tokens.compute).max / 64
+        self.pg = torch.where(overflows, math.inf, self.pg)
         self.kl = _only(pays_kl, weight * config.kl_tau * self.x**2)
         self.derivative = self.pg + _only(pays_kl, weight * 2 * config.kl_tau * self.x.abs())
         self.entropy = None if tokens.entropy is None else _only(counted, tokens.entropy).abs()
@@ -425,8 +430,8 @@ def _smallest(dtype: torch.dtype) -> float:
 
 
 def _rounding_to(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Half a unit in the last place of ``dtype``, or of its subnormal numbers; 0 of 0."""
-    half = (torch.finfo(dtype).eps / 2 * exact.abs()).clamp(min=_smallest(dtype) / 2)
+    """Half a unit in the last place of ``dtype``, or a whole subnormal one; 0 of 0."""
+    half = (torch.finfo(dtype).eps / 2 * exact.abs()).clamp(min=_smallest(dtype))
     return torch.where(exact == 0, 0.0, half)
 
 
@@ -506,7 +511,7 @@ def _judge_rows(
     (gradient,) = torch.autograd.grad(objective, leaf)
     # What flows into a NaN makes anything of its own row; the loss lets nothing flow there.
     flows = (into[0] != 0) | (into[1] != 0)
-    unknown = (into[0].isnan() | (flows & ~errors.sound))[:, None]
+    unknown = (into[0].isnan() | ~into_error.isfinite() | (flows & ~errors.sound))[:, None]
     budget = errors.gradient(into[0].abs(), into[1].abs(), into_error)
     nothing = (into[0] == 0) & (into[1] == 0) & (into_error == 0) | ~errors.sound
     budget = torch.where(unknown, math.nan, torch.where(nothing[:, None], 0.0, budget))
@@ -568,6 +573,7 @@ class _SoftmaxErrors:
         self._of_slope = eps * (4 + 4 * steepness.clamp(max=200))
         slope = torch.ones_like(z) if cap is None else 1 / torch.cosh(z / cap) ** 2
         self._slope = slope * inverse + tiny
+        self._step = _smallest(rows.logprobs.dtype)
         self._vanishing = 2 * tiny  # an exponential below it counts as 0
         if cap is not None:  # how far an error of the logit itself moves the slope
             self._of_slope = self._of_slope + 2 * product_error / inverse / cap
@@ -588,7 +594,7 @@ class _SoftmaxErrors:
         vanishing = self._vanishing * (into_logprob + into_entropy * (1 + self._log_sum + 100))
         budget = into_logprob * of_logprob + into_entropy * of_entropy + vanishing
         budget = budget + into_error[:, None] * (p + is_label)
-        return budget * self._slope
+        return budget * self._slope + 4 * self._step * (1 + self._slope)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -660,9 +666,9 @@ def _compare_with(
 
 def _judge_products(rows: _Rows, i: int, made: _Made, verdicts: _Verdicts) -> None:
     """By hidden states and weight: the products of the rounded gradient, in the compute dtype."""
-    pays = (made.exact != 0).any(-1, keepdim=True)
     unknown = made.rounded.isnan().any(-1, keepdim=True)
-    states, weight = torch.where(pays, rows.states[i], 0.0), rows.weights[i]
+    # What is not finite belongs to a row without a gradient, by its NaN or by its softcap.
+    states, weight = rows.states[i].nan_to_num(0.0, 0.0, 0.0), rows.weights[i]
     results = rows.results[i].gradients
     exact, error = made.exact.nan_to_num(), made.rounded.nan_to_num()
     columns, tokens = weight.shape[0], len(states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -168,6 +169,25 @@ def test_garbage_in_an_active_token_is_dropped_and_counted(backend: Backend) -> 
     torch.testing.assert_close(ours.grad_weight, expected.grad_weight)
     torch.testing.assert_close(ours.loss, expected.loss)
     assert not ours.grad_hidden[~others].any()
+
+
+@pytest.mark.parametrize("rollout_min_ratio", [0.0, 1e-30], ids=["any", "rollouts"])
+def test_an_infinite_state_under_a_softcap_spoils_no_weight(
+    backend: Backend, rollout_min_ratio: float
+) -> None:
+    """Its logits are the cap's ends, whose derivatives are 0: it pays, and has no gradient."""
+    config = dataclasses.replace(WIDE_BAND, rollout_min_ratio=rollout_min_ratio)
+    case = random_case(softcap=3.0, masked=0.0, config=config)
+    hidden = case.hidden.clone()
+    hidden[5, 2] = math.inf
+    ours = evaluate(case.with_(hidden=hidden).to(backend.device))
+    inactive = case.loss_mask.clone()
+    inactive[5] = False
+    without = evaluate(case.with_(loss_mask=inactive).to(backend.device))
+    assert ours.output.logprobs.isfinite().all()
+    assert ours.metrics["nonfinite"] == 0
+    torch.testing.assert_close(ours.grad_weight, without.grad_weight)
+    assert not ours.grad_hidden[5].any()
 
 
 def test_dropped_tokens_get_exact_zeros(backend: Backend) -> None:

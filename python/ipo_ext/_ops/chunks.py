@@ -201,7 +201,9 @@ class Gradients:
             product(gradient, self._head.weight, grad_states)
             self._rows.put(self._grad_hidden, chunk, grad_states)
         if self._needs_weight:
-            states = torch.where(pays[:, None], states, 0)  # 0 * NaN would be NaN
+            # 0 * NaN would be NaN. A row that pays may be infinite too, where a softcap makes its
+            # logits finite and their derivatives 0.
+            states = torch.where(pays[:, None] & states.isfinite(), states, 0)
             product(gradient.t(), states, self._grad_weight, add=not self._is_first)
             self._is_first = False
 
