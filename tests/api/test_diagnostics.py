@@ -75,6 +75,22 @@ def test_an_uncovered_gpu_is_told_what_to_do() -> None:
     assert "New, compute capability 9.0: covered by sm_90" in text
 
 
+@pytest.mark.parametrize(
+    ("compiler", "architectures", "expected"),
+    [
+        ("12.9", ["80-real", "90"], ["CUDA compiler  nvcc 12.9", "architectures  80-real 90"]),
+        ("", [], ["CUDA compiler  none: a build without CUDA", "architectures  none"]),
+    ],
+)
+def test_what_was_built_for_gpus(
+    compiler: str, architectures: list[str], expected: list[str]
+) -> None:
+    facts = {**info.facts(), "cuda_compiler": compiler, "cuda_architectures": architectures}
+    lines = [" ".join(line.split()) for line in info.lines(facts)]
+    for line in expected:
+        assert " ".join(line.split()) in lines
+
+
 # ---------------------------------------------------------------------------------------------
 # verify
 
@@ -162,6 +178,7 @@ def test_a_broken_operator_is_noticed(
     assert main(["verify"]) == 1
     *lines, verdict = capsys.readouterr().out.splitlines()
     assert [line for line in lines if f" {operator} float32 " in line and complaint in line]
+    assert f"verifying {operator} on cpu" in lines
     assert verdict.startswith("FAILED: ")
 
 

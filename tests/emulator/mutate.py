@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.emulator import build, operators
+from tests.support.building import BuildError
 
 WORKERS = 2
 
@@ -571,7 +572,7 @@ def scratch_copy(root: Path) -> Path:
     shutil.copytree(build.ROOT / "csrc", root / "csrc")
     shutil.copytree(build.ROOT / build.HARNESS, root / build.HARNESS)
     operators.build_operators()
-    shutil.copytree(build.ROOT / "build/emulator-objects", root / "build/emulator-objects")
+    shutil.copytree(build.ROOT / "build/objects", root / "build/objects")
     return root
 
 
@@ -581,7 +582,7 @@ def outcome(mutation: Mutation, root: Path) -> tuple[str, bool]:
     file.write_text(original.replace(mutation.text, mutation.replacement))
     try:
         library = operators.build_operators(root=root)
-    except build.BuildError as error:
+    except BuildError as error:
         return f"NOT APPLICABLE: it does not compile\n{error}", False
     finally:
         file.write_text(original)

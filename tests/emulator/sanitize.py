@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from tests.emulator import build, operators
+from tests.support.building import compiler
 
 SELECTED = "emulated and (reaches_every_kernel or tempts_kernels_out_of_bounds)"
 
@@ -40,7 +41,7 @@ def sanitized_environment(library: Path) -> dict[str, str]:
 
 def runtime(name: str) -> str:
     """The compiler's own copy of a runtime library. libstdc++ must be there when ASan starts."""
-    command = [os.environ.get("CXX", "g++"), f"-print-file-name={name}"]
+    command = [*compiler(), f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

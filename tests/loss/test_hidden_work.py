@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,10 +103,26 @@ def test_rows_of_logits_may_be_padded(backend: Backend, monkeypatch: pytest.Monk
         torch.testing.assert_close(ours.grad_hidden, expected.grad_hidden)
 
 
+def test_a_weight_is_copied_only_if_no_dimension_is_dense() -> None:
+    room = torch.randn(10, 12)
+    for weight in (room, room.t(), room[::2], room[:, :7]):
+        assert chunks._as_operand(weight, torch.float32).data_ptr() == weight.data_ptr()
+    assert chunks._as_operand(room[::2, ::2], torch.float32).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "length"), [(1, 64), (64, 64), (65, 128), (151_936, 151_936)]
+)
+def test_rows_on_a_gpu_are_whole_vectors(vocabulary: int, length: int) -> None:
+    weight = SimpleNamespace(is_cuda=True, shape=(vocabulary, WIDTH))
+    assert chunks._row_length(weight) == length
+
+
 def test_default_chunk_size() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert chunks.default_chunk_size(151936, torch.bfloat16, gpu) == 2048
-    assert chunks.default_chunk_size(32000, torch.float32, cpu) % 128 == 0
+    assert chunks.default_chunk_size(32000, torch.bfloat16, cpu) == 384  # 48 MiB of float32
+    assert chunks.default_chunk_size(32000, torch.float64, cpu) == 128
     assert chunks.default_chunk_size(10**9, torch.float32, cpu) == 128
     for rows, size in itertools.product((1, 127, 128, 300, 4097), (1, 100, 256, 10**6)):
         parts = chunks.chunks_of(rows, size)

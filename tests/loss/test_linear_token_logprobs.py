@@ -66,3 +66,17 @@ def test_one_output_alone(backend: Backend) -> None:
             strict=True,
         ):
             torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float64], ids=str)
+def test_the_reference_multiplies_in_the_dtype_that_is_asked_for(
+    dtype: torch.dtype | None,
+) -> None:
+    """By default in float32 at least."""
+    case = random_case(dtype=torch.bfloat16)
+    wide = [tensor.to(dtype or torch.float32) for tensor in (case.hidden, case.weight)]
+    results = reference.linear_token_logprobs(case.hidden, case.weight, case.labels, dtype=dtype)
+    expected = reference.linear_token_logprobs(*wide, case.labels, dtype=dtype)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert ours.dtype == wide[0].dtype
+        assert torch.equal(ours, theirs)

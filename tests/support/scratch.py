@@ -1,6 +1,6 @@
 """A copy of the source tree that a test may change, built without optimisation and run.
 
-The compiler is called as tests/emulator/build.py calls it, against the headers that torch brings,
+The compiler is called as tests/support/building.py calls it, against the headers that torch brings,
 pybind11's among them: no build tool has to be installed, and nothing is fetched.
 """
 
@@ -15,9 +15,10 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.emulator import build, operators
+from tests.emulator import operators
+from tests.support import building
 
-ROOT = build.ROOT
+ROOT = building.ROOT
 PARTS = ("csrc", "docs", "python", "scripts", "tests", "pyproject.toml", "README.md")
 UNOPTIMISED = ("-O0", "-g0", "-w", "-fno-sanitize=alignment")
 
@@ -60,13 +61,9 @@ def build_package(root: Path) -> None:
             for arch, flags in SIMD_ARCHS.items()
         ),
     ]
-    objects = [
-        path
-        for sources, flags in groups
-        for path in build.compile_all(sources, [*FLAGS, *flags], root)
-    ]
+    jobs = [(Path(source), [*FLAGS, *flags]) for sources, flags in groups for source in sources]
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    module = build.link_all(name, objects, ["-shared", *operators.LINK], root)
+    module = building.compile_and_link(name, jobs, ["-shared", *operators.LINK], root)
     shutil.copy(module, root / "python" / "ipo_ext" / name)
 
 

@@ -1,0 +1,1 @@
+"""The bare CPU kernels under sanitizers."""

@@ -1,0 +1,5 @@
+// Stands for csrc/kernels/cpu/dispatch.h: the one instruction set that the driver is compiled for.
+#pragma once
+
+#define IPO_EXT_CPU_ARCHS(X) X(driven)
+#define IPO_EXT_CHOOSE(function) driven::function

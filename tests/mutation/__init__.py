@@ -1,0 +1,1 @@
+"""Mutations by standard operators of the Python layer and of what the CPU runs of csrc."""
