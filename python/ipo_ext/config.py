@@ -97,9 +97,9 @@ class IPOConfig:
             object.__setattr__(self, field.name, value)
             if field.name not in _BOUNDS and not 0 <= value < math.inf:
                 raise ValueError(f"{field.name}: expected a finite number >= 0, got {value!r}")
-            if field.name in _TAUS and value > _LARGEST_TAU:
+            if field.name in _NUMBERS and value > _LARGEST_NUMBER:
                 raise ValueError(
-                    f"{field.name}: expected a number of at most {_LARGEST_TAU:.3g}, the largest "
+                    f"{field.name}: expected at most {_LARGEST_NUMBER:.3g}, the largest number "
                     f"of float32, got {value!r}"
                 )
         low, high = self.dppo_mask_low, self.dppo_mask_high
@@ -222,8 +222,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "kl_scope": get_args(KLScope),
 }
 
-_TAUS = ("adv_tau", "kl_tau", "teacher_tau")
-_LARGEST_TAU = torch.finfo(torch.float32).max  # the loss may be computed in float32
+_LARGEST_NUMBER = torch.finfo(torch.float32).max  # the loss may be computed in float32
 
 _BOUNDS = ("dppo_mask_low", "dppo_mask_high")  # of which the rule says what they may be
 

@@ -19,6 +19,8 @@ RECIPES = ("a setting", "a metric", "a mask rule", "an input of each token")  # 
 # quick.
 TESTS = (
     "tests/builds/recipe_toys.py",
+    "tests/api/test_config.py",
+    "tests/api/test_diagnostics.py::test_every_rule_and_every_shape_of_rows_is_verified",
     "tests/pytorch/test_schemas.py",
     "tests/api/test_signatures.py",
     "tests/loss/test_properties.py::test_any_case_matches_the_reference",

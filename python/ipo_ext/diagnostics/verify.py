@@ -11,13 +11,14 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 import ipo_ext
 from ipo_ext import _C, reference
 from ipo_ext._ops import checks
+from ipo_ext.config import MaskRule
 
 DTYPES = checks.FLOATING
 DIFFERENTIABLE = ("trainer_logprobs", "logits", "hidden", "weight")
@@ -50,9 +51,16 @@ INPUTS = (
     Input("one row", rows=1, columns=7),
     Input("empty", rows=0, columns=7),
     # Other kernels than the default rule's.
-    Input("dppo", rows=67, columns=131, config=ipo_ext.IPOConfig.dppo()),
-    Input("prob_diff", rows=67, columns=131, config=ipo_ext.IPOConfig.prob_diff()),
-    Input("kpop", rows=67, columns=131, config=ipo_ext.IPOConfig.kpop(0.1)),
+    *(
+        Input(
+            rule,
+            rows=67,
+            columns=131,
+            config=ipo_ext.IPOConfig(0.1, 0.1, mask_rule=rule, kl_scope="active"),
+        )
+        for rule in get_args(MaskRule)
+        if rule != ipo_ext.IPOConfig().mask_rule
+    ),
     Input("icepop", rows=67, columns=131, config=ipo_ext.IPOConfig.icepop(rollout_min_ratio=2e-3)),
     # One for each shape in which a GPU shares rows (csrc/kernels/cuda/logits/plan.h).
     Input("16,003 columns", rows=160, columns=16_003, only_gpus=True),
