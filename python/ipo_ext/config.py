@@ -99,8 +99,8 @@ class IPOConfig:
                 raise ValueError(f"{field.name}: expected a finite number >= 0, got {value!r}")
             if field.name in _NUMBERS and value > _LARGEST_NUMBER:
                 raise ValueError(
-                    f"{field.name}: expected at most {_LARGEST_NUMBER:.3g}, the largest number "
-                    f"of float32, got {value!r}"
+                    f"{field.name}: expected a number of at most {_LARGEST_NUMBER:.3g}, the "
+                    f"largest of float32, got {value!r}"
                 )
         low, high = self.dppo_mask_low, self.dppo_mask_high
         if not 0 <= low < math.inf:
