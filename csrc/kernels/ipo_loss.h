@@ -25,8 +25,6 @@ struct IpoLossArgs {
   const uint8_t* loss_mask;                             // [tokens] booleans: any byte but 0 is true
   ScalarInput normalizer;
   math::LossParams<double> params;  // inv_normalizer is the kernels' to fill
-  bool normalized = true;           // whether the gradient already holds 1 / normalizer; under the
-                                    // default rule it always does
   Segments segments;                // tile_size is the launchers' to fill
   const int32_t* fault = nullptr;   // [1], CUDA: not 0 poisons the loss; null: nothing is wrong
 
@@ -83,14 +81,6 @@ IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
               math::inverse_normalizer<E>(load_scalar(args.normalizer))),
           IPO_EXT_LOSS_RULES(IPO_EXT_CAST) params.rollout_dropped};
 #undef IPO_EXT_CAST
-}
-
-// Returns params_for() a gradient, which may be wanted without 1 / normalizer.
-template <typename E>
-IPO_HOST_DEVICE math::LossParams<E> gradient_params_for(const IpoLossArgs& args) {
-  math::LossParams<E> params = params_for<E>(args);
-  if (!args.normalized) params.inv_normalizer = 1;
-  return params;
 }
 
 IPO_HOST_DEVICE math::TokenExtras extras_of(const IpoLossArgs& args) {

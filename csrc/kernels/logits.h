@@ -26,6 +26,8 @@ struct LogitsArgs {
   LogitsMatrix gradient;  // [rows, columns]; no data where none is wanted. Of the logits' dtype,
                           // or fp16 or bf16 for fp32 logits; each of its rows may start where
                           // that row of the logits does, which it then overwrites
+  float* row_scales = nullptr;  // [rows]: an fp16 gradient is stored over them, see over_scale; or
+                                // null, always for other gradients: stored as it is
   int64_t max_active = std::numeric_limits<int64_t>::max();  // what the caller has promised
   const uint8_t* active = nullptr;  // [rows] as loss.loss_mask, or null: rows whose label is not
                                     // kIgnoredLabel
@@ -114,7 +116,7 @@ IPO_HOST_DEVICE double grad_logprob(const LogitsArgs& args, int64_t row, C logpr
       logprob, IPO_EXT_TOKEN_INPUTS(IPO_EXT_LOAD_REQUIRED, IPO_EXT_LOAD_OPTIONAL) true, C(0)};
 #undef IPO_EXT_LOAD_OPTIONAL
 #undef IPO_EXT_LOAD_REQUIRED
-  const math::LossParams<C> params = gradient_params_for<C>(loss);
+  const math::LossParams<C> params = params_for<C>(loss);
   return params.rules() == math::Rules::kDefault
              ? math::token_loss<math::Rules::kDefault>(token, params).gradient
              : math::token_loss<math::Rules::kAny>(token, params).gradient;
@@ -158,25 +160,57 @@ IPO_HOST_DEVICE math::RowGrads<E> loss_grads(const LogitsArgs& args, int64_t row
           0};
 }
 
+// Returns the gradients over a power of two of the row's own, which goes to row_scales, where an
+// fp16 gradient is stored so: weights, advantages and normalizers of any size neither overflow nor
+// underflow before a caller's loss scale has been applied.
+template <typename Gradient, typename E>
+IPO_HOST_DEVICE math::RowGrads<E> over_scale(const LogitsArgs& args, int64_t row, bool stores_scale,
+                                             const math::RowGrads<E>& grads, E entropy,
+                                             E inverse_temperature) {
+  if constexpr (std::is_same_v<Gradient, Float16>) {
+    if (args.row_scales == nullptr) return grads;
+    const math::RowScale scale =
+        math::fp16_scale(math::derivative_bound(grads, entropy, inverse_temperature));
+    if (stores_scale) args.row_scales[row] = scale.scale;
+    return {grads.logprob * scale.inverse, grads.entropy * scale.inverse};
+  } else {
+    return grads;
+  }
+}
+
+// Stores the scale of a row whose gradient is 0, or NaN.
+template <typename Gradient>
+IPO_HOST_DEVICE void fill_scale(const LogitsArgs& args, int64_t row) {
+  if constexpr (std::is_same_v<Gradient, Float16>) {
+    if (args.row_scales != nullptr) args.row_scales[row] = math::fp16_scale(0).scale;
+  }
+}
+
 // Finishes an active row from its sums: stores the results, returns what its gradient is made of.
-template <typename E>
+template <typename Gradient, typename E>
 IPO_HOST_DEVICE math::RowDerivative<E> finish_row(const LogitsArgs& args, int64_t row,
                                                   const math::RowSums& sums, E row_max,
                                                   E label_capped) {
   const math::RowResult<E> result = result_of_row<E>(args, row, sums, row_max, label_capped);
   store_results(args, row, result, sums, row_max);
-  return math::row_derivative<E>(loss_grads(args, row, result.logprob), sums.sum_exp,
-                                 result.entropy, scale_of<E>(args, row).inverse_temperature);
+  const E inverse_temperature = scale_of<E>(args, row).inverse_temperature;
+  const math::RowGrads<E> grads = over_scale<Gradient>(
+      args, row, true, loss_grads(args, row, result.logprob), result.entropy, inverse_temperature);
+  return math::row_derivative<E>(grads, sums.sum_exp, result.entropy, inverse_temperature);
 }
 
 // Returns what an active row's gradient is made of in the backward pass, from what the forward pass
 // has saved.
-template <typename E>
+template <typename Gradient, typename E>
 IPO_HOST_DEVICE math::RowDerivative<E> restore_row(const LogitsArgs& args, int64_t row,
+                                                   bool stores_scale,
                                                    const math::RowGrads<E>& grads) {
+  const E entropy = static_cast<const E*>(args.entropy)[row];
+  const E inverse_temperature = scale_of<E>(args, row).inverse_temperature;
   return math::row_derivative<E>(
-      grads, static_cast<const E*>(args.softmax_stats)[args.logits.rows + row],
-      static_cast<const E*>(args.entropy)[row], scale_of<E>(args, row).inverse_temperature);
+      over_scale<Gradient>(args, row, stores_scale, grads, entropy, inverse_temperature),
+      static_cast<const E*>(args.softmax_stats)[args.logits.rows + row], entropy,
+      inverse_temperature);
 }
 
 template <typename E>

@@ -23,10 +23,11 @@ struct ScaleArgs {
   ScalarInput factor;
 };
 
-// Asks for gradient *= factor in place, for rows that do not follow each other.
+// Asks for gradient *= factor in place, for rows that do not follow each other or have scales.
 struct ScaleRowsArgs {
   LogitsMatrix gradient;
   ScalarInput factor;
+  const float* row_scales = nullptr;  // [rows], further factors of an fp16 gradient's rows; or null
 };
 
 namespace cpu {

@@ -121,6 +121,32 @@ struct RowGrads {
   IPO_HOST_DEVICE bool are_zero() const { return logprob == 0 && entropy == 0; }
 };
 
+// Bounds each of a row's derivatives by its logits: of the log-probability they are no more than 1,
+// of the entropy p |log p + H| <= 1 + H, both over the temperature.
+template <typename E>
+IPO_HOST_DEVICE E derivative_bound(const RowGrads<E>& grads, E entropy, E inverse_temperature) {
+  const E by_logprob = grads.logprob < 0 ? -grads.logprob : grads.logprob;
+  const E by_entropy = grads.entropy < 0 ? -grads.entropy : grads.entropy;
+  return (by_logprob + by_entropy * (1 + entropy)) * inverse_temperature;
+}
+
+// A power of two and its inverse.
+struct RowScale {
+  float scale;
+  float inverse;
+};
+
+// Returns the power of two over which numbers up to `bound` lie just below fp16's largest. Nothing
+// else could be both as exact and free of overflow: fp16 has 2^40 between its ends. From
+// 2^-112 down the scale stays; infinities and NaNs are left as they are.
+IPO_HOST_DEVICE RowScale fp16_scale(float bound) {
+  constexpr uint32_t kMantissaBits = 23, kLargest = 14, kInfinite = 255;
+  const uint32_t exponent = bit_cast<uint32_t>(bound) >> kMantissaBits;
+  if (exponent >= kInfinite) return {1, 1};
+  const uint32_t scale = exponent > kLargest ? exponent - kLargest : 1;
+  return {bit_cast<float>(scale << kMantissaBits), bit_cast<float>((254 - scale) << kMantissaBits)};
+}
+
 // A row's derivative by its logits: d(log p_y)/ds_j = [j = y] - p_j and
 // dH/ds_j = -p_j (log p_j + H), where s are the softmax's arguments.
 template <typename E>

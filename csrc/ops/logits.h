@@ -141,9 +141,26 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
                   "gradient: expected the dtype of logits, or fp16 or bf16 for fp32 logits");
   }
 
+  // What the rows of an fp16 gradient are stored over: [rows], else without an element.
+  Tensor new_row_scales() {
+    const bool is_half = args.gradient.data != nullptr && args.gradient.dtype == DType::kFloat16;
+    Tensor scales = empty({is_half ? args.logits.rows : 0}, ScalarType::Float, on_);
+    if (is_half) args.row_scales = static_cast<float*>(scales.mutable_data_ptr());
+    return scales;
+  }
+
+  void write_row_scales_to(const std::optional<Tensor>& scales) {
+    if (!scales.has_value()) return;
+    IPO_EXT_CHECK(args.gradient.dtype == DType::kFloat16 &&
+                      scales->scalar_type() == ScalarType::Float && scales->is_contiguous() &&
+                      scales->numel() == args.logits.rows && same_device(*scales, on_),
+                  "row_scales: expected None, or for a float16 gradient ", args.logits.rows,
+                  " contiguous float32 elements on the device of logits");
+    args.row_scales = static_cast<float*>(scales->mutable_data_ptr());
+  }
+
   // The rows become the tokens of a loss.
   void take_loss(IpoLossCall& loss) {
-    loss.args.normalized = args.gradient.dtype != DType::kFloat16;  // it would underflow
     args.loss = loss.args;
     args.active = loss.args.loss_mask;
     args.mode = LogitsMode::kLoss;
@@ -192,10 +209,11 @@ void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss) {
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logits(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logits(
     LogitsCall& rows, const LossInputs& inputs, const LossSettings& settings) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
+  const Tensor row_scales = rows.new_row_scales();
   const bool needs_grad_logprobs = settings.has_rollout_rule && rows.args.gradient.data != nullptr;
   IpoLossCall loss(logprobs, inputs, entropy, settings, needs_grad_logprobs);
   loss.check_values<Backend>();
@@ -208,23 +226,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logits(
     rows.run<Backend>();
     loss.run<Backend>();
   }
-  return {loss.loss, logprobs, entropy, loss.means, loss.sums, loss.extremes};
+  return {loss.loss, logprobs, entropy, loss.means, loss.sums, loss.extremes, row_scales};
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits(
     const Tensor& logits, const Tensor& labels, const LogitScaling& scaling,
     const LossInputs& inputs, const LossSettings& settings, bool with_gradient) {
   LogitsCall rows(logits, labels, scaling);
   const Tensor gradient =
       with_gradient ? rows.new_gradient() : empty({0}, logits.scalar_type(), logits);
-  const auto [loss, logprobs, entropy, means, sums, extremes] =
+  const auto [loss, logprobs, entropy, means, sums, extremes, row_scales] =
       loss_of_logits<Backend>(rows, inputs, settings);
-  return {loss, gradient, logprobs, entropy, means, sums, extremes};
+  return {loss, gradient, logprobs, entropy, means, sums, extremes, row_scales};
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits_(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits_(
     const Tensor& logits, const Tensor& labels, const LogitScaling& scaling,
     const LossInputs& inputs, const LossSettings& settings) {
   LogitsCall rows(logits, apart_from(logits, labels),
@@ -252,18 +270,17 @@ Tensor find_faults(const Tensor& labels, const std::optional<Tensor>& temperatur
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> chunk_logprobs_and_gradient(const Tensor& logits, const Tensor& labels,
-                                                       const LogitScaling& scaling,
-                                                       const LossInputs& inputs,
-                                                       const LossSettings& settings,
-                                                       const Tensor& fault,
-                                                       const std::optional<Tensor>& gradient) {
+std::tuple<Tensor, Tensor> chunk_logprobs_and_gradient(
+    const Tensor& logits, const Tensor& labels, const LogitScaling& scaling,
+    const LossInputs& inputs, const LossSettings& settings, const Tensor& fault,
+    const std::optional<Tensor>& gradient, const std::optional<Tensor>& row_scales) {
   IPO_EXT_CHECK(!inputs.cu_seqlens.has_value(), "cu_seqlens: expected None, got a tensor");
   IPO_EXT_CHECK(!settings.has_rollout_rule, "has_rollout_rule: expected False, got True");
   LogitsCall rows(logits, labels, scaling);
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
   if (gradient.has_value()) rows.write_gradient_to(*gradient);
+  rows.write_row_scales_to(row_scales);
   rows.args.fault = fault_flag(fault, logits);
   IpoLossCall loss(logprobs, inputs, std::nullopt, settings, false);
   rows.take_loss(loss);
@@ -274,11 +291,8 @@ std::tuple<Tensor, Tensor> chunk_logprobs_and_gradient(const Tensor& logits, con
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_metrics(
     const Tensor& logprobs, const Tensor& entropy, const LossInputs& inputs,
-    const LossSettings& settings, const Tensor& fault, bool with_gradient, bool normalized) {
-  IPO_EXT_CHECK(normalized || settings.has_rollout_rule,
-                "normalized: expected True without a rollout rule, got False");
+    const LossSettings& settings, const Tensor& fault, bool with_gradient) {
   IpoLossCall loss(logprobs, inputs, entropy, settings, with_gradient);
-  loss.args.normalized = normalized;
   loss.args.fault = fault_flag(fault, logprobs);
   loss.run<Backend>();
   return {loss.loss, loss.gradient, loss.means, loss.sums, loss.extremes};
@@ -340,9 +354,10 @@ void chunk_logprobs_backward(const Tensor& logits, const Tensor& labels,
                              const LogitScaling& scaling, const Tensor& entropy,
                              const Tensor& softmax_stats, const Tensor& grad_logprobs,
                              const Tensor& grad_entropy, const Tensor& fault,
-                             const Tensor& gradient) {
+                             const Tensor& gradient, const std::optional<Tensor>& row_scales) {
   LogitsCall rows(logits, labels, scaling);
   rows.write_gradient_to(gradient);
+  rows.write_row_scales_to(row_scales);
   rows.args.fault = fault_flag(fault, logits);
   backward_rows<Backend>(rows, entropy, softmax_stats, grad_logprobs, grad_entropy);
 }

@@ -45,6 +45,7 @@ const std::vector<Operator>& operators() {
       IPO_EXT_OPERATOR(chunk_logprobs),
       IPO_EXT_OPERATOR(chunk_logprobs_backward),
       IPO_EXT_OPERATOR(scale_),
+      IPO_EXT_OPERATOR(scale_rows_),
       IPO_EXT_OPERATOR(scale_into),
   };
   return all;

@@ -34,4 +34,22 @@ void scale_(const Tensor& gradient, const Tensor& factor) {
   Backend::scale_rows({rows.matrix(), scalar_input(apart, gradient, "factor")}, gradient);
 }
 
+// The same with a further factor for each row, what an fp16 gradient is stored over.
+template <typename Backend>
+void scale_rows_(const Tensor& gradient, const Tensor& factor, const Tensor& row_scales) {
+  const LogitsTensor rows(gradient, "gradient");
+  IPO_EXT_CHECK(
+      !rows.is_copy() && rows_are_apart(rows.matrix()) && rows.matrix().dtype == DType::kFloat16,
+      "gradient: expected float16 rows of adjacent elements that share no memory");
+  IPO_EXT_CHECK(row_scales.scalar_type() == ScalarType::Float && row_scales.is_contiguous() &&
+                    row_scales.numel() == rows.matrix().rows && same_device(row_scales, gradient),
+                "row_scales: expected ", rows.matrix().rows,
+                " contiguous float32 elements on the device of gradient");
+  const Tensor factor_apart = apart_from(gradient, factor);
+  const Tensor scales_apart = apart_from(gradient, row_scales);
+  Backend::scale_rows({rows.matrix(), scalar_input(factor_apart, gradient, "factor"),
+                       static_cast<const float*>(scales_apart.const_data_ptr())},
+                      gradient);
+}
+
 }  // namespace ipo_ext

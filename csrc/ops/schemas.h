@@ -32,13 +32,14 @@ inline constexpr const char* metric_means =
 inline constexpr const char* ipo_loss_from_logits =
     "(Tensor logits, Tensor labels" LOGIT_SCALING LOSS_INPUTS LOSS_SETTINGS
     ", bool with_gradient) "
-    "-> (Tensor loss, Tensor gradient, Tensor logprobs, Tensor entropy" METRICS ")";
+    "-> (Tensor loss, Tensor gradient, Tensor logprobs, Tensor entropy" METRICS
+    ", Tensor row_scales)";
 
 // The same, the gradient written over the logits.
 inline constexpr const char* ipo_loss_from_logits_ =
     "(Tensor(a!) logits, Tensor labels" LOGIT_SCALING LOSS_INPUTS LOSS_SETTINGS
     ") "
-    "-> (Tensor loss, Tensor logprobs, Tensor entropy" METRICS ")";
+    "-> (Tensor loss, Tensor logprobs, Tensor entropy" METRICS ", Tensor row_scales)";
 
 inline constexpr const char* token_logprobs =
     "(Tensor logits, Tensor labels" LOGIT_SCALING
@@ -63,12 +64,13 @@ inline constexpr const char* find_faults =
 // rollout rule: they would have to see all rows first.
 inline constexpr const char* chunk_logprobs_and_gradient =
     "(Tensor logits, Tensor labels" LOGIT_SCALING LOSS_INPUTS LOSS_SETTINGS
-    ", Tensor fault, Tensor(a!)? gradient) -> (Tensor logprobs, Tensor entropy)";
+    ", Tensor fault, Tensor(a!)? gradient, Tensor(b!)? row_scales) "
+    "-> (Tensor logprobs, Tensor entropy)";
 
 // Of all rows, and the derivatives by their log-probabilities where wanted.
 inline constexpr const char* loss_and_metrics =
     "(Tensor logprobs, Tensor entropy" LOSS_INPUTS LOSS_SETTINGS
-    ", Tensor fault, bool with_gradient, bool normalized) "
+    ", Tensor fault, bool with_gradient) "
     "-> (Tensor loss, Tensor gradient" METRICS ")";
 
 // token_logprobs and its backward pass for a chunk's rows, whose faults have been looked for; the
@@ -81,13 +83,18 @@ inline constexpr const char* chunk_logprobs =
 inline constexpr const char* chunk_logprobs_backward =
     "(Tensor logits, Tensor labels" LOGIT_SCALING
     ", Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, Tensor grad_entropy, "
-    "Tensor fault, Tensor(a!) gradient) -> ()";
+    "Tensor fault, Tensor(a!) gradient, Tensor(b!)? row_scales) -> ()";
 
 // -------------------------------------------------------------------------------------------------
 // Scaling of a saved gradient
 // -------------------------------------------------------------------------------------------------
 
 inline constexpr const char* scale_ = "(Tensor(a!) gradient, Tensor factor) -> ()";
+
+// The same for an fp16 gradient whose rows are stored over scales of their own, by which it
+// multiplies too.
+inline constexpr const char* scale_rows_ =
+    "(Tensor(a!) gradient, Tensor factor, Tensor row_scales) -> ()";
 
 // The same to `out`, which may be fp16 or bf16 for an fp32 gradient: rounded once.
 inline constexpr const char* scale_into = "(Tensor gradient, Tensor factor, Tensor(a!) out) -> ()";

@@ -128,12 +128,13 @@ def ipo_loss_from_logits(
 ) -> IPOOutput:
     r"""The IPO+KL loss straight from the logits: the formula of ``ipo_loss``.
 
-    The gradient by the logits is made in the same pass over them, so the loss can run backward
-    once; backward only scales it, in place, and not even that for ``loss.backward()``. Rows that
-    the loss mask leaves out are never read. Log-probabilities and the loss are computed in float64
-    for float64 logits, else in float32 (the loss also in float64 for float64
-    ``inference_logprobs``). Under a rollout rule (``config.rollout_min_ratio``) the gradient takes
-    a pass of its own, after the log-probabilities of all rows.
+    The gradient by the logits is made in the same pass over them; backward only scales it, in
+    place, and in most dtypes not even that for ``loss.backward()``. (With ``retain_graph=True`` it
+    scales a copy, as large as the logits.) Rows that the loss mask leaves out are never read.
+    Log-probabilities and the loss are computed in float64 for float64 logits, else in float32 (the
+    loss also in float64 for float64 ``inference_logprobs``). Under a rollout rule
+    (``config.rollout_min_ratio``) the gradient takes a pass of its own, after the log-probabilities
+    of all rows.
 
     Args:
         logits: ``[..., V]``, any floating dtype; the only input that receives a gradient. Slices
@@ -165,8 +166,8 @@ def ipo_loss_from_logits(
         IndexError: on CPU, a label of an active token is not in ``[0, V)``. (A RuntimeError in a
             compiled graph; on CUDA the loss and every gradient are NaN instead.)
         RuntimeError: on CPU, as for ``ipo_loss``, or a temperature of an active token is not finite
-            and > 0 (on CUDA: NaN); anywhere, on a second backward, or where ``inplace`` cannot be:
-            rows that share memory or whose elements are not adjacent.
+            and > 0 (on CUDA: NaN); anywhere, where ``inplace`` cannot be: rows that share memory or
+            whose elements are not adjacent.
 
     Example:
         >>> out = ipo_loss_from_logits(
@@ -262,9 +263,10 @@ def ipo_loss_from_hidden(
     are gathered away; of the others a chunk of rows at a time becomes logits, log-probabilities,
     the gradient over the logits, and what that adds to the gradients of hidden states and weight:
     three matrix products and none for tokens that do not train. The gradients are made in forward,
-    so the loss can run backward once; only those that are needed are made. A rollout rule
-    (``config.rollout_min_ratio``) must see all log-probabilities first: a fourth product, and
-    without ``num_active`` a second count, so that only tokens that pay take part in the others.
+    only those that are needed, and handed over in backward (with ``retain_graph=True`` copies). A
+    rollout rule (``config.rollout_min_ratio``) must see all log-probabilities first: a fourth
+    product, and without ``num_active`` a second count, so that only tokens that pay take part in
+    the others.
 
     Logits are float32 (float64 for float64 inputs) whatever the dtype of ``hidden``; the weight's
     gradient is summed in float32 and rounded once, in backward. Under ``torch.autocast`` hidden
@@ -296,8 +298,7 @@ def ipo_loss_from_hidden(
         IndexError: on CPU, a label of an active token is not in ``[0, V)``. (A RuntimeError in a
             compiled graph; on CUDA the loss and every gradient are NaN instead.)
         RuntimeError: on CPU, as for ``ipo_loss``, a temperature of an active token is not finite
-            and > 0, or ``num_active`` is below the truth (on CUDA: NaN); anywhere, on a second
-            backward.
+            and > 0, or ``num_active`` is below the truth (on CUDA: NaN).
 
     Example:
         >>> out = ipo_loss_from_hidden(

@@ -195,6 +195,7 @@ def test_a_matrix_that_leaves_its_storage(
         "fault": torch.zeros(1, dtype=torch.int32, device=backend.device),
         "gradient": torch.zeros_like(case.logits),
         "factor": per_token[0],
+        "row_scales": None,
     }
     with pytest.raises(RuntimeError, match=f"{argument}: expected a view within its storage"):
         call_operator(name, case, **{**made, argument: matrix})

@@ -229,6 +229,7 @@ def test_backward_over_logits(backend: Backend, dtype: torch.dtype) -> None:
         softmax_stats=softmax_stats,
         grad_logprobs=grad_logprobs,
         grad_entropy=grad_entropy,
+        row_scales=None,
     )
     apart = torch.full((3, 40011), math.nan, dtype=dtype, device=backend.device)
     backward(gradient=apart)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -63,17 +62,66 @@ def test_a_retained_graph_gives_the_same_gradient(case: LogprobsCase) -> None:
     assert same_bits(trainer.grad, first * 2)
 
 
-def test_a_changed_gradient_is_not_handed_out_again(case: LogprobsCase) -> None:
-    trainer = leaf(case)
-    loss = loss_of(case)(trainer)
-    (first,) = torch.autograd.grad(loss, trainer, retain_graph=True)
-    expected = first.clone()
-    (half,) = torch.autograd.grad(loss, trainer, loss.new_tensor(0.5), retain_graph=True)
-    assert same_bits(half, expected * 0.5)
-    first.zero_()
-    with contextlib.suppress(RuntimeError):  # torch's words for a saved tensor that has changed
-        (second,) = torch.autograd.grad(loss, trainer)
-        assert same_bits(second, expected)
+def test_a_changed_gradient_is_not_handed_out_again(backend: Backend, subject: Subject) -> None:
+    """A graph that is kept gives each backward pass a gradient of its own."""
+    first, constants = subject.inputs(backend.device)
+    expected = subject.gradient(first, *constants)
+    leaf = first.detach().requires_grad_()
+    target = subject.objective(leaf, *constants)
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(target, leaf, retain_graph=True)
+        assert same_bits(gradient, expected)
+        gradient.zero_()
+    (gradient,) = torch.autograd.grad(target, leaf)
+    assert same_bits(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("rows_apart", [False, True])
+def test_a_kept_graph_from_logits(
+    backend: Backend, dtype: torch.dtype, *, inplace: bool, rows_apart: bool
+) -> None:
+    case = logits.random_case(24, 13, dtype).to(backend.device)
+    leaf = case.logits.detach().requires_grad_()
+
+    def call() -> torch.Tensor:
+        room = torch.nn.functional.pad(leaf, (0, 3)) * 1
+        scores = room[:, :13] if rows_apart else leaf * 1
+        return case.with_(logits=scores).call(inplace=inplace).loss * 0.3
+
+    (expected,) = torch.autograd.grad(call(), leaf)
+    loss = call()
+    for keep in (True, True, False):
+        (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=keep)
+        assert same_bits(gradient, expected)
+        gradient.zero_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_kept_graph_from_hidden(backend: Backend, dtype: torch.dtype) -> None:
+    case = hidden.random_case(dtype=dtype).to(backend.device)
+    expected = evaluate(case, grad_loss=0.3)
+    leaves = leaves_of(case)
+    loss = case.with_(hidden=leaves[0], weight=leaves[1]).call().loss * 0.3
+    for keep in (True, True, False):
+        gradients = torch.autograd.grad(loss, leaves, retain_graph=keep)
+        for gradient, truth in zip(gradients, expected.gradients, strict=True):
+            assert same_bits(gradient, truth)
+            gradient.zero_()
+
+
+def test_without_a_kept_graph_the_gradient_is_not_copied(backend: Backend) -> None:
+    case = logits.random_case().to(backend.device)
+    leaf = case.logits.detach().requires_grad_()
+    scores = leaf * 1
+    loss = case.with_(logits=scores).call(inplace=True).loss
+    handed: list[int] = []
+    scores.register_hook(lambda gradient: handed.append(gradient.data_ptr()))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert handed[0] != scores.data_ptr()
+    assert handed[1] == scores.data_ptr()
 
 
 def test_several_incoming_gradients_at_once(case: LogprobsCase) -> None:
@@ -127,13 +175,18 @@ def test_compiled_autograd(backend: Backend) -> None:
 # Once
 
 
-def test_one_backward_from_logits(backend: Backend) -> None:
+def test_one_backward_without_a_kept_graph(backend: Backend, subject: Subject) -> None:
+    first, constants = subject.inputs(backend.device)
+    leaf = first.detach().requires_grad_()
+    target = subject.objective(leaf, *constants)
+    torch.autograd.grad(target, leaf)
+    with pytest.raises(RuntimeError, match="Specify retain_graph=True"):
+        torch.autograd.grad(target, leaf)
+
+
+def test_second_derivatives_from_logits(backend: Backend) -> None:
     case = logits.random_case().to(backend.device)
     leaf = case.logits.requires_grad_()
-    loss = case.call().loss
-    torch.autograd.grad(loss, leaf, retain_graph=True)
-    with pytest.raises(RuntimeError, match="can run backward once"):
-        torch.autograd.grad(loss, leaf)
     (gradient,) = torch.autograd.grad(case.call().loss ** 2, leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
         gradient.sum().backward()
@@ -141,15 +194,6 @@ def test_one_backward_from_logits(backend: Backend) -> None:
     (gradient,) = torch.autograd.grad(logprobs.sum(), leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
         gradient.sum().backward()
-
-
-def test_one_backward_from_hidden(backend: Backend) -> None:
-    case = hidden.random_case().to(backend.device)
-    leaves = (case.hidden.requires_grad_(), case.weight.requires_grad_())
-    loss = case.call().loss
-    torch.autograd.grad(loss, leaves, retain_graph=True)
-    with pytest.raises(RuntimeError, match="can run backward once"):
-        torch.autograd.grad(loss, leaves)
 
 
 # -------------------------------------------------------------------------------------------------

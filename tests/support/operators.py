@@ -62,9 +62,16 @@ def find_faults(case: LogitsCase) -> torch.Tensor:
 def chunk_of_loss(
     case: LogitsCase, gradient: torch.Tensor | None, fault: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies; the gradient goes where the caller wants it."""
+    """Log-probabilities and entropies; the gradient goes where the caller wants it.
+
+    That of fp16 logits over its rows' scales, as where all rows are one chunk.
+    """
     fault = find_faults(case) if fault is None else fault
-    return call_operator("chunk_logprobs_and_gradient", case, fault=fault, gradient=gradient)
+    row_scales = None
+    if gradient is not None and case.logits.dtype == torch.float16:
+        row_scales = torch.full((case.tokens,), torch.nan, device=gradient.device)
+    where = {"fault": fault, "gradient": gradient, "row_scales": row_scales}
+    return call_operator("chunk_logprobs_and_gradient", case, **where)
 
 
 def operator_gradient(case: LogprobsCase) -> torch.Tensor:
@@ -103,6 +110,7 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "gradient": torch.randn(rows),
         "out": torch.empty(rows, dtype=torch.bfloat16),
         "factor": torch.tensor(0.3),
+        "row_scales": torch.rand(TOKENS),
         "sums": torch.rand(len(_C.SUM_ROWS), 3, dtype=torch.float64),
         "extremes": torch.rand(len(_C.EXTREME_ROWS), 3, dtype=torch.float64),
     }
@@ -116,11 +124,13 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "columns": VOCABULARY,
         "float64": False,
         "ratio": 0.3,
-        "normalized": True,
     }
     known = {key: tensor.to(device) for key, tensor in tensors.items()} | numbers
     if name.startswith("chunk"):
         known["cu_seqlens"] = None  # a chunk of rows is not packed
+        known["row_scales"] = None  # of fp16 gradients alone
+    if name == "scale_rows_":
+        known["gradient"] = known["gradient"].half()
     return [_as(argument, known[argument.name]) for argument in operator(name)._schema.arguments]
 
 

@@ -131,7 +131,7 @@ void run_group(const IpoLossArgs& args, const math::LossParams<E>& params, int64
 
 template <typename E>
 void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
-  math::LossParams<E> params = gradient_params_for<E>(args);
+  math::LossParams<E> params = params_for<E>(args);
   const int64_t tiles = args.segments.num_tiles();
   const auto run_groups = [&] {
     const int64_t groups = (tiles + kTilesPerGroup - 1) / kTilesPerGroup;
@@ -149,7 +149,8 @@ void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
   const Workspace<E> workspace(args);
   double loss = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) loss += workspace.tile_losses[tile];
-  *static_cast<E*>(args.loss) = static_cast<E>(normalized_loss(loss, inverse_normalizer_of<E>(args)));
+  *static_cast<E*>(args.loss) =
+      static_cast<E>(normalized_loss(loss, inverse_normalizer_of<E>(args)));
   for (int64_t s = 0; s < args.segments.count; ++s) {
     if (group_of_segment(args.segments, s) < 0) finish_segment<E>(args, s);
   }

@@ -213,7 +213,10 @@ IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, const Stored*
   if (flows && is_backward(args)) flows = !upstream_grads<E>(args, index).are_zero();
   if (!flows) {
     fill_results(args, index, E(0));
-    if (gradient != nullptr) memset(gradient, 0, columns * sizeof(Gradient));
+    if (gradient != nullptr) {
+      fill_scale<Gradient>(args, index);
+      memset(gradient, 0, columns * sizeof(Gradient));
+    }
     return;
   }
 
@@ -226,12 +229,12 @@ IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, const Stored*
   E* kept = nullptr;
   if (is_backward(args)) {
     row_max = saved_row_max<E>(args, index);
-    derivative = restore_row<E>(args, index, upstream_grads<E>(args, index));
+    derivative = restore_row<Gradient>(args, index, true, upstream_grads<E>(args, index));
   } else {
     row_max = cap_logit(max_logit<E>(row, columns), scale.softcap).value;
     kept = place_to_keep(gradient, scratch);
     const RowSums sums = row_sums(row, columns, scale, row_max, kept, next_row, gradient);
-    derivative = finish_row(args, index, sums, row_max, at_label.value);
+    derivative = finish_row<Gradient>(args, index, sums, row_max, at_label.value);
   }
   if (gradient == nullptr) return;
   if (derivative.grads.are_zero()) {

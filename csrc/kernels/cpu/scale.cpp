@@ -18,11 +18,12 @@ void scale_rows(const ScaleRowsArgs& args, const ParallelFor& parallel_for) {
   const LogitsMatrix& rows = args.gradient;
   const ScaleArgs in_place = {rows.data, rows.dtype, rows.data, rows.dtype, 0, args.factor};
   const double factor = load_scalar(args.factor);
-  if (factor == 1) return;
+  if (factor == 1 && args.row_scales == nullptr) return;
   parallel_for(rows.rows, rows_per_task(rows.columns), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first = rows.offset(row);
-      elements(in_place, factor, first, first + rows.columns);
+      const double of_row = args.row_scales != nullptr ? args.row_scales[row] : 1;
+      elements(in_place, factor * of_row, first, first + rows.columns);
     }
   });
 }

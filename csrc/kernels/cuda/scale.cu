@@ -69,15 +69,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-// Scales rows that do not follow each other in place, each by one block.
+// Returns the factor of a row.
+template <typename Stored>
+__device__ __forceinline__ Compute<Stored> factor_of_row(const ScaleRowsArgs& args,
+                                                         Compute<Stored> factor, int64_t row) {
+  if constexpr (std::is_same_v<Stored, Float16>) {
+    if (args.row_scales != nullptr) return factor * args.row_scales[row];
+  }
+  return factor;
+}
+
+template <typename Stored>
+__device__ __forceinline__ bool has_row_scales(const ScaleRowsArgs& args) {
+  return std::is_same_v<Stored, Float16> && args.row_scales != nullptr;
+}
+
+// Scales rows in place, each by one block.
 template <typename Stored, int kCount>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     scale_each_row(const ScaleRowsArgs args) {
-  const Compute<Stored> factor = static_cast<Compute<Stored>>(load_scalar(args.factor));
-  if (factor == 1) return;
+  const Compute<Stored> shared = static_cast<Compute<Stored>>(load_scalar(args.factor));
+  if (shared == 1 && !has_row_scales<Stored>(args)) return;
   const int64_t columns = args.gradient.columns;
   for (int64_t index = blockIdx.x; index < args.gradient.rows; index += gridDim.x) {
     Stored* row = args.gradient.row<Stored>(index);
+    const Compute<Stored> factor = factor_of_row<Stored>(args, shared, index);
     int64_t column = int64_t{threadIdx.x} * kCount;
     for (; column + kCount <= columns; column += kThreads * kCount) {
       Stored loaded[kCount];

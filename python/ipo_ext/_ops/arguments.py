@@ -134,6 +134,12 @@ class ScaleArguments(NamedTuple):
     factor: torch.Tensor  # []
 
 
+class ScaleRowsArguments(NamedTuple):
+    gradient: torch.Tensor  # [..., vocabulary] float16
+    factor: torch.Tensor  # []
+    row_scales: torch.Tensor  # [rows] float32
+
+
 class ScaleIntoArguments(NamedTuple):
     gradient: torch.Tensor
     factor: torch.Tensor  # []
@@ -158,7 +164,9 @@ class IPOLossFromHiddenResults(NamedTuple):
     logprobs: torch.Tensor  # [...]
     entropy: torch.Tensor  # [...]
     metrics: MetricRows
-    grad_hidden: torch.Tensor  # [tokens, width]; without a row where not needed
+    grad_hidden: (
+        torch.Tensor
+    )  # [tokens, width], float32 for float16; without a row where not needed
     grad_weight: torch.Tensor  # [vocabulary, width] in the compute dtype; likewise
 
 
@@ -203,6 +211,7 @@ class ChunkLossArguments(NamedTuple):
     settings: LossSettings
     fault: torch.Tensor  # [1], as find_faults has returned it
     gradient: torch.Tensor | None  # where it goes
+    row_scales: torch.Tensor | None  # [rows]; where an fp16 gradient's go
 
 
 class LossAndMetricsArguments(NamedTuple):
@@ -212,7 +221,6 @@ class LossAndMetricsArguments(NamedTuple):
     settings: LossSettings
     fault: torch.Tensor
     with_gradient: bool
-    normalized: bool  # whether the gradient already holds 1 / normalizer
 
 
 class ChunkLogprobsArguments(NamedTuple):
@@ -229,6 +237,7 @@ class ChunkLogprobsBackwardArguments(NamedTuple):
     backward: LogprobsBackward
     fault: torch.Tensor
     gradient: torch.Tensor
+    row_scales: torch.Tensor | None
 
 
 OPERATORS: dict[str, type[tuple[Any, ...]]] = {
@@ -244,6 +253,7 @@ OPERATORS: dict[str, type[tuple[Any, ...]]] = {
     "chunk_logprobs": ChunkLogprobsArguments,
     "chunk_logprobs_backward": ChunkLogprobsBackwardArguments,
     "scale_": ScaleArguments,
+    "scale_rows_": ScaleRowsArguments,
     "scale_into": ScaleIntoArguments,
     "ipo_loss_from_hidden": IPOLossFromHiddenArguments,
     "linear_token_logprobs": LinearTokenLogprobsArguments,

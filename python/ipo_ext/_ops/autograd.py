@@ -1,7 +1,7 @@
 """What the operators' autograd Functions share: gradients made in forward, and scaled once.
 
-The forward operator makes the gradient, so a backward pass only scales it, and can neither be
-differentiated nor, where it scales in place, run again.
+The forward operator makes the gradient, so a backward pass only scales it, and cannot be
+differentiated.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import torch
 
 from ipo_ext._ops import library
 from ipo_ext._ops.arguments import LogprobsBackward
-from ipo_ext._ops.torch_internals import in_compiled_autograd, in_forward_mode
+from ipo_ext._ops.torch_internals import (
+    graph_is_kept,
+    in_compiled_autograd,
+    in_forward_mode,
+)
 
 Formula = tuple[Callable[..., Any], Callable[..., Any]]  # backward, setup_context
 
@@ -27,10 +31,6 @@ NO_SECOND_DERIVATIVE = (
 _NO_FORWARD_MODE = (
     "ipo_ext: the loss has no forward-mode derivative (jvp, jacfwd, hessian). Use reverse mode, "
     "backward() or torch.func.grad, or ipo_ext.reference, which supports both"
-)
-_ONE_BACKWARD = (
-    "ipo_ext: this loss can run backward once. Its gradient, made in the forward pass, is scaled "
-    "in place and handed over; call the function again for another backward"
 )
 
 
@@ -65,43 +65,6 @@ def refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         "ipo_ext: vmap over the loss is not supported. Sequences of a batch need none: pass them "
         "packed, with cu_seqlens for metrics of each"
     )
-
-
-def hand_over_once(ctx: Any) -> None:
-    """Raises when the gradients of ``ctx`` are asked for again."""
-    if torch.compiler.is_compiling():
-        return
-    if getattr(ctx, "handed_over", False):
-        raise RuntimeError(_ONE_BACKWARD)
-    ctx.handed_over = True
-
-
-# -------------------------------------------------------------------------------------------------
-# The factor of a gradient that forward has made
-
-
-def gradient_is_normalized(dtype: torch.dtype) -> bool:
-    """Whether a gradient made in forward holds 1 / normalizer, which would underflow in fp16."""
-    return dtype != torch.float16
-
-
-def inverse_to_keep(dtype: torch.dtype, normalizer: torch.Tensor | None) -> torch.Tensor | None:
-    """1 / normalizer where ``gradient_factor`` will need it.
-
-    A tensor of our own: the caller's may have changed by then, or come from ``inference_mode``.
-    """
-    if normalizer is None or gradient_is_normalized(dtype):
-        return None
-    nothing = normalizer == 0
-    inverse = torch.where(nothing, 0.0, 1 / torch.where(nothing, 1, normalizer.double()))
-    return inverse.clamp(max=2.0**64)  # a larger one would make NaN of 0
-
-
-def gradient_factor(grad_loss: torch.Tensor, inverse: torch.Tensor | None) -> torch.Tensor:
-    """What a gradient made in forward lacks; ``inverse`` as ``inverse_to_keep`` gave it."""
-    if inverse is None:
-        return grad_loss
-    return grad_loss * inverse.to(grad_loss.dtype)  # a scalar on the CPU needs no copy to a device
 
 
 # -------------------------------------------------------------------------------------------------
@@ -146,7 +109,8 @@ def anchor(*tensors: torch.Tensor) -> torch.Tensor | None:
 class ScaleOnce(NoSecondDerivative):
     """``gradient * factor`` in ``dtype``, over the gradient if that is its own; no derivative.
 
-    A compiled graph multiplies instead: it may not change what it has saved.
+    Each row also times its scale, where there are ``row_scales``. A graph that is kept for another
+    backward pass, and a compiled one, may not change what it has saved.
     """
 
     @staticmethod
@@ -155,11 +119,16 @@ class ScaleOnce(NoSecondDerivative):
         factor: torch.Tensor,
         dtype: torch.dtype,
         anchor: torch.Tensor | None,
+        row_scales: torch.Tensor | None,
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return (gradient.to(factor.dtype) * factor).to(dtype)
+            return multiplied(gradient, factor, row_scales).to(dtype)
         if gradient.dtype == dtype:
-            library.operators().scale_(gradient, factor)
+            gradient = gradient.clone() if graph_is_kept() else gradient
+            if row_scales is None:
+                library.operators().scale_(gradient, factor)
+            else:
+                library.operators().scale_rows_(gradient, factor, row_scales)
             return gradient
         out = gradient.new_empty(gradient.shape, dtype=dtype)
         if gradient.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16):
@@ -171,10 +140,23 @@ class ScaleOnce(NoSecondDerivative):
 
 
 def scale_once(
-    gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, anchor: torch.Tensor | None
+    gradient: torch.Tensor,
+    factor: torch.Tensor,
+    dtype: torch.dtype,
+    anchor: torch.Tensor | None,
+    row_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     run: Any = ScaleOnce.apply
-    return cast(torch.Tensor, run(gradient, factor, dtype, anchor))
+    return cast(torch.Tensor, run(gradient, factor, dtype, anchor, row_scales))
+
+
+def multiplied(
+    gradient: torch.Tensor, factor: torch.Tensor, row_scales: torch.Tensor | None
+) -> torch.Tensor:
+    """``gradient * factor``, each row also times its scale, in the factor's dtype."""
+    if row_scales is not None:
+        factor = factor * row_scales.view(*gradient.shape[:-1], 1)
+    return gradient.to(factor.dtype) * factor
 
 
 # -------------------------------------------------------------------------------------------------

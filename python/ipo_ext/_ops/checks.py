@@ -33,6 +33,11 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient by hidden states from forward to backward: fp16 might not hold it unscaled."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def check_per_token_loss(
     trainer_logprobs: torch.Tensor, inputs: LossInputs, teacher_tau: float
 ) -> None:

@@ -26,7 +26,6 @@ from ipo_ext._ops.arguments import (
     MetricRows,
     NeedsGrad,
 )
-from ipo_ext._ops.autograd import gradient_is_normalized
 from ipo_ext._ops.chunks import Gradients, Head, Rows
 
 _IGNORED_LABEL = -100
@@ -71,13 +70,13 @@ def _loss_in_one_pass(
     fill = _value_of_no_row(fault, head.compute)
     logprobs = rows.new_output((rows.tokens,), fill)
     entropy = rows.new_output((rows.tokens,), fill)
-    gradients = Gradients(head, hidden, rows, fill, arguments.needs_grad)
+    gradients = Gradients(ops, head, hidden, rows, fill, arguments.needs_grad)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
         states = rows.take_states(hidden, chunk)
         inputs_here = inputs.map_tokens(take)._replace(cu_seqlens=None)
         logits = head.logits(states)
-        gradient = gradients.over(logits)
+        gradient, row_scales = gradients.over(logits)
         logprobs_here, entropy_here = ops.chunk_logprobs_and_gradient(
             logits,
             take(labels),
@@ -87,11 +86,12 @@ def _loss_in_one_pass(
             *arguments.settings,
             fault,
             gradient,
+            row_scales,
         )
         rows.put(logprobs, chunk, logprobs_here)
         rows.put(entropy, chunk, entropy_here)
         pays = inputs_here.loss_mask & logprobs_here.isfinite()
-        gradients.add(chunk, gradient, states, pays)
+        gradients.add(chunk, gradient, row_scales, states, pays)
 
     loss, _, metrics = _loss_and_metrics(ops, arguments, fault, logprobs, entropy, False)
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients.finished())
@@ -131,7 +131,6 @@ def _loss_and_metrics(
     needs_grad_logprobs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, MetricRows]:
     """Loss, its derivatives by the log-probabilities, metrics."""
-    dtype = arguments.head.weight.dtype
     loss, grad_logprobs, *metrics = ops.loss_and_metrics(
         logprobs,
         entropy,
@@ -139,7 +138,6 @@ def _loss_and_metrics(
         *arguments.settings,
         fault,
         needs_grad_logprobs,
-        not needs_grad_logprobs or gradient_is_normalized(dtype),
     )
     return loss, grad_logprobs, MetricRows(*metrics)
 
@@ -210,12 +208,12 @@ def _gradients_of(
     chunks = rows.chunks(chunk_size) if any(needs_grad) else []
     head = Head(inputs.weight, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
-    gradients = Gradients(head, inputs.hidden, rows, fill, needs_grad)
+    gradients = Gradients(ops, head, inputs.hidden, rows, fill, needs_grad)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
         states = rows.take_states(inputs.hidden, chunk)
         logits = head.logits(states)
-        gradient = gradients.over(logits)
+        gradient, row_scales = gradients.over(logits)
         ops.chunk_logprobs_backward(
             logits,
             take(inputs.labels),
@@ -227,8 +225,9 @@ def _gradients_of(
             take(backward.grad_entropy),
             fault,
             gradient,
+            row_scales,
         )
-        gradients.add(chunk, gradient, states, take(rows.active))
+        gradients.add(chunk, gradient, row_scales, states, take(rows.active))
     return LinearTokenLogprobsBackwardResults(*gradients.finished())
 
 

@@ -163,33 +163,40 @@ class Gradients:
 
     def __init__(
         self,
+        ops: Any,
         head: Head,
         hidden: torch.Tensor,
         rows: Rows,
         fill: torch.Tensor,
         needs_grad: NeedsGrad,
     ) -> None:
-        self._head, self._rows, self._fill = head, rows, fill
+        self._ops, self._head, self._rows, self._fill = ops, head, rows, fill
         self._needs_hidden, self._needs_weight = needs_grad
         width = hidden.shape[-1]
         self._grad_hidden = (
-            rows.new_output((rows.tokens, width), fill.to(hidden.dtype))
+            rows.new_output((rows.tokens, width), fill.to(checks.kept_dtype(hidden.dtype)))
             if self._needs_hidden
-            else hidden.new_empty((0, width))
+            else hidden.new_empty((0, width), dtype=checks.kept_dtype(hidden.dtype))
         )
         vocabulary = head.weight.shape[0] if self._needs_weight else 0
         self._grad_weight = fill.new_empty((vocabulary, width))
+        # In fp16 the sum is kept over this, a power of two.
+        self._weight_scale = fill.new_full((), _LOWEST_SCALE) if _is_half(head) else None
         self._is_first = True
 
-    def over(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Where the gradient by the logits goes; None where nothing needs it."""
-        needs_any = self._needs_hidden or self._needs_weight
-        return self._head.gradient_over(logits) if needs_any else None
+    def over(self, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Where the gradient by the logits and its rows' scales go; None where none are needed."""
+        if not (self._needs_hidden or self._needs_weight):
+            return None, None
+        has_scales = self._weight_scale is not None
+        row_scales = logits.new_empty(len(logits)) if has_scales else None
+        return self._head.gradient_over(logits), row_scales
 
     def add(
         self,
         chunk: slice,
         gradient: torch.Tensor | None,  # [rows, vocabulary], by the logits
+        row_scales: torch.Tensor | None,  # [rows], over which an fp16 gradient is stored
         states: torch.Tensor,  # [rows, width]
         pays: torch.Tensor,  # [rows] bool; another row's gradient is 0, its state may be anything
     ) -> None:
@@ -199,17 +206,50 @@ class Gradients:
         if self._needs_hidden:
             grad_states = self._fill.new_empty(states.shape)
             product(gradient, self._head.weight, grad_states)
+            if row_scales is not None:
+                grad_states *= row_scales[:, None]
             self._rows.put(self._grad_hidden, chunk, grad_states)
         if self._needs_weight:
             # 0 * NaN would be NaN. A row that pays may be infinite too, where a softcap makes its
             # logits finite and their derivatives 0.
             states = torch.where(pays[:, None] & states.isfinite(), states, 0)
+            if row_scales is not None:
+                states = self._over_weight_scale(states, row_scales)
             product(gradient.t(), states, self._grad_weight, add=not self._is_first)
             self._is_first = False
 
+    def _over_weight_scale(self, states: torch.Tensor, row_scales: torch.Tensor) -> torch.Tensor:
+        """``states * row_scales`` in fp16, over the scale of the sum, raised where it must be.
+
+        The scale leaves the largest of all rows so far just below 2^13, and those down to 2^-27 of
+        it without a loss. No value is waited for; rows that need no higher scale cost nothing.
+        """
+        scale = cast(torch.Tensor, self._weight_scale)
+        wide = states.float() * row_scales[:, None]
+        needed = _power_of_two_below(wide.abs().amax()) * 2.0**-12
+        raised = torch.maximum(scale, needed.clamp(_LOWEST_SCALE, 1 / _LOWEST_SCALE))
+        if not self._is_first:
+            self._ops.scale_(self._grad_weight, scale / raised)
+        self._weight_scale = raised
+        return (wide / raised).to(states.dtype)
+
     def finished(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """[tokens, width] in the dtype of the hidden states, [vocabulary, width] in the compute
+        """[tokens, width] in the dtype that it is kept in, [vocabulary, width] in the compute
         dtype; without a row where not needed."""
         if self._is_first:
             self._grad_weight.copy_(self._fill)
+        elif self._weight_scale is not None:
+            self._ops.scale_(self._grad_weight, self._weight_scale)
         return self._grad_hidden, self._grad_weight
+
+
+_LOWEST_SCALE = 2.0**-120  # whose inverse float32 holds too
+
+
+def _is_half(head: Head) -> bool:
+    return head.dtype == torch.float16
+
+
+def _power_of_two_below(number: torch.Tensor) -> torch.Tensor:
+    """Of a float32 >= 0, exactly: its exponent without the mantissa."""
+    return (number.view(torch.int32) & 0x7F800000).view(torch.float32)

@@ -93,12 +93,18 @@ def _ipo_loss_from_logits(arguments: IPOLossFromLogitsArguments) -> Tensors:
         logits.new_empty(logits.shape if with_gradient else (0,)),
         *_logprobs_and_entropy(logits, labels),
         _metrics(logits, inputs.cu_seqlens, compute),
+        _row_scales(logits, labels, with_gradient),
     )
 
 
+def _row_scales(logits: torch.Tensor, labels: torch.Tensor, with_gradient: bool) -> torch.Tensor:
+    has_scales = with_gradient and logits.dtype == torch.float16
+    return logits.new_empty((labels.numel() if has_scales else 0,), dtype=torch.float32)
+
+
 def _ipo_loss_from_logits_inplace(arguments: IPOLossFromLogitsInplaceArguments) -> Tensors:
-    loss, _, *others = _ipo_loss_from_logits(IPOLossFromLogitsArguments(*arguments, False))
-    return (loss, *others)
+    loss, _, *others, _ = _ipo_loss_from_logits(IPOLossFromLogitsArguments(*arguments, False))
+    return (loss, *others, _row_scales(arguments.logits, arguments.labels, True))
 
 
 def _token_logprobs(arguments: TokenLogprobsArguments) -> Tensors:
@@ -131,7 +137,10 @@ def _gradients(head: HeadInputs, needs_grad: NeedsGrad) -> LinearTokenLogprobsBa
     vocabulary, width = head.weight.shape
     tokens = head.labels.numel()
     return LinearTokenLogprobsBackwardResults(
-        head.hidden.new_empty((tokens if needs_grad.needs_grad_hidden else 0, width)),
+        head.hidden.new_empty(
+            (tokens if needs_grad.needs_grad_hidden else 0, width),
+            dtype=checks.kept_dtype(head.hidden.dtype),
+        ),
         head.weight.new_empty(
             (vocabulary if needs_grad.needs_grad_weight else 0, width),
             dtype=checks.widened(head.weight.dtype),
@@ -196,5 +205,6 @@ FAKES: dict[str, Callable[[Any], Any]] = {
     "chunk_logprobs": _chunk_logprobs,
     "chunk_logprobs_backward": _nothing,
     "scale_": _nothing,
+    "scale_rows_": _nothing,
     "scale_into": _nothing,
 }

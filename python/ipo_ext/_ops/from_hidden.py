@@ -19,9 +19,6 @@ from ipo_ext._ops.autograd import (
     Formula,
     NoSecondDerivative,
     anchor,
-    gradient_factor,
-    hand_over_once,
-    inverse_to_keep,
     logprobs_backward,
     refuse_vmap,
     refusing_tangents,
@@ -37,7 +34,7 @@ from ipo_ext._ops.torch_internals import in_forward_mode
 
 def _loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     arguments = unflatten(IPOLossFromHiddenArguments, inputs)
-    _keep_gradients(ctx, arguments, output, arguments.head.weight.dtype, None)
+    _keep_gradients(ctx, arguments, output, None)
     ctx.num_inputs = len(inputs)
 
 
@@ -45,7 +42,6 @@ def _keep_gradients(
     ctx: Any,
     arguments: IPOLossFromHiddenArguments,
     output: tuple[Any, ...],
-    dtype: torch.dtype,
     anchor: torch.Tensor | None,
 ) -> None:
     ctx.mark_non_differentiable(*output[1:])
@@ -53,9 +49,8 @@ def _keep_gradients(
     hidden, weight, *_ = arguments.head
     ctx.shape, ctx.needs_grad = hidden.shape, arguments.needs_grad
     ctx.dtypes = hidden.dtype, weight.dtype
-    inverse = inverse_to_keep(dtype, arguments.inputs.normalizer)
     results = unflatten(IPOLossFromHiddenResults, output)
-    ctx.save_for_backward(results.grad_hidden, results.grad_weight, inverse, anchor)
+    ctx.save_for_backward(results.grad_hidden, results.grad_weight, anchor)
 
 
 def _loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -72,19 +67,18 @@ def _loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[A
             raise RuntimeError(
                 f"ipo_ext::ipo_loss_from_hidden: expected {name}=True to run backward, got False"
             )
-    grad_hidden, grad_weight, inverse, _ = ctx.saved_tensors
-    factor = gradient_factor(grad_loss, inverse)
+    grad_hidden, grad_weight, _ = ctx.saved_tensors
     hidden_dtype, weight_dtype = ctx.dtypes
     needs_hidden, needs_weight = ctx.needs_grad
     return (
-        (grad_hidden * factor).to(hidden_dtype).view(ctx.shape) if needs_hidden else None,
-        (grad_weight * factor).to(weight_dtype) if needs_weight else None,
+        (grad_hidden * grad_loss).to(hidden_dtype).view(ctx.shape) if needs_hidden else None,
+        (grad_weight * grad_loss).to(weight_dtype) if needs_weight else None,
         *others,
     )
 
 
 class IPOLossFromHiddenFunction(torch.autograd.Function):
-    """``ipo_loss_from_hidden``, whose gradients are scaled where they lie: one backward only.
+    """``ipo_loss_from_hidden``, whose gradients are scaled where they lie and handed over.
 
     Hidden states and weight are cast to ``dtype`` here, so that under autocast the gradient of a
     float32 weight is never rounded to less.
@@ -98,9 +92,9 @@ class IPOLossFromHiddenFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        anchor, dtype, *values = inputs
+        anchor, _, *values = inputs
         arguments = unflatten(IPOLossFromHiddenArguments, values)
-        _keep_gradients(ctx, arguments, output, dtype, anchor)
+        _keep_gradients(ctx, arguments, output, anchor)
         ctx.num_inputs = len(inputs)
 
     @staticmethod
@@ -108,16 +102,14 @@ class IPOLossFromHiddenFunction(torch.autograd.Function):
         others = (None,) * (ctx.num_inputs - 4)
         if grad_loss is None:
             return (None, None, None, None, *others)
-        hand_over_once(ctx)
-        grad_hidden, grad_weight, inverse, anchor = ctx.saved_tensors
-        factor = gradient_factor(grad_loss, inverse)
+        grad_hidden, grad_weight, anchor = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         needs_hidden, needs_weight = ctx.needs_grad
         of_hidden = of_weight = None
         if needs_hidden:
-            of_hidden = scale_once(grad_hidden, factor, hidden_dtype, anchor).view(ctx.shape)
+            of_hidden = scale_once(grad_hidden, grad_loss, hidden_dtype, anchor).view(ctx.shape)
         if needs_weight:
-            of_weight = scale_once(grad_weight, factor, weight_dtype, anchor)
+            of_weight = scale_once(grad_weight, grad_loss, weight_dtype, anchor)
         return (None, None, of_hidden, of_weight, *others)
 
     vmap = staticmethod(refuse_vmap)

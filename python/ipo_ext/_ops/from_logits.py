@@ -17,11 +17,8 @@ from ipo_ext._ops.autograd import (
     Formula,
     NoSecondDerivative,
     anchor,
-    gradient_factor,
-    gradient_is_normalized,
-    hand_over_once,
-    inverse_to_keep,
     logprobs_backward,
+    multiplied,
     refuse_vmap,
     refusing_tangents,
     savable,
@@ -43,10 +40,10 @@ def run_ipo_loss_from_logits(
         function = IPOLossFromLogitsInForwardMode
     elif not arguments.with_gradient:
         values = as_operands("ipo_loss_from_logits", flatten(arguments))
-        loss, _, *others = operator("ipo_loss_from_logits", values)(*values)
+        loss, _, *others, _ = operator("ipo_loss_from_logits", values)(*values)
         return (loss, *others)
     elif inplace:
-        function, arguments = IPOLossFromLogitsInplace, _with_kept_normalizer(arguments)
+        function = IPOLossFromLogitsInplace
     else:
         function = IPOLossFromLogitsFunction
     values = as_operands("ipo_loss_from_logits", flatten(arguments))
@@ -54,31 +51,19 @@ def run_ipo_loss_from_logits(
     return cast("tuple[torch.Tensor, ...]", outputs)[:6]
 
 
-def _with_kept_normalizer(arguments: IPOLossFromLogitsArguments) -> IPOLossFromLogitsArguments:
-    """The arguments, a normalizer that backward needs apart from logits that it may be one of."""
-    inputs = arguments.inputs
-    normalizer = inputs.normalizer
-    if normalizer is None or gradient_is_normalized(arguments.logits.dtype):
-        return arguments
-    return arguments._replace(inputs=inputs._replace(normalizer=normalizer.clone()))
-
-
 def _keep_gradient(
-    ctx: Any,
-    arguments: IPOLossFromLogitsArguments,
-    gradient: torch.Tensor,
-    anchor: torch.Tensor | None,
+    ctx: Any, gradient: torch.Tensor, row_scales: torch.Tensor, anchor: torch.Tensor | None
 ) -> None:
-    inverse = inverse_to_keep(gradient.dtype, arguments.inputs.normalizer)
-    ctx.save_for_backward(gradient, inverse, anchor)  # not the logits: they may be freed
+    scales = row_scales if gradient.dtype == torch.float16 else None
+    ctx.save_for_backward(gradient, scales, anchor)  # not the logits: they may be freed
     ctx.set_materialize_grads(False)  # else backward makes zeros as large as the logits
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     arguments = unflatten(IPOLossFromLogitsArguments, inputs)
-    _, gradient, *_ = output
+    _, gradient, *_, row_scales = output
     ctx.mark_non_differentiable(*output[1:])
-    _keep_gradient(ctx, arguments, gradient, None)
+    _keep_gradient(ctx, gradient, row_scales, None)
     ctx.with_gradient = arguments.with_gradient
     ctx.num_inputs = len(inputs)
 
@@ -94,22 +79,25 @@ def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[torch.
         return (None, *others)
     if torch.is_grad_enabled():
         raise NotImplementedError(NO_SECOND_DERIVATIVE)
-    gradient, inverse, _ = ctx.saved_tensors
-    factor = gradient_factor(grad_loss, inverse)
-    return ((gradient * factor).to(gradient.dtype), *others)
+    gradient, row_scales, _ = ctx.saved_tensors
+    return (multiplied(gradient, grad_loss, row_scales).to(gradient.dtype), *others)
 
 
 def _set_up(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...], gradient: torch.Tensor
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    output: tuple[Any, ...],
+    gradient: torch.Tensor,
+    row_scales: torch.Tensor,
 ) -> None:
-    anchor, *values = inputs
+    anchor, *_ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.num_inputs = len(inputs)
-    _keep_gradient(ctx, unflatten(IPOLossFromLogitsArguments, values), gradient, anchor)
+    _keep_gradient(ctx, gradient, row_scales, anchor)
 
 
 class IPOLossFromLogitsFunction(torch.autograd.Function):
-    """``ipo_loss_from_logits``, whose gradient is scaled where it lies: one backward only."""
+    """``ipo_loss_from_logits``, whose gradient is scaled where it lies and handed over."""
 
     @staticmethod
     def forward(anchor: torch.Tensor | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -118,7 +106,8 @@ class IPOLossFromLogitsFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        _set_up(ctx, inputs, output, gradient=output[-1])
+        *_, row_scales, gradient = output
+        _set_up(ctx, inputs, output, gradient, row_scales)
 
     @staticmethod
     def backward(
@@ -127,10 +116,9 @@ class IPOLossFromLogitsFunction(torch.autograd.Function):
         others = (None,) * (ctx.num_inputs - 2)
         if grad_loss is None:
             return (None, None, *others)
-        hand_over_once(ctx)
-        gradient, inverse, anchor = ctx.saved_tensors
-        factor = gradient_factor(grad_loss, inverse)
-        return (None, scale_once(gradient.detach(), factor, gradient.dtype, anchor), *others)
+        gradient, row_scales, anchor = ctx.saved_tensors
+        scaled = scale_once(gradient.detach(), grad_loss, gradient.dtype, anchor, row_scales)
+        return (None, scaled, *others)
 
     vmap = staticmethod(refuse_vmap)
 
@@ -158,7 +146,7 @@ class IPOLossFromLogitsInplace(IPOLossFromLogitsFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         _, logits, *_ = inputs
-        _set_up(ctx, inputs, output, gradient=logits)
+        _set_up(ctx, inputs, output, logits, row_scales=output[-1])
 
 
 IPOLossFromLogitsInForwardMode = refusing_tangents(IPOLossFromLogitsFunction)

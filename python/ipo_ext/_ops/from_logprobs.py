@@ -13,6 +13,7 @@ from ipo_ext._ops.autograd import Formula, NoSecondDerivative, refuse_vmap, refu
 from ipo_ext._ops.changing_numbers import as_operands, operator
 from ipo_ext._ops.torch_internals import (
     below_autograd,
+    graph_is_kept,
     in_forward_mode,
     is_batched_by_autograd,
     is_eager,
@@ -144,10 +145,15 @@ def _scaled(
 ) -> torch.Tensor:
     # Only where a graph of the backward pass is built can a second derivative be asked for.
     differentiable = torch.is_grad_enabled()
-    if not differentiable and gradient.dtype == trainer_logprobs.dtype and _is_one(factor):
+    if _may_be_handed_over(gradient, trainer_logprobs) and not differentiable and _is_one(factor):
         return gradient
     scale: Any = ScaleGradient.apply if differentiable else ScaleGradient.forward
     return cast(torch.Tensor, scale(gradient, factor, trainer_logprobs))
+
+
+def _may_be_handed_over(gradient: torch.Tensor, trainer_logprobs: torch.Tensor) -> bool:
+    """Whether it may become the caller's own: not where another backward pass needs it."""
+    return gradient.dtype == trainer_logprobs.dtype and is_eager() and not graph_is_kept()
 
 
 def _is_one(factor: torch.Tensor) -> bool:

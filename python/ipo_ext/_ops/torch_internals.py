@@ -67,6 +67,14 @@ def compiler_knows(number: float) -> bool:
     return has_static_value(number)
 
 
+def graph_is_kept() -> bool:
+    """Whether the backward pass that runs may run again: ``retain_graph`` or ``create_graph``.
+
+    Autograd tells it to no Function. True outside of a backward pass.
+    """
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
 # -------------------------------------------------------------------------------------------------
 # What a tensor is a view of
 

@@ -140,8 +140,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kRules, E>)
   };
   bool loaded = !again;
   if (loaded) load_round(0);
-  const LossParams<E> params =
-      kRules == Rules::kAny ? gradient_params_for<E>(args) : params_for<E>(args);
+  const LossParams<E> params = params_for<E>(args);
   const Workspace<E> workspace(args);
   int64_t segment = block_segment_of(segments, tile_begin, probed);
   if (loaded) vector.widen(args);

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
     const bool owned = __syncthreads_or(owner);
     if (threadIdx.x == 0) {
       const RowDerivative<E> derivative =
-          restore_row<E>(args, index, upstream_grads<E>(args, index));
+          restore_row<Gradient>(args, index, split == 0, upstream_grads<E>(args, index));
       storage.terms = gradient_terms<kCapped>(derivative, scale_of<E>(args, index),
                                               saved_row_max<E>(args, index),
                                               owned ? storage.label_logit : E(0));
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
     const RowStats<E> stats = merge_splits(args, index, splits, rows.plan.splits, storage);
     if (threadIdx.x == 0) {
       storage.scale = scale_of<E>(args, index);
-      finish_row<kCapped>(args, index, stats, split == 0, storage);
+      finish_row<Gradient, kCapped>(args, index, stats, split == 0, storage);
     }
   }
   if (gradient == nullptr) return;

@@ -33,13 +33,15 @@ __device__ __forceinline__ void fill_row(const LogitsArgs& args, int64_t row, bo
                                          const Slice& slice, int vectors, Gradient* gradient) {
   const E value = *args.fault != 0 ? std::numeric_limits<E>::quiet_NaN() : E(0);
   if (stores_results) fill_results(args, row, value);
-  if (gradient != nullptr) slice.fill(gradient, vectors, value);
+  if (gradient == nullptr) return;
+  if (stores_results && threadIdx.x == 0) fill_scale<Gradient>(args, row);
+  slice.fill(gradient, vectors, value);
 }
 
 // Makes a row's results of its maximum and sums and leaves the terms of its gradient in `storage`;
 // one thread calls it. The row waits in memory while its loss is computed, whose arithmetic needs
 // the registers.
-template <bool kCapped, typename E, typename Storage>
+template <typename Gradient, bool kCapped, typename E, typename Storage>
 __device__ __forceinline__ void finish_row(const LogitsArgs& args, int64_t index,
                                            const RowStats<E>& stats, bool stores_results,
                                            Storage& storage) {
@@ -52,8 +54,10 @@ __device__ __forceinline__ void finish_row(const LogitsArgs& args, int64_t index
   storage.grads = loss_grads(args, index, result.logprob);
   compiler_barrier();
   const LogitScale<E> scale = storage.scale;
+  const RowGrads<E> grads = over_scale<Gradient>(args, index, stores_results, storage.grads,
+                                                 storage.result.entropy, scale.inverse_temperature);
   const RowDerivative<E> derivative = row_derivative<E>(
-      storage.grads, storage.stats.sums.sum_exp, storage.result.entropy, scale.inverse_temperature);
+      grads, storage.stats.sums.sum_exp, storage.result.entropy, scale.inverse_temperature);
   storage.terms =
       gradient_terms<kCapped>(derivative, scale, storage.stats.row_max, storage.stats.label_logit);
 }
@@ -102,7 +106,7 @@ __device__ __forceinline__ void process_row(const RowKernelArgs& rows, int64_t i
   if (threadIdx.x < kWarpSize) {
     row.spill_to_shared();
     if (threadIdx.x == 0) {
-      finish_row<kCapped>(args, index, stats, cluster.rank == 0, storage);
+      finish_row<Gradient, kCapped>(args, index, stats, cluster.rank == 0, storage);
       storage.gradient = gradient_of_row<Gradient>(args, index);
     }
     row.restore_from_shared();
