@@ -14,7 +14,7 @@ class __attribute__((visibility("hidden"))) LogitsTensor {
     IPO_EXT_CHECK(tensor.dim() > 0, name, ": expected shape [..., vocabulary], got a 0-dim tensor");
     check_within_storage(tensor, name);
     if (!describe()) {
-      tensor_ = torch::stable::contiguous(tensor_);
+      tensor_ = contiguous_copy(tensor_, name);
       is_copy_ = true;
       describe();
     }

@@ -22,6 +22,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, (float, int, Real)) and not isinstance(value, bool)
 
 
+def to_float(name: str, value: Any) -> float:
+    """The number as a float; of an int beyond all floats a sentence instead of an OverflowError."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name}: expected a number that float64 holds, got one beyond 1.8e308"
+        ) from None
+
+
 class LossSettings(NamedTuple):
     """What every operator of the loss takes of a config: the list of csrc/math/settings.h."""
 
@@ -93,7 +103,7 @@ class IPOConfig:
                 continue
             if not is_number(value):
                 raise ValueError(f"{field.name}: expected a number, got {value!r}")
-            value = float(value)
+            value = to_float(field.name, value)
             object.__setattr__(self, field.name, value)
             if field.name not in _BOUNDS and not 0 <= value < math.inf:
                 raise ValueError(f"{field.name}: expected a finite number >= 0, got {value!r}")
@@ -168,6 +178,11 @@ class IPOConfig:
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> IPOConfig:
         """The config of a ``trainer.loss`` section; an unknown field is a ValueError."""
+        if not isinstance(mapping, Mapping) and not hasattr(mapping, "keys"):
+            raise TypeError(
+                f"mapping: expected a mapping of fields such as a dict, got "
+                f"{type(mapping).__name__}; pass for instance {{'kl_tau': 0.001}}"
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in mapping.items():
             if name not in known:

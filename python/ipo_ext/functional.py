@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -25,14 +24,16 @@ from ipo_ext._ops.arguments import (
 )
 from ipo_ext._ops.changing_numbers import settings_of
 from ipo_ext._ops.chunks import default_chunk_size
+from ipo_ext._ops.errors import with_torch_errors
 from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_logprobs
 from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
 from ipo_ext._ops.from_logprobs import run_ipo_loss
-from ipo_ext.config import IPOConfig, is_number
+from ipo_ext.config import IPOConfig, is_number, to_float
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
 
 _DEFAULT = IPOConfig()
+_LARGEST_COUNT = 2**63 - 1  # what an operator can be given
 
 
 def ipo_loss(
@@ -106,7 +107,9 @@ def ipo_loss(
     if config.has_rollout_rule:
         inputs = _with_sequences(inputs)
     settings = settings_of(config, compute)
-    loss, *rows = run_ipo_loss(IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient))
+    loss, *rows = with_torch_errors(
+        run_ipo_loss, IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient)
+    )
     return IPOOutput(loss, _metrics(rows, cu_seqlens, inputs, config))
 
 
@@ -196,7 +199,7 @@ def ipo_loss_from_logits(
         inputs = _with_sequences(inputs)
     scaling = LogitScaling(temperature, _softcap(softcap, logits))
     settings = settings_of(config, compute)
-    loss, logprobs, entropy, *rows = _with_index_error(
+    loss, logprobs, entropy, *rows = with_torch_errors(
         functools.partial(run_ipo_loss_from_logits, inplace=inplace),
         IPOLossFromLogitsArguments(logits, labels, scaling, inputs, settings, with_gradient),
     )
@@ -230,7 +233,7 @@ def token_logprobs(
     temperature = _scalar("temperature", temperature, logits)
     checks.check_logits(logits, labels, temperature)
     checks.check_no_gradient(None, temperature)
-    logprobs, entropy, _ = _with_index_error(
+    logprobs, entropy, _ = with_torch_errors(
         run_token_logprobs,
         TokenLogprobsArguments(
             logits, labels, LogitScaling(temperature, _softcap(softcap, logits))
@@ -324,7 +327,7 @@ def ipo_loss_from_hidden(
     with_gradient = torch.is_grad_enabled()
     if config.has_rollout_rule:
         inputs = _with_sequences(inputs)
-    loss, logprobs, entropy, *rows = _with_index_error(
+    loss, logprobs, entropy, *rows = with_torch_errors(
         run_ipo_loss_from_hidden,
         checks.product_dtype(hidden, weight),
         IPOLossFromHiddenArguments(
@@ -372,7 +375,7 @@ def linear_token_logprobs(
     head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap, hidden)))
     checks.check_hidden(head)
     checks.check_no_gradient(None, temperature)
-    logprobs, entropy, _ = _with_index_error(
+    logprobs, entropy, _ = with_torch_errors(
         run_linear_token_logprobs,
         checks.product_dtype(hidden, weight),
         LinearTokenLogprobsArguments(head, _chunk_size(chunk_size, hidden, weight)),
@@ -389,6 +392,12 @@ def _check_may_be_overwritten(logits: torch.Tensor) -> None:
         )
     if base is None or torch.compiler.is_compiling():  # the compiler refuses it while it traces
         return
+    if logits.is_neg():
+        raise ValueError(
+            "logits: expected no negated view because inplace is True, got one (the imaginary part "
+            "of a conjugate is one), which torch would write to through a copy; pass inplace=False "
+            "or logits.resolve_neg()"
+        )
     if not torch_internals.view_may_change(logits):
         raise ValueError(
             "logits: expected no part of unbind, split or chunk and no view made in a custom "
@@ -440,6 +449,7 @@ def _scalar(
         return value
     if not is_number(value):
         raise TypeError(f"{name}: expected a float or a 0-dim tensor, got {type(value).__name__}")
+    number = to_float(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0 or a tensor, got {value!r}")
     dtype = _computed_in(like)
@@ -452,7 +462,7 @@ def _scalar(
     if torch.compiler.is_compiling():
         # A number that the graph computes with: as a constant, each new value would recompile.
         return like.new_ones((), dtype=torch.float64) * value
-    return torch.scalar_tensor(float(value), dtype=torch.float64, device="cpu")
+    return torch.scalar_tensor(number, dtype=torch.float64, device="cpu")
 
 
 def _computed_in(like: torch.Tensor) -> torch.dtype:
@@ -474,6 +484,7 @@ def _softcap(softcap: float | None, like: torch.Tensor) -> float:
         return 0.0
     if not is_number(softcap):
         raise TypeError(f"softcap: expected a float or None, got {type(softcap).__name__}")
+    number = to_float("softcap", softcap)
     if not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
     dtype = _computed_in(like)
@@ -483,7 +494,7 @@ def _softcap(softcap: float | None, like: torch.Tensor) -> float:
             f"softcap: expected a number from {lowest:.3g} to {highest:.3g}, which {dtype} holds, "
             f"or None, got {softcap!r}"
         )
-    return float(softcap)
+    return number
 
 
 def _count(name: str, value: Any, least: int) -> int | None:
@@ -495,6 +506,10 @@ def _count(name: str, value: Any, least: int) -> int | None:
         raise TypeError(f"{name}: expected an int or None, got bool")
     if value < least:
         raise ValueError(f"{name}: expected a number >= {least} or None, got {value!r}")
+    if value > _LARGEST_COUNT:
+        raise ValueError(
+            f"{name}: expected a number below 2**63 or None, got one of {value.bit_length()} bits"
+        )
     return cast(int, value)
 
 
@@ -510,17 +525,3 @@ def _chunk_size(chunk_size: int | None, hidden: torch.Tensor, weight: torch.Tens
     if given is None:
         return default_chunk_size(weight.shape[0], hidden.dtype, hidden.device)
     return given
-
-
-def _with_index_error(
-    run: Callable[..., tuple[torch.Tensor, ...]], *inputs: Any
-) -> tuple[torch.Tensor, ...]:
-    """Raises an IndexError where the operator, which knows RuntimeErrors alone, means one."""
-    if torch.compiler.is_compiling():
-        return run(*inputs)
-    try:
-        return run(*inputs)
-    except RuntimeError as error:
-        if str(error).startswith("labels:"):
-            raise IndexError(str(error)) from None
-        raise

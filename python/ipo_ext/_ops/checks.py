@@ -97,13 +97,13 @@ def check_hidden(head: HeadInputs) -> None:
     Their dtypes may differ, for autocast: see ``product_dtype``.
     """
     hidden, weight, labels, scaling = head
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        _check_not_distributed(name, tensor)
     check_tensor("hidden", hidden, FLOATING)
     check_device_supported("hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape [..., width], got {_shape(hidden)}")
     check_tensor("weight", weight, FLOATING)
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        _check_not_distributed(name, tensor)
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight: expected shape [vocabulary, {hidden.shape[-1]}] for hidden "
@@ -208,10 +208,34 @@ def check_device_supported(name: str, tensor: torch.Tensor) -> None:
 def check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if (
+        tensor.is_nested
+        or tensor.layout is not torch.strided
+        or type(tensor).__name__ in _OTHER_KINDS
+    ):
+        _refuse_kind(name, tensor)
     if tensor.dtype not in dtypes:
         expected = " or ".join(map(str, dtypes))
         hint = f"; convert it: {name}.bool()" if dtypes == BOOLEAN else ""
         raise TypeError(f"{name}: expected dtype {expected}, got {tensor.dtype}{hint}")
+
+
+# Tensor subclasses that no operator of another package can take, and what to do.
+_OTHER_KINDS = {
+    "DTensor": "pass the rank's own part, {name}.to_local(), or all of it, {name}.full_tensor()",
+    "MaskedTensor": "pass {name}.get_data(), and in loss_mask which tokens count",
+}
+
+
+def _refuse_kind(name: str, tensor: torch.Tensor) -> None:
+    kind = type(tensor).__name__
+    if tensor.is_nested:
+        got, advice = "a nested one", "pass {name}.values() of a jagged one, with cu_seqlens"
+    elif kind in _OTHER_KINDS:
+        got, advice = f"a {kind}", _OTHER_KINDS[kind]
+    else:
+        got, advice = f"one of layout {tensor.layout}", "pass {name}.to_dense()"
+    raise TypeError(f"{name}: expected a plain tensor, got {got}; {advice.format(name=name)}")
 
 
 def _check_per_token(

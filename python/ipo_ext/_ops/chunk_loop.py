@@ -26,9 +26,7 @@ from ipo_ext._ops.arguments import (
     MetricRows,
     NeedsGrad,
 )
-from ipo_ext._ops.chunks import Gradients, Head, Rows
-
-_IGNORED_LABEL = -100
+from ipo_ext._ops.chunks import IGNORED_LABEL, Gradients, Head, Rows
 
 # -------------------------------------------------------------------------------------------------
 # The loss
@@ -106,7 +104,7 @@ def _loss_of_whole_rollouts(
     time reads a count back.
     """
     loss_mask, num_active = arguments.inputs.loss_mask, arguments.num_active
-    labels = arguments.head.labels.masked_fill(~loss_mask, _IGNORED_LABEL)
+    labels = arguments.head.labels.masked_fill(~loss_mask, IGNORED_LABEL)
     head, chunk_size = arguments.head._replace(labels=labels), arguments.chunk_size
     rows = Rows.of(loss_mask, num_active)
     logprobs, entropy, softmax_stats = _logprobs_of(ops, rows, fault, head, chunk_size)
@@ -151,7 +149,7 @@ def _linear_token_logprobs(
 ) -> LinearTokenLogprobsResults:
     head, shape = _flat_head(arguments.head), arguments.head.labels.shape
     fault = _faults_of_head(ops, head)
-    rows = Rows.of(head.labels != _IGNORED_LABEL, None)
+    rows = Rows.of(head.labels != IGNORED_LABEL, None)
     logprobs, entropy, stats = _logprobs_of(ops, rows, fault, head, arguments.chunk_size)
     return LinearTokenLogprobsResults(logprobs.view(shape), entropy.view(shape), stats)
 
@@ -189,7 +187,7 @@ def _linear_token_logprobs_backward(
     backward = LogprobsBackward(_flat(entropy), softmax_stats, *map(_flat, grads))
     fault = _faults_of_head(ops, head)
     flows = (backward.grad_logprobs != 0) | (backward.grad_entropy != 0)
-    rows = Rows.of((head.labels != _IGNORED_LABEL) & flows, None)
+    rows = Rows.of((head.labels != IGNORED_LABEL) & flows, None)
     return _gradients_of(
         ops, rows, fault, head, arguments.chunk_size, backward, arguments.needs_grad
     )

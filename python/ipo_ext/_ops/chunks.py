@@ -14,6 +14,8 @@ import torch
 from ipo_ext._ops import checks
 from ipo_ext._ops.arguments import NeedsGrad
 
+IGNORED_LABEL = -100  # of a row that takes no part in log-probabilities
+
 # Bytes of a chunk's logits: enough rows to keep the matrix products at full speed, which on a GPU
 # takes thousands and on a CPU hundreds.
 _LOGITS_BYTES = {"cuda": 1_250_000_000, "cpu": 48 * 2**20}

@@ -25,6 +25,7 @@ from ipo_ext._ops.autograd import (
     scale_once,
 )
 from ipo_ext._ops.changing_numbers import as_operands, operator
+from ipo_ext._ops.errors import with_torch_errors
 from ipo_ext._ops.torch_internals import in_forward_mode
 
 # -------------------------------------------------------------------------------------------------
@@ -189,7 +190,8 @@ class TokenLogprobsGradient(NoSecondDerivative):
     ) -> torch.Tensor:
         saved = (entropy, softmax_stats, grad_logprobs, grad_entropy)
         values = (logits, labels, temperature, softcap, *saved)
-        return cast(torch.Tensor, operator("token_logprobs_backward", values)(*values))
+        run = operator("token_logprobs_backward", values)
+        return cast(torch.Tensor, with_torch_errors(run, *values))
 
 
 def _logprobs_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

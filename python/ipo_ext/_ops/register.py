@@ -26,7 +26,8 @@ from ipo_ext._ops.changing_numbers import (
 )
 from ipo_ext._ops.chunk_loop import KERNELS
 from ipo_ext._ops.fakes import FAKES
-from ipo_ext._ops.torch_internals import without_tracking_views
+from ipo_ext._ops.flops import register_formulas
+from ipo_ext._ops.torch_internals import registered_operators, without_tracking_views
 
 AUTOGRAD: dict[str, Formula] = {
     **from_logprobs.AUTOGRAD,
@@ -40,6 +41,8 @@ _libraries: list[torch.library.Library] = []
 
 def register(namespace: str) -> None:
     """Defines what Python does of the operators of ``namespace``, whose C++ half is loaded."""
+    if f"{namespace}::{next(iter(KERNELS))}" in registered_operators(namespace):
+        return  # a second import, after removal from sys.modules: torch still holds the first one's
     library = torch.library.Library(namespace, "FRAGMENT")
     _libraries.append(library)
     keys = ("CPU", "CUDA") if _C.CUDA_ARCHITECTURES else ("CPU",)
@@ -67,6 +70,7 @@ def register(namespace: str) -> None:
         )
     for name in (*AUTOGRAD, "linear_token_logprobs_backward"):
         torch.library.register_vmap(f"{namespace}::{name}", refuse_vmap, lib=library)
+    register_formulas(namespace)
 
 
 def _kernel(name: str, function: Callable[..., Any], namespace: str) -> Callable[..., Any]:
