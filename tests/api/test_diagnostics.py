@@ -115,6 +115,15 @@ def test_every_rule_and_every_shape_of_rows_is_verified() -> None:
         assert any(begin < kind.columns <= end and kind.only_gpus for kind in verify.INPUTS)
 
 
+def test_a_rollout_rule_drops_the_last_sequence_that_is_verified() -> None:
+    kinds = [kind for kind in verify.INPUTS if kind.config.has_rollout_rule]
+    for kind in kinds:
+        logprobs = -torch.rand(kind.rows)
+        constants = verify.constants_of_loss(kind, logprobs, torch.Generator().manual_seed(0))
+        dropped = ipo_ext.ipo_loss(logprobs, **constants).metrics["rollout_dropped"]
+        assert dropped.tolist() == [0, 0, 1]
+
+
 Break = Callable[[list[torch.Tensor]], None]
 
 

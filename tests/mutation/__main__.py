@@ -294,7 +294,8 @@ class Tree:
                 ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.so")
             )
         shutil.copy(ROOT / "pyproject.toml", root)
-        self.install(library.build_library(root))
+        self.sound = library.build_library(root)
+        self.install(self.sound)
         self.worker = subprocess.Popen(
             [sys.executable, "-m", "tests.mutation.worker"],
             cwd=root,
@@ -341,7 +342,7 @@ class Tree:
         finally:
             path.write_text(original)
             if path.suffix != ".py":
-                self.install(library.build_library(self.root))
+                self.install(self.sound)
 
     def close(self) -> None:
         assert self.worker.stdin is not None

@@ -92,7 +92,9 @@ class _Selection:
 
     def is_left_out(self, item: pytest.Item) -> bool:
         source = inspect.getsource(getattr(item, "function", type(item)))
-        others = any(word in source for word in ("compile", "spawn", "subprocess"))
+        others = any(
+            word in source for word in ("torch.compile", "compiled", "spawn", "subprocess")
+        )
         return others or any(map(item.get_closest_marker, self.elsewhere))
 
 
