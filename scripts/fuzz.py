@@ -107,10 +107,10 @@ def work(options: argparse.Namespace, first: int, at: Any, results: Any) -> None
     """Runs every ``processes``-th batch from ``first`` on until the time is over."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of inference log-probabilities in 16 bits
-    deadline = time.monotonic() + options.minutes * 60
     known: set[str] = set()
     batch = first
-    with backend(options.backend):
+    with backend(options.backend):  # which the emulator may have to be built for
+        deadline = time.monotonic() + options.minutes * 60
         while time.monotonic() < deadline and (options.batches is None or batch < options.batches):
             at.value = batch
             results.put((batch, run_batch(options.seed, batch, known)))

@@ -35,7 +35,7 @@ SIZES = (7, 8, 9)  # tokens of calls that follow one another
 
 
 class Soaked(NamedTuple):
-    """Resident memory in MiB, read as often as READINGS says, and how long it took."""
+    """Resident memory in MiB, each time it was read, and how long all took in seconds."""
 
     readings: list[float]
     seconds: float
@@ -52,19 +52,23 @@ class Soaked(NamedTuple):
 
 
 def soak(
-    call: Callable[[], Any], calls: int, progress: Callable[[int], None] | None = None
+    call: Callable[[], Any],
+    calls: int,
+    *,
+    readings: int = READINGS,
+    progress: Callable[[int], None] | None = None,
 ) -> Soaked:
     """Runs ``call`` so many times."""
-    each = max(calls // READINGS, 1)
-    readings: list[float] = []
+    each = max(calls // readings, 1)
+    read: list[float] = []
     started = time.monotonic()
-    while len(readings) * each < calls:
+    while len(read) * each < calls:
         for _ in range(each):
             call()
-        readings.append(resident_mib())
+        read.append(resident_mib())
         if progress is not None:
-            progress(len(readings) * each)
-    return Soaked(readings, time.monotonic() - started)
+            progress(len(read) * each)
+    return Soaked(read, time.monotonic() - started)
 
 
 _LIBC = ctypes.CDLL(None)
@@ -191,7 +195,7 @@ def main() -> None:
             if sys.stderr.isatty():
                 print(f"{name} {kind}: {done:,}", end="\r", file=sys.stderr, flush=True)
 
-        soaked = soak(call, options.calls, progress)
+        soaked = soak(call, options.calls, progress=progress)
         all_flat &= soaked.is_flat
         print(row(name, kind, soaked, options.calls), flush=True)
     sys.exit(not all_flat)

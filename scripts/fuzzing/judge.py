@@ -675,14 +675,20 @@ def _judge_products(rows: _Rows, i: int, made: _Made, verdicts: _Verdicts) -> No
     if "hidden" in results:
         ours = results["hidden"].reshape(states.shape)
         size = exact.abs() @ weight.abs()
-        budget = error @ weight.abs() + (columns / 2 + 4) * rows.eps * size
+        budget = error @ weight.abs() + _of_product(rows, columns, size)
         product = exact @ weight
         budget = budget + _rounding_to(product, ours.dtype)
         budget = torch.where(unknown, math.nan, budget)
         _compare_with(verdicts, i, "grad_hidden", ours, *made.scaled(budget, product))
     if "weight" in results:
         size = exact.abs().t() @ states.abs()
-        budget = error.t() @ states.abs() + (tokens / 2 + 4) * rows.eps * size
+        budget = error.t() @ states.abs() + _of_product(rows, tokens, size)
         budget = torch.full_like(budget, math.nan) if unknown.any() else budget
         scaled = made.scaled(budget, exact.t() @ states)
         _compare_with(verdicts, i, "grad_weight", results["weight"], *scaled)
+
+
+def _of_product(rows: _Rows, terms: int, size: torch.Tensor) -> torch.Tensor:
+    """What a product of so many terms loses in the compute dtype, subnormal ones included."""
+    step = _smallest(rows.logprobs.dtype)
+    return (terms / 2 + 4) * torch.where(size > 0, rows.eps * size + step, 0.0)
