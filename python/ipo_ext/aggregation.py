@@ -61,9 +61,9 @@ def aggregation_counts(
         group: the ranks over which the counts are summed, one small all-reduce; default none.
 
     Returns:
-        int64, on the mask's device: ``[2]``, tokens that train and sequences that have one; or for
-        "group_mean_token_mean" ``[num_groups]``, tokens of each group. A contract that CUDA cannot
-        check without synchronising makes them negative.
+        Counts in int64 on the mask's device, ``[2]``: tokens that train and sequences that have
+        one. For "group_mean_token_mean" ``[num_groups]``, the tokens of each group. A contract that
+        CUDA cannot check without synchronising makes them negative.
 
     Raises:
         As ``aggregate``.
@@ -141,10 +141,10 @@ def aggregate(
             that one rank's call breaks makes the normalizer of every rank NaN.
 
     Returns:
-        The weights, fp32 like the mask (None where all are 1), and the normalizer, fp64, 0-dim: 0
-        where nothing trains, which gives loss 0 and zero gradients. On CUDA, where looking would
-        synchronise, a ``cu_seqlens`` that is no partition or a group out of range makes the
-        normalizer NaN, and with it the loss and every gradient.
+        The weights, fp32 like the mask (None where all are 1), and the normalizer, an fp64 0-dim
+        tensor. It is 0 where nothing trains, which gives loss 0 and zero gradients. On CUDA, where
+        looking would synchronise, a ``cu_seqlens`` that is no partition or a group out of range
+        makes it NaN, and with it the loss and every gradient.
 
     Raises:
         TypeError: a dtype is not as above.
