@@ -66,7 +66,7 @@ def aggregation_counts(
         CUDA cannot check without synchronising makes them negative.
 
     Raises:
-        As ``aggregate``.
+        TypeError, ValueError, RuntimeError, IndexError: as for ``aggregate``.
 
     Example:
         >>> micro_batches = mask.split(1)
