@@ -17,30 +17,25 @@ class Function(NamedTuple):
     call: Callable[..., Any]
     operands: tuple[str, ...]  # the arguments that every call gives
     leaves: tuple[str, ...]  # those that it differentiates
-    backward_once: bool  # whether a second backward pass is refused
 
 
 DEFAULT = IPOConfig()
 _OF_LOSS = ("inference_logprobs", "advantages", "loss_mask")
 FUNCTIONS = {
-    "ipo_loss": Function(
-        ipo_ext.ipo_loss, ("trainer_logprobs", *_OF_LOSS), ("trainer_logprobs",), False
-    ),
+    "ipo_loss": Function(ipo_ext.ipo_loss, ("trainer_logprobs", *_OF_LOSS), ("trainer_logprobs",)),
     "ipo_loss_from_logits": Function(
-        ipo_ext.ipo_loss_from_logits, ("logits", "labels", *_OF_LOSS), ("logits",), True
+        ipo_ext.ipo_loss_from_logits, ("logits", "labels", *_OF_LOSS), ("logits",)
     ),
     "ipo_loss_from_hidden": Function(
         ipo_ext.ipo_loss_from_hidden,
         ("hidden", "weight", "labels", *_OF_LOSS),
         ("hidden", "weight"),
-        True,
     ),
-    "token_logprobs": Function(ipo_ext.token_logprobs, ("logits", "labels"), ("logits",), False),
+    "token_logprobs": Function(ipo_ext.token_logprobs, ("logits", "labels"), ("logits",)),
     "linear_token_logprobs": Function(
         ipo_ext.linear_token_logprobs,
         ("hidden", "weight", "labels"),
         ("hidden", "weight"),
-        False,
     ),
 }
 
@@ -184,16 +179,15 @@ def _run_again(
     leaves: list[torch.Tensor],
     before: list[torch.Tensor],
 ) -> str | None:
-    """What is wrong with a second backward pass: the same bits, or refused."""
-    if not FUNCTIONS[call.function].backward_once:
-        again = _gradients(call, outputs, leaves, retain_graph=False)
-        same = all(map(same_bits, again, before))
-        return None if same else "a second backward pass gave other bits"
-    try:
-        _gradients(call, outputs, leaves, retain_graph=False)
-    except RuntimeError as error:
-        return None if "backward once" in str(error) else f"a second backward pass said: {error}"
-    return "a second backward pass was not refused"
+    """A second backward pass gives the same bits, whatever became of what the first gave."""
+    kept = [gradient.clone() for gradient in before]
+    for gradient in before:
+        gradient.zero_()
+    again = _gradients(call, outputs, leaves, retain_graph=False)
+    same = all(map(same_bits, again, kept))
+    for gradient, value in zip(before, kept, strict=True):
+        gradient.copy_(value)
+    return None if same else "a second backward pass gave other bits"
 
 
 def _within(logits: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, str | None]:
