@@ -53,8 +53,8 @@ NONFINITE = (
     (-104.0, 0.0),
 )
 
-# EXCLUDED, until such numbers are right or refused: a normalizer, softcap, temperature or tau that
-# float64 holds and float32 does not, or whose reciprocal it does not hold.
+# Those that float32 does not hold, or whose reciprocal it does not, are a test's own:
+# tests/api/test_extreme_numbers.py.
 NORMALIZERS = (1.0, 17.5, 1e-3, 3, 4096.0, 1e6)
 TEMPERATURES = (1.0, 0.7, 0.05, 3.0, 40.0)
 SOFTCAPS = (None, None, None, 5.0, 30.0, 0.25)

@@ -625,18 +625,24 @@ class _Made:
         self.dtype = call.arguments["weight" if "weight" in call.arguments else "logits"].dtype
         inverse = _inverse(call) if call.is_loss else 1.0
         factor = call.grads[0] if call.is_loss else 1.0
-        # EXCLUDED, until fp16 gradients are made at a scale of their own: they hold no normalizer
-        # until backward, so they may overflow or underflow before it divides, or is 0.
-        before = 1.0 if self.dtype == torch.float16 else inverse
-        self.factor = abs(factor * inverse / before) if before else 0.0
-        self.signed = factor * inverse / before if before else 0.0
-        self.exact, self.budget = gradient * before, budget * before
+        self.factor, self.signed = abs(factor), factor
+        self.exact, self.budget = gradient * inverse, budget * inverse
         self.rounded = (
             self.budget
-            + _rounding_to(gradient * before, self.dtype)
-            + torch.where((gradient == 0) & (budget == 0), 0.0, _smallest(self.dtype))
+            + _rounding_to(self.exact, self.dtype)
+            + torch.where((gradient == 0) & (budget == 0), 0.0, self._least_step())
         )
-        self.overflows = self._leaves_range(self.exact)
+        self.overflows = not self._has_row_scales and self._leaves_range(self.exact)
+
+    @property
+    def _has_row_scales(self) -> bool:
+        """In fp16 each row is stored over a power of two near the largest that it may hold."""
+        return self.dtype == torch.float16
+
+    def _least_step(self) -> torch.Tensor | float:
+        if not self._has_row_scales:
+            return _smallest(self.dtype)
+        return self.exact.nan_to_num().abs().amax(-1, keepdim=True) * 2.0**-20
 
     def _leaves_range(self, values: torch.Tensor) -> bool:
         finite = values[values.isfinite()].abs()
@@ -648,7 +654,7 @@ class _Made:
         """What backward hands over, and how far it may be off but for the last rounding."""
         exact = self.exact if exact is None else exact
         result = torch.where(torch.tensor(self.signed == 0), 0.0, exact * self.signed)
-        unknown = self.overflows or self._leaves_range(exact)
+        unknown = self.overflows or self._leaves_range(result if self._has_row_scales else exact)
         return result, torch.full_like(budget, math.nan) if unknown else budget * self.factor
 
 
