@@ -60,6 +60,8 @@ def calls(case: Case, device: str = "cuda") -> dict[str, Callable[[], torch.Tens
     logits, labels, inference_logprobs, advantages, _ = (tensor.detach() for tensor in batch)
     mask = torch.rand(case.rows, device=device) * 100 < case.active
     gradient = torch.empty_like(logits, dtype=DTYPES[case.gradient])
+    is_fp16 = gradient.dtype == torch.float16
+    row_scales = torch.empty(case.rows, device=device) if is_fp16 else None
     operators = library.operators()
     fault = operators.find_faults(labels, None, mask, None, None, case.columns, case.rows)
 
@@ -68,7 +70,7 @@ def calls(case: Case, device: str = "cuda") -> dict[str, Callable[[], torch.Tens
             *(logits, labels, None, 0.0),
             *LossInputs(inference_logprobs, advantages, mask),
             *CONFIG.settings(torch.float32),
-            *(fault, into),
+            *(fault, into, None if into is None else row_scales),
         )
         return into
 

@@ -454,7 +454,7 @@ def _scalar(
         raise ValueError(f"{name}: expected a finite number > 0 or a tensor, got {value!r}")
     dtype = _computed_in(like)
     lowest, highest = _range(name, dtype)
-    if not lowest <= value <= highest:
+    if not lowest <= number <= highest:
         raise ValueError(
             f"{name}: expected a number from {lowest:.3g} to {highest:.3g} in {dtype}, or a "
             f"tensor, got {value!r}"

@@ -344,7 +344,9 @@ def test_rows_of_a_chunk_know_no_rollouts(backend: Backend) -> None:
     case = case.map_tokens(lambda tensor: tensor.flatten(0, 1))
     fault = torch.zeros(1, dtype=torch.int32, device=backend.device)
     with pytest.raises(RuntimeError, match="has_rollout_rule: expected False, got True"):
-        call_operator("chunk_logprobs_and_gradient", case, fault=fault, gradient=None)
+        call_operator(
+            "chunk_logprobs_and_gradient", case, fault=fault, gradient=None, row_scales=None
+        )
 
 
 def test_metrics_combine_only_with_their_like(backend: Backend) -> None:

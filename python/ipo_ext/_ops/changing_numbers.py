@@ -125,7 +125,8 @@ def _log_bound(ratio: float, dtype: torch.dtype) -> Any:
 
 
 def log_bound_kernel(ratio: torch.Tensor, float64: bool) -> torch.Tensor:
-    return _as_tensor(log_bound(ratio.item(), torch.float64 if float64 else torch.float32))
+    dtype = torch.float64 if float64 else torch.float32
+    return torch.full_like(ratio, log_bound(ratio.item(), dtype))
 
 
 def log_bound_fake(ratio: torch.Tensor, float64: bool) -> torch.Tensor:

@@ -53,7 +53,8 @@ def register(namespace: str) -> None:
         for key in keys:
             library.impl(name, _kernel(name, kernel, namespace), key)
     library.define(LOG_BOUND)
-    library.impl("log_bound", log_bound_kernel, "CPU")
+    for key in keys:
+        library.impl("log_bound", log_bound_kernel, key)
     torch.library.register_fake(f"{namespace}::log_bound", log_bound_fake, lib=library)
     for name in NUMBERS:
         # They read numbers on the host.
