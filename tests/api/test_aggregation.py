@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 
 import ipo_ext
 from ipo_ext.aggregation import aggregate, aggregation_counts
+from tests.support.host_casts import join_group
 
 LENGTH = 7.0  # of the mode "constant"
 
@@ -230,13 +230,7 @@ STEP = [
 
 
 def on_rank(rank: int, meeting: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=30),
-    )
+    join_group(rank, meeting)
     world = dist.group.WORLD
     for mode in MODES:
         _, mask, where = packed(STEP[rank])
