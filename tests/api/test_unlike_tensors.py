@@ -177,7 +177,15 @@ def test_memory_that_a_gpu_lacks_is_torch_s_error(monkeypatch: pytest.MonkeyPatc
         errors.with_torch_errors(run, torch.zeros(1))
     assert not isinstance(on_cpu.value, torch.OutOfMemoryError)
     monkeypatch.setattr(errors, "_is_on_gpu", lambda value: isinstance(value, torch.Tensor))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with pytest.raises(torch.OutOfMemoryError, match="logits: no memory for a copy"):
+        errors.with_torch_errors(run, torch.zeros(1))
+
+    def synchronize() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    with pytest.raises(RuntimeError, match="device-side assert"):
         errors.with_torch_errors(run, torch.zeros(1))
 
 

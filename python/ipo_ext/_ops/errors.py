@@ -26,6 +26,8 @@ def with_torch_errors(run: Callable[..., Results], *inputs: Any) -> Results:
         if str(error).startswith("labels:"):
             raise IndexError(str(error)) from None
         if "no memory for" in str(error) and any(map(_is_on_gpu, flatten(inputs))):
+            # An earlier kernel's error fails every call after it: it is then what this raises.
+            torch.cuda.synchronize()
             raise torch.OutOfMemoryError(str(error)) from None
         raise
 
