@@ -625,6 +625,7 @@ class _Made:
         self.dtype = call.arguments["weight" if "weight" in call.arguments else "logits"].dtype
         inverse = _inverse(call) if call.is_loss else 1.0
         factor = call.grads[0] if call.is_loss else 1.0
+        self._is_capped = call.arguments.get("softcap") is not None
         self.factor, self.signed = abs(factor), factor
         self.exact, self.budget = gradient * inverse, budget * inverse
         self.rounded = (
@@ -642,6 +643,10 @@ class _Made:
     def _least_step(self) -> torch.Tensor | float:
         if not self._has_row_scales:
             return _smallest(self.dtype)
+        if self._is_capped:
+            # EXCLUDED: the cap's slope comes after the row's scale, so that where it is tiny the
+            # whole row may be subnormal over it.
+            return math.inf
         return self.exact.nan_to_num().abs().amax(-1, keepdim=True) * 2.0**-20
 
     def _leaves_range(self, values: torch.Tensor) -> bool:
