@@ -65,21 +65,17 @@ inline void check_within_storage(const Tensor& tensor, const char* name) {
                 "; pass its contiguous() copy, made where it is still whole");
 }
 
-// torch tells this side of its ABI that a copy failed, not why: only memory can be lacking. Python
-// makes torch's OutOfMemoryError of the words "no memory for" where they come from a GPU.
-template <typename Copy>
-Tensor copied(const Tensor& tensor, const char* name, const Copy& copy) {
+// torch tells this side of its ABI that a copy failed, not why: memory is lacking, unless a kernel
+// failed before. Python tells the two apart on a GPU, and makes torch's OutOfMemoryError of the
+// words "no memory for" there.
+inline Tensor contiguous_copy(const Tensor& tensor, const char* name) {
   try {
-    return copy(tensor);
+    return torch::stable::contiguous(tensor);
   } catch (const std::exception&) {
     throw std::runtime_error(message(name, ": no memory for a copy of ", tensor.numel(),
                                      " elements, which its layout makes necessary; pass it "
                                      "contiguous, or fewer tokens at a time"));
   }
-}
-
-inline Tensor contiguous_copy(const Tensor& tensor, const char* name) {
-  return copied(tensor, name, [](const Tensor& from) { return torch::stable::contiguous(from); });
 }
 
 inline Tensor as_contiguous(const Tensor& tensor, const char* name) {

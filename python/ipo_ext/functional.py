@@ -489,7 +489,7 @@ def _softcap(softcap: float | None, like: torch.Tensor) -> float:
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
     dtype = _computed_in(like)
     lowest, highest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
-    if not lowest <= softcap <= highest:
+    if not lowest <= number <= highest:
         raise ValueError(
             f"softcap: expected a number from {lowest:.3g} to {highest:.3g}, which {dtype} holds, "
             f"or None, got {softcap!r}"

@@ -112,6 +112,7 @@ def ipo_loss(
             shares["rollout_dropped"] = (active & rollout_dropped, active)
         if entropy is not None:
             shares["entropy"] = (only(counted, entropy), active)
+        measured = active & band_x.isfinite()
         parts = _segments(cu_seqlens, x.numel())
 
         def totals(values: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -122,16 +123,15 @@ def ipo_loss(
 
         def extremes(kind: str, nothing: float) -> torch.Tensor:
             values = torch.where(measured, band_x, nothing).flatten().double()
-            largest = values.new_full((len(parts),), nothing)
-            largest = largest.scatter_reduce(0, _segment_of_tokens(parts, values), values, kind)
-            return torch.where(largest == nothing, 0.0, largest)
+            found = values.new_full((len(parts),), nothing)
+            found = found.scatter_reduce(0, _segment_of_tokens(parts, values), values, kind)
+            return torch.where(found == nothing, 0.0, found)
 
         numerators, denominators = map(totals, zip(*shares.values(), strict=True))
         metrics = dict(zip(shares, _mean(numerators, denominators), strict=True))
         kept_ratio = only(keep, ratio).double()
         ratio_sum, ratio_squares, kept = totals((kept_ratio, kept_ratio**2, keep))
         metrics["ess"] = _mean(ratio_sum**2, kept * ratio_squares)
-        measured = active & band_x.isfinite()
         metrics["log_ratio_min"] = extremes("amin", math.inf)
         metrics["log_ratio_max"] = extremes("amax", -math.inf)
         if cu_seqlens is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +111,10 @@ def test_inputs_made_under_inference_mode(backend: Backend, form: str, dtype: to
             assert torch.equal(ours, other), name
 
 
+def zero(name: str, called: Case, _: Any) -> None:
+    called.tensors[name].detach().zero_()
+
+
 @dtypes
 @pytest.mark.parametrize("form", LOSSES)
 def test_inputs_of_a_loss_may_change_before_backward(
@@ -119,10 +124,7 @@ def test_inputs_of_a_loss_may_change_before_backward(
     expected = gradients_of(case)
     for name in (*constants_of(case), *case.leaves):
         copy = case.with_(**{k: v.clone() for k, v in case.tensors.items()})
-
-        def change(called: Case, _: Any, name: str = name) -> None:
-            called.tensors[name].detach().zero_()
-
+        change = functools.partial(zero, name)
         for ours, other in zip(gradients_of(copy, change), expected, strict=True):
             assert torch.equal(ours, other), name
 
@@ -136,10 +138,7 @@ def test_what_log_probabilities_were_made_of_may_not_change(
     case = LOGPROBS[form](dtype).to(backend.device)
     for name in (*constants_of(case), *case.leaves):
         copy = case.with_(**{k: v.clone() for k, v in case.tensors.items()})
-
-        def change(called: Case, _: Any, name: str = name) -> None:
-            called.tensors[name].detach().zero_()
-
+        change = functools.partial(zero, name)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             gradients_of(copy, change)
 

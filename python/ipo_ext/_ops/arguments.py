@@ -164,9 +164,8 @@ class IPOLossFromHiddenResults(NamedTuple):
     logprobs: torch.Tensor  # [...]
     entropy: torch.Tensor  # [...]
     metrics: MetricRows
-    grad_hidden: (
-        torch.Tensor
-    )  # [tokens, width], float32 for float16; without a row where not needed
+    # [tokens, width], float32 for float16; without a row where not needed
+    grad_hidden: torch.Tensor
     grad_weight: torch.Tensor  # [vocabulary, width] in the compute dtype; likewise
 
 
