@@ -98,8 +98,10 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
   const T distilled = params.teacher_tau != 0
                           ? params.teacher_tau * (token.teacher_logprob - token.trainer_logprob)
                           : T{};
-  const T advantage = own + distilled;
-  const T tau_x = params.kl_tau != 0 ? params.kl_tau * x : T{};
+  // Nor are those of a token of weight 0: where one overflows, 0 times it would be NaN.
+  const Mask<T> weighs = token.weight != E(0);
+  const T advantage = select<T>(weighs, own + distilled, T{});
+  const T tau_x = params.kl_tau != 0 ? select<T>(weighs, params.kl_tau * x, T{}) : T{};
 
   // The formula and its derivative (docs/math.md): d(-A r)/dx = -A r, d(tau x^2)/dx = 2 tau x.
   const T pg_loss = token.weight * (-advantage * r);

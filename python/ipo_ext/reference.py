@@ -65,17 +65,18 @@ def ipo_loss(
 
     x = only(pays_kl, trainer_logprobs) - only(pays_kl, inference_logprobs)
     ratio = only(keep, x).exp()
+    weight = only(pays_kl, loss_weights) if loss_weights is not None else pays_kl.to(dtype)
+    pays_pg, pays_kl = keep & (weight != 0), pays_kl & (weight != 0)
     advantage = torch.zeros_like(x)
     if config.adv_tau != 0:
-        advantage = advantage + config.adv_tau * only(keep, advantages)
+        advantage = advantage + config.adv_tau * only(pays_pg, advantages)
     if config.teacher_tau != 0:
         assert teacher_logprobs is not None, "teacher_tau > 0 needs teacher_logprobs"
-        distance = only(keep, teacher_logprobs) - only(keep, trainer_logprobs)
+        distance = only(pays_pg, teacher_logprobs) - only(pays_pg, trainer_logprobs)
         advantage = advantage + config.teacher_tau * distance.detach()
-    weight = only(pays_kl, loss_weights) if loss_weights is not None else pays_kl.to(dtype)
 
-    pg_loss = only(keep, -weight * advantage * ratio)
-    kl_loss = only(pays_kl, weight * config.kl_tau * x**2)
+    pg_loss = only(pays_pg, -weight * advantage * ratio)
+    kl_loss = only(pays_kl, weight * config.kl_tau * only(pays_kl, x) ** 2)
     loss = (pg_loss + kl_loss).sum()
     if isinstance(normalizer, torch.Tensor):
         nothing = normalizer == 0

@@ -175,6 +175,8 @@ class _Batch:
             "teacher_logprobs": trainer.nan_to_num(0.0, 3.0, -3.0) + self._normal(tokens),
             "loss_weights": choose.choice((1.0, 1.0, 1e-3)) * self._uniform(tokens),
         }
+        if choose.random() < 0.1:
+            values["loss_weights"][self._some((tokens,), 0.2)] = 0
         if self.from_logprobs and choose.random() < 0.03:
             values["advantages"][self._some((tokens,), 0.02)] = math.nan
         optional = {"trainer_logprobs": self.from_logprobs}

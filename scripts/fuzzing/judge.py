@@ -297,16 +297,21 @@ class _Scales:
                 self.teacher = self.teacher + _only(counted, tokens.teacher).abs()
         if config.teacher_tau:
             advantage = advantage + config.teacher_tau * _only(self.keep, self.teacher)
-        weight = 1.0 if tokens.weights is None else _only(pays_kl, tokens.weights).abs()
+        given = torch.ones_like(self.x) if tokens.weights is None else tokens.weights
+        weight = _only(pays_kl, given).abs()
         steep = 1 + self.x.abs()
-        self.pg = _only(self.keep, weight * advantage * self.ratio * steep)
-        # EXCLUDED, until it is right: where advantage times ratio overflows, a weight of 0 or
-        # nearly 0 is multiplied by infinity.
-        product = _only(self.keep, advantage * self.ratio)
+        # Each product may be subnormal, and lose digits that a later factor enlarges.
+        normal = torch.finfo(tokens.compute).smallest_normal
+        pg = weight * (advantage + normal) * self.ratio * steep + normal
+        self.pg = _only(self.keep & (weight != 0), pg)
+        # A product may overflow before a weight below 1 makes it small.
+        product = _only(self.keep & (weight != 0), advantage * self.ratio)
         overflows = product > torch.finfo(tokens.compute).max / 64
         self.pg = torch.where(overflows, math.inf, self.pg)
-        self.kl = _only(pays_kl, weight * config.kl_tau * self.x**2)
-        self.derivative = self.pg + _only(pays_kl, weight * 2 * config.kl_tau * self.x.abs())
+        pays_kl = pays_kl & (weight != 0)
+        self.kl = _only(pays_kl, weight * (config.kl_tau * self.x**2 + steep * normal) + normal)
+        kl_derivative = weight * 2 * (config.kl_tau * self.x.abs() + normal) + normal
+        self.derivative = self.pg + _only(pays_kl, kl_derivative)
         self.entropy = None if tokens.entropy is None else _only(counted, tokens.entropy).abs()
 
 
@@ -575,7 +580,10 @@ class _SoftmaxErrors:
         self._slope = slope * inverse + tiny
         self._step = _smallest(rows.logprobs.dtype)
         self._vanishing = 2 * tiny  # an exponential below it counts as 0
-        if cap is not None:  # how far an error of the logit itself moves the slope
+        self._vanishing_slope = torch.zeros_like(inverse)
+        if cap is not None:
+            self._vanishing_slope = 4 * tiny * inverse  # a slope is 4 times an exponential
+            # How far an error of the logit itself moves the slope.
             self._of_slope = self._of_slope + 2 * product_error / inverse / cap
 
     def _of_active(self, budget: torch.Tensor) -> torch.Tensor:
@@ -591,10 +599,13 @@ class _SoftmaxErrors:
         of_logprob = p * relative + is_label * (self._of_slope + 8 * self.eps)
         moved = self._surprise * relative + self._argument + self._of_entropy
         of_entropy = p * (moved + 4 * self.eps * self._surprise)
-        vanishing = self._vanishing * (into_logprob + into_entropy * (1 + self._log_sum + 100))
+        furthest = -math.log(self._step)
+        vanishing = self._vanishing * (into_logprob + into_entropy * (1 + self._log_sum + furthest))
         budget = into_logprob * of_logprob + into_entropy * of_entropy + vanishing
         budget = budget + into_error[:, None] * (p + is_label)
-        return budget * self._slope + 4 * self._step * (1 + self._slope)
+        size = into_logprob * (p + is_label) + into_entropy * p * self._surprise
+        budget = budget * self._slope + size * self._vanishing_slope
+        return budget + 4 * self._step * (1 + self._slope)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ipo_ext import _C, IPOConfig
+from ipo_ext import _C, IPOConfig, reference
 from tests.emulator import operators as emulated
 from tests.support.against_reference import (
     COUNTS,
@@ -219,6 +219,32 @@ def test_a_normalizer_of_zero_gives_zero(backend, dtype, make):
     assert_exact_zeros(result)
     unnormalized = evaluate(make(1100, teacher=True).to(backend.device))
     assert same_bits(result.metrics.means, unnormalized.metrics.means)
+
+
+# What a term overflows on, or is NaN of: log-ratio and advantage.
+OVERFLOWING = {"product": (80.0, -1e30), "square": (-1e30, 1.0), "nan": (0.5, float("nan"))}
+
+
+@pytest.mark.parametrize("terms", OVERFLOWING)
+@pytest.mark.parametrize("scope", ["kept", "active"])
+def test_a_token_of_weight_zero_pays_nothing_whatever_it_holds(backend, terms, scope):
+    log_ratio, advantage = OVERFLOWING[terms]
+    config = IPOConfig(0.0, float("inf"), kl_tau=0.05, teacher_tau=0.3, kl_scope=scope)
+    harmless = random_case(1100, config=config, teacher=True, weights=True)
+    weightless = torch.arange(1100) % 3 == 0
+    harmless.loss_weights[weightless] = 0
+    spoiled = harmless.map_tokens(torch.clone)
+    spoiled.trainer_logprobs[weightless] = log_ratio
+    spoiled.inference_logprobs[weightless] = 0
+    spoiled.advantages[weightless] = advantage
+    for function in (None, reference.ipo_loss):
+        ours, expected = (
+            evaluate(case.to(backend.device), function) for case in (spoiled, harmless)
+        )
+        assert same_bits(ours.loss, expected.loss)
+        assert torch.equal(ours.gradient, expected.gradient)
+        for name in ("pg_loss", "kl_loss"):
+            assert same_bits(ours.metrics[name], expected.metrics[name])
 
 
 @pytest.mark.parametrize("normalizer", [0.0, -1.0, float("nan"), float("inf"), 0])
