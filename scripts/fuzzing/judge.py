@@ -24,6 +24,7 @@ from tests.support.against_reference import EXACT_METRICS
 from tests.support.rules import rounding, score
 
 _IGNORED = -100
+_MOST_MOVED = 16  # of a bound, which are tried one by one
 _ULPS = 8.0  # of magnitudes, where only a few operations are between
 
 
@@ -119,33 +120,32 @@ def _judge_valid(calls: Sequence[Call], results: Sequence[Result]) -> list[str |
 
 def _unless_at_a_bound(call: Call, result: Result, verdict: str) -> str | None:
     """Nothing is wrong if the reference agrees once its bounds are moved by what rounding may."""
-    steps = _steps_at_bounds(call, result)
-    if steps == (0.0, 0.0):
-        return verdict
     config = call.config
-    for low, high in itertools.product(*((0.0, -step, step) for step in steps)):
-        bounds = config.dppo_mask_low + low, config.dppo_mask_high + high
-        if min(bounds) < 0:
-            continue
+    for bounds in itertools.product(*_moved_bounds(call, result)):
         moved = dataclasses.replace(config, dppo_mask_low=bounds[0], dppo_mask_high=bounds[1])
         if _with_config([call], [result], moved) == [None]:
             return None
     return verdict
 
 
-def _steps_at_bounds(call: Call, result: Result) -> tuple[float, float]:
-    """By how much each bound must move to take the tokens that lie within rounding of it along."""
+def _moved_bounds(call: Call, result: Result) -> list[list[float]]:
+    """Each bound, and just beside the score of each token that lies within rounding of it."""
     trainer = call.arguments["trainer_logprobs"] if result.logprobs is None else result.logprobs
     inference = call.arguments["inference_logprobs"]
     compute = _widest(trainer, inference)
     exact = score(call.config, trainer.double(), inference.double())
+    # The reference decides in the compute dtype: a bound at a token's score keeps it.
+    compared = score(call.config, trainer.to(compute), inference.to(compute))
     within = rounding(call.config, trainer, inference, compute)
-    steps = []
-    for bound in (-call.config.dppo_mask_low, call.config.dppo_mask_high):
-        near = ((exact - bound).abs() <= within) & within.isfinite()
-        near = near & call.arguments["loss_mask"]
-        steps.append(2 * float(within[near].max()) if near.any() else 0.0)
-    return steps[0], steps[1]
+    bounds = []
+    for bound, sign in ((call.config.dppo_mask_low, -1), (call.config.dppo_mask_high, 1)):
+        near = call.arguments["loss_mask"] & within.isfinite()
+        near = near & ((sign * exact - bound).abs() <= within)
+        keeping = (sign * compared[near]).unique()[:_MOST_MOVED]
+        dropping = keeping.nextafter(torch.full_like(keeping, -math.inf))
+        moved = [*keeping.tolist(), *dropping.tolist()]
+        bounds.append([bound, *(number for number in moved if number >= 0)])
+    return bounds
 
 
 def _with_config(
@@ -521,7 +521,8 @@ def _judge_rows(
     nothing = (into[0] == 0) & (into[1] == 0) & (into_error == 0) | ~errors.sound
     budget = torch.where(unknown, math.nan, torch.where(nothing[:, None], 0.0, budget))
     gradient = torch.where(nothing[:, None], 0.0, gradient)
-    _judge_row_gradients(rows, gradient, budget, verdicts)
+    bound = (into[0].abs() + into[1].abs() * errors.surprise.amax(-1)) / rows.temperature
+    _judge_row_gradients(rows, gradient, budget, bound, verdicts)
 
 
 def _flowing(rows: _Rows, output: int) -> torch.Tensor:
@@ -573,7 +574,7 @@ class _SoftmaxErrors:
         self.entropy = self._of_active(of_entropy + tiny)
         self._of_entropy, self._log_sum, self._argument = of_entropy, log_sum, argument
         self._p, self._relative, self._distance = p, relative, distance
-        self._surprise = (distance + log_sum + entropy.nan_to_num().abs()[:, None]).clamp(max=1e30)
+        self.surprise = (distance + log_sum + entropy.nan_to_num().abs()[:, None]).clamp(max=1e30)
         steepness = torch.zeros_like(z) if cap is None else 2 * z.abs().clamp(max=1e30) / cap
         self._of_slope = eps * (4 + 4 * steepness.clamp(max=200))
         slope = torch.ones_like(z) if cap is None else 1 / torch.cosh(z / cap) ** 2
@@ -597,13 +598,13 @@ class _SoftmaxErrors:
         is_label = torch.zeros_like(p).scatter_(-1, self.label, 1.0)
         into_logprob, into_entropy = into_logprob[:, None], into_entropy[:, None]
         of_logprob = p * relative + is_label * (self._of_slope + 8 * self.eps)
-        moved = self._surprise * relative + self._argument + self._of_entropy
-        of_entropy = p * (moved + 4 * self.eps * self._surprise)
+        moved = self.surprise * relative + self._argument + self._of_entropy
+        of_entropy = p * (moved + 4 * self.eps * self.surprise)
         furthest = -math.log(self._step)
         vanishing = self._vanishing * (into_logprob + into_entropy * (1 + self._log_sum + furthest))
         budget = into_logprob * of_logprob + into_entropy * of_entropy + vanishing
         budget = budget + into_error[:, None] * (p + is_label)
-        size = into_logprob * (p + is_label) + into_entropy * p * self._surprise
+        size = into_logprob * (p + is_label) + into_entropy * p * self.surprise
         budget = budget * self._slope + size * self._vanishing_slope
         return budget + 4 * self._step * (1 + self._slope)
 
@@ -613,7 +614,11 @@ class _SoftmaxErrors:
 
 
 def _judge_row_gradients(
-    rows: _Rows, gradient: torch.Tensor, budget: torch.Tensor, verdicts: _Verdicts
+    rows: _Rows,
+    gradient: torch.Tensor,  # [rows, columns]
+    budget: torch.Tensor,  # the same
+    bound: torch.Tensor,  # [rows], of each row's gradient
+    verdicts: _Verdicts,
 ) -> None:
     begin = 0
     for i, (call, size) in enumerate(zip(rows.calls, rows.sizes, strict=True)):
@@ -621,7 +626,7 @@ def _judge_row_gradients(
         begin += size
         if verdicts.found[i] is not None or not rows.results[i].gradients:
             continue
-        made = _Made(call, gradient[of_call], budget[of_call])
+        made = _Made(call, gradient[of_call], budget[of_call], bound[of_call])
         if rows.from_hidden:
             _judge_products(rows, i, made, verdicts)
         else:
@@ -632,13 +637,16 @@ def _judge_row_gradients(
 class _Made:
     """A call's gradient by its logits as it is made: unscaled, and rounded to the leaf's dtype."""
 
-    def __init__(self, call: Call, gradient: torch.Tensor, budget: torch.Tensor) -> None:
+    def __init__(
+        self, call: Call, gradient: torch.Tensor, budget: torch.Tensor, bound: torch.Tensor
+    ) -> None:
         self.dtype = call.arguments["weight" if "weight" in call.arguments else "logits"].dtype
         inverse = _inverse(call) if call.is_loss else 1.0
         factor = call.grads[0] if call.is_loss else 1.0
         self._is_capped = call.arguments.get("softcap") is not None
         self.factor, self.signed = abs(factor), factor
         self.exact, self.budget = gradient * inverse, budget * inverse
+        self._bound = (bound * inverse)[:, None]
         self.rounded = (
             self.budget
             + _rounding_to(self.exact, self.dtype)
@@ -658,7 +666,9 @@ class _Made:
             # EXCLUDED: the cap's slope comes after the row's scale, so that where it is tiny the
             # whole row may be subnormal over it.
             return math.inf
-        return self.exact.nan_to_num().abs().amax(-1, keepdim=True) * 2.0**-20
+        # The scale is made from what bounds the row: a label of probability 1 leaves less.
+        largest = self.exact.nan_to_num().abs().amax(-1, keepdim=True)
+        return largest * 2.0**-20 + self._bound.nan_to_num() * 2.0**-36
 
     def _leaves_range(self, values: torch.Tensor) -> bool:
         finite = values[values.isfinite()].abs()

@@ -6,8 +6,9 @@ differentiated.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -20,6 +21,15 @@ from ipo_ext._ops.torch_internals import (
 )
 
 Formula = tuple[Callable[..., Any], Callable[..., Any]]  # backward, setup_context
+_Function = TypeVar("_Function", bound=type[torch.autograd.Function])
+
+
+def with_signature(function: _Function) -> _Function:
+    """Makes the signature of ``forward`` once: ``Function.apply`` asks for it on every call."""
+    forward: Any = function.forward
+    forward.__signature__ = inspect.signature(forward)
+    return function
+
 
 # -------------------------------------------------------------------------------------------------
 # Refusals
@@ -71,6 +81,7 @@ def refuse_vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
 # Gradients that backward scales in place
 
 
+@with_signature
 class Anchor(torch.autograd.Function):
     """A scalar without a value that depends on ``tensors``, whose memory it does not keep.
 
@@ -106,6 +117,7 @@ def anchor(*tensors: torch.Tensor) -> torch.Tensor | None:
     return cast(torch.Tensor, run(*tensors))
 
 
+@with_signature
 class ScaleOnce(NoSecondDerivative):
     """``gradient * factor`` in ``dtype``, over the gradient if that is its own; no derivative.
 

@@ -24,6 +24,7 @@ from ipo_ext._ops.autograd import (
     refusing_tangents,
     savable,
     scale_once,
+    with_signature,
 )
 from ipo_ext._ops.changing_numbers import as_operands, operator
 from ipo_ext._ops.torch_internals import in_forward_mode
@@ -77,6 +78,7 @@ def _loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[A
     )
 
 
+@with_signature
 class IPOLossFromHiddenFunction(torch.autograd.Function):
     """``ipo_loss_from_hidden``, whose gradients are scaled where they lie and handed over.
 
@@ -144,6 +146,7 @@ def _cast(dtype: torch.dtype, values: tuple[Any, ...]) -> tuple[Any, ...]:
 # Log-probabilities
 
 
+@with_signature
 class LinearTokenLogprobsGradient(NoSecondDerivative):
     """The backward pass of ``linear_token_logprobs``, refusing to be differentiated in turn.
 
@@ -231,6 +234,7 @@ def _logprobs_backward(
     return (of_hidden, of_weight, *others)
 
 
+@with_signature
 class LinearTokenLogprobsFunction(torch.autograd.Function):
     """``linear_token_logprobs`` as a function that torch.func understands; casts as the loss."""
 

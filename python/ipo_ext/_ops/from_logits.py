@@ -23,6 +23,7 @@ from ipo_ext._ops.autograd import (
     refusing_tangents,
     savable,
     scale_once,
+    with_signature,
 )
 from ipo_ext._ops.changing_numbers import as_operands, operator
 from ipo_ext._ops.errors import with_torch_errors
@@ -97,6 +98,7 @@ def _set_up(
     _keep_gradient(ctx, gradient, row_scales, anchor)
 
 
+@with_signature
 class IPOLossFromLogitsFunction(torch.autograd.Function):
     """``ipo_loss_from_logits``, whose gradient is scaled where it lies and handed over."""
 
@@ -124,6 +126,7 @@ class IPOLossFromLogitsFunction(torch.autograd.Function):
     vmap = staticmethod(refuse_vmap)
 
 
+@with_signature
 class IPOLossFromLogitsInplace(IPOLossFromLogitsFunction):
     """The same with the gradient written over the logits.
 
@@ -170,6 +173,7 @@ def run_token_logprobs(arguments: TokenLogprobsArguments) -> tuple[torch.Tensor,
     return cast("tuple[torch.Tensor, ...]", run(*values))
 
 
+@with_signature
 class TokenLogprobsGradient(NoSecondDerivative):
     """The backward pass of ``token_logprobs``, refusing to be differentiated in turn.
 
@@ -214,6 +218,7 @@ def _logprobs_backward(
     return run(logits, labels, temperature, ctx.softcap, *backward), None, None, None
 
 
+@with_signature
 class TokenLogprobsFunction(torch.autograd.Function):
     """``token_logprobs`` as a function that torch.func understands."""
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, cast
 
 import torch
 
 from ipo_ext._ops import library
 from ipo_ext._ops.arguments import IPOLossArguments, flatten, unflatten
-from ipo_ext._ops.autograd import Formula, NoSecondDerivative, refuse_vmap, refusing_tangents
+from ipo_ext._ops.autograd import (
+    Formula,
+    NoSecondDerivative,
+    refuse_vmap,
+    refusing_tangents,
+    with_signature,
+)
 from ipo_ext._ops.changing_numbers import as_operands, operator
 from ipo_ext._ops.torch_internals import (
     below_autograd,
@@ -69,6 +74,7 @@ def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, .
     return (_scaled(gradient, trainer_logprobs, grad_loss), *others)
 
 
+@with_signature
 class IPOLossFunction(torch.autograd.Function):
     """``ipo_loss`` for torch.func too, which ``register_autograd`` alone does not reach."""
 
@@ -80,9 +86,6 @@ class IPOLossFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
     vmap = staticmethod(refuse_vmap)
 
-
-# Function.apply asks for the signature on every call; made once, it costs nothing there.
-IPOLossFunction.forward.__signature__ = inspect.signature(IPOLossFunction.forward)  # type: ignore[attr-defined]
 
 IPOLossInForwardMode = refusing_tangents(IPOLossFunction)
 
@@ -124,6 +127,7 @@ class EagerIPOLoss(torch.autograd.Function):
 # Scaling
 
 
+@with_signature
 class ScaleGradient(NoSecondDerivative):
     """``gradient * factor``, refusing to be differentiated: the loss has no second derivative.
 
