@@ -11,6 +11,7 @@ otherwise within rounding of a bound; then the reference must agree once its bou
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -120,12 +121,19 @@ def _judge_valid(calls: Sequence[Call], results: Sequence[Result]) -> list[str |
 
 def _unless_at_a_bound(call: Call, result: Result, verdict: str) -> str | None:
     """Nothing is wrong if the reference agrees once its bounds are moved by what rounding may."""
-    config = call.config
-    for bounds in itertools.product(*_moved_bounds(call, result)):
-        moved = dataclasses.replace(config, dppo_mask_low=bounds[0], dppo_mask_high=bounds[1])
-        if _with_config([call], [result], moved) == [None]:
-            return None
-    return verdict
+    moved = itertools.starmap(
+        functools.partial(_bounded, call.config), itertools.product(*_moved_bounds(call, result))
+    )
+    agrees = any(_with_config([call], [result], config) == [None] for config in moved)
+    return None if agrees else verdict
+
+
+def _bounded(config: IPOConfig, low: float, high: float) -> IPOConfig:
+    """With these bounds, which may lie below 0, where a configuration's may not."""
+    config = dataclasses.replace(config)
+    object.__setattr__(config, "dppo_mask_low", low)
+    object.__setattr__(config, "dppo_mask_high", high)
+    return config
 
 
 def _moved_bounds(call: Call, result: Result) -> list[list[float]]:
@@ -143,8 +151,7 @@ def _moved_bounds(call: Call, result: Result) -> list[list[float]]:
         near = near & ((sign * exact - bound).abs() <= within)
         keeping = (sign * compared[near]).unique()[:_MOST_MOVED]
         dropping = keeping.nextafter(torch.full_like(keeping, -math.inf))
-        moved = [*keeping.tolist(), *dropping.tolist()]
-        bounds.append([bound, *(number for number in moved if number >= 0)])
+        bounds.append([bound, *keeping.tolist(), *dropping.tolist()])
     return bounds
 
 
