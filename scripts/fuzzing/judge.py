@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -124,8 +125,22 @@ def _unless_at_a_bound(call: Call, result: Result, verdict: str) -> str | None:
     moved = itertools.starmap(
         functools.partial(_bounded, call.config), itertools.product(*_moved_bounds(call, result))
     )
-    agrees = any(_with_config([call], [result], config) == [None] for config in moved)
+    with mock.patch.object(reference, "mask_rule", _mask_rule_in_float64):
+        agrees = any(_with_config([call], [result], config) == [None] for config in moved)
     return None if agrees else verdict
+
+
+_mask_rule = reference.mask_rule
+
+
+def _mask_rule_in_float64(
+    config: IPOConfig,
+    trainer: torch.Tensor,
+    inference: torch.Tensor,
+    advantages: torch.Tensor,
+) -> Any:
+    """Where scores differ that float32 makes equal, so that a bound has room between them."""
+    return _mask_rule(config, trainer.double(), inference.double(), advantages)
 
 
 def _bounded(config: IPOConfig, low: float, high: float) -> IPOConfig:
@@ -140,16 +155,13 @@ def _moved_bounds(call: Call, result: Result) -> list[list[float]]:
     """Each bound, and just beside the score of each token that lies within rounding of it."""
     trainer = call.arguments["trainer_logprobs"] if result.logprobs is None else result.logprobs
     inference = call.arguments["inference_logprobs"]
-    compute = _widest(trainer, inference)
     exact = score(call.config, trainer.double(), inference.double())
-    # The reference decides in the compute dtype: a bound at a token's score keeps it.
-    compared = score(call.config, trainer.to(compute), inference.to(compute))
-    within = rounding(call.config, trainer, inference, compute)
+    within = rounding(call.config, trainer, inference, _widest(trainer, inference))
     bounds = []
     for bound, sign in ((call.config.dppo_mask_low, -1), (call.config.dppo_mask_high, 1)):
         near = call.arguments["loss_mask"] & within.isfinite()
         near = near & ((sign * exact - bound).abs() <= within)
-        keeping = (sign * compared[near]).unique()[:_MOST_MOVED]
+        keeping = (sign * exact[near]).unique()[:_MOST_MOVED]
         dropping = keeping.nextafter(torch.full_like(keeping, -math.inf))
         bounds.append([bound, *keeping.tolist(), *dropping.tolist()])
     return bounds
