@@ -167,6 +167,14 @@ def test_no_memory_for_a_copy(backend: Backend) -> None:
         ipo_ext.token_logprobs(logits, torch.zeros(2**14, dtype=torch.long, device=backend.device))
 
 
+def test_no_memory_for_a_gradient(backend: Backend) -> None:
+    rows, columns = 2**20, 2**26
+    logits = torch.empty(columns, device=backend.device).expand(rows, columns).requires_grad_()
+    nothing = torch.zeros(rows, device=backend.device)
+    with pytest.raises(RuntimeError, match=rf"no memory for a tensor of {rows * columns} elements"):
+        ipo_ext.ipo_loss_from_logits(logits, nothing.long(), nothing, nothing, nothing.bool())
+
+
 def test_memory_that_a_gpu_lacks_is_torch_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: an operator that says so, and tensors that say they are on one."""
 
