@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 
@@ -30,20 +30,6 @@ def to_float(name: str, value: Any) -> float:
         raise ValueError(
             f"{name}: expected a number that float64 holds, got one beyond 1.8e308"
         ) from None
-
-
-class LossSettings(NamedTuple):
-    """What every operator of the loss takes of a config: the list of csrc/math/settings.h."""
-
-    low: float  # in the compute dtype, what the rule compares with; of the ratio a logarithm
-    high: float
-    adv_tau: float
-    kl_tau: float
-    teacher_tau: float
-    mask_rule: int  # index in MaskRule
-    kl_active: bool
-    has_rollout_rule: bool
-    rollout_low: float  # a logarithm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,6 +233,29 @@ _NUMBERS = [
     for field in dataclasses.fields(IPOConfig)
     if field.name not in (*_BOUNDS, *_WORDS, "rollout_min_ratio")
 ]
+
+# What every operator of the loss takes of a config: the list of csrc/math/settings.h.
+if TYPE_CHECKING:  # a type checker is told what is read by name: it cannot follow _NUMBERS
+
+    class LossSettings(tuple[float, ...]):
+        teacher_tau: float
+        has_rollout_rule: bool
+
+        def __new__(cls, **settings: float) -> LossSettings: ...
+
+else:
+    LossSettings = NamedTuple(
+        "LossSettings",
+        [
+            ("low", float),  # in the compute dtype, what the rule compares with
+            ("high", float),
+            *((name, float) for name in _NUMBERS),
+            ("mask_rule", int),  # index in MaskRule
+            ("kl_active", bool),
+            ("has_rollout_rule", bool),
+            ("rollout_low", float),  # a logarithm, as bounds of the ratio are
+        ],
+    )
 
 # -max, and the largest number whose exp is finite. (The float32 nearest to log(max) overflows.)
 _LOG_RANGE = {

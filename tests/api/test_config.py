@@ -7,6 +7,7 @@ import decimal
 import functools
 import math
 import pickle
+import typing
 
 import numpy as np
 import pytest
@@ -102,6 +103,16 @@ def test_it_is_frozen_hashable_and_copies() -> None:
     assert pickle.loads(pickle.dumps(changed)).log_bounds(torch.float64) == changed.log_bounds(
         torch.float64
     )
+
+
+@pytest.mark.parametrize("config", [IPOConfig(0.5, 2, 1.5, 0.5, 0.25), IPOConfig.icepop()])
+def test_the_operators_are_given_the_taus_and_what_is_made_of_the_rest(config: IPOConfig) -> None:
+    settings = config.settings(torch.float32)
+    kinds = {name: type(value) for name, value in settings._asdict().items()}
+    assert kinds == typing.get_type_hints(type(settings))
+    for tau in TAUS:
+        assert getattr(settings, tau) == getattr(config, tau)
+    assert (settings.low, settings.high) == config.log_bounds(torch.float32)
 
 
 def test_from_mapping_takes_a_section() -> None:
