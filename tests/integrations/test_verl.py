@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+import shlex
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+from ray import cloudpickle
 from verl.protocol import DataProto
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
 from verl.trainer.ppo.rollout_corr_helper import apply_bypass_mode
 from verl.utils import tensordict_utils
-from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
 from ipo_ext import IPOConfig, aggregate
@@ -45,6 +52,7 @@ TRAINED = (5, 1, 0)  # tokens of each response that train; of the last none
 @pytest.fixture(autouse=True)
 def _registered() -> None:
     adapter.register(BAND)
+    adapter._warn_that_nothing_was_handed_over.cache_clear()
 
 
 def actor_config(**options: Any) -> FSDPActorConfig:
@@ -252,6 +260,93 @@ def test_what_bypass_mode_would_leave_to_the_loss_raises(name: str, value: str) 
     correction = RolloutCorrectionConfig(bypass_mode=True, **{name: value})
     options = PolicyLossConfig(loss_mode="ipo", rollout_correction=correction)
     refused(rf"rollout_correction\.{name}: expected .*, got '{value}'", policy_loss=options)
+
+
+CONFIGS = ("ppo_trainer", "ppo_megatron_trainer")
+REFUSED = (
+    ("algorithm.rollout_correction.rollout_rs=token_k1", "rollout_rs: expected None"),
+    ("algorithm.rollout_correction.loss_type=reinforce", "loss_type: expected 'ppo_clip'"),
+)
+
+
+def guides_command() -> list[str]:
+    """The overrides that the guide's command gives verl, as the shell hands them over."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "integrations.md"
+    (command,) = re.findall(r"```\n(actor_rollout_ref.*?)```", page.read_text(), re.DOTALL)
+    return shlex.split(command)
+
+
+def verls_config(*overrides: str, name: str = "ppo_trainer") -> DictConfig:
+    """verl's whole config, as its entry point gets it."""
+    batch_sizes = (
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=3",
+    )
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose(name, overrides=[*batch_sizes, *overrides])
+
+
+def workers_config(config: DictConfig) -> ActorConfig:
+    """What both trainers make of it for their workers, and those for the loss."""
+    OmegaConf.resolve(config)  # the task's runner
+    section = cloudpickle.loads(cloudpickle.dumps(config.actor_rollout_ref))  # Ray
+    return omega_conf_to_dataclass(section.actor)  # ActorRolloutRefWorker.init_model
+
+
+def loss_in_a_worker(config: ActorConfig) -> torch.Tensor:
+    data = batch(LOCAL)
+    return ppo_loss(config, {"log_probs": packed_logprobs(policy(), data)}, data)[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_guides_command_trains(name: str) -> None:
+    config = verls_config(*guides_command(), name=name)
+    assert config.algorithm.rollout_correction.bypass_mode
+    torch.manual_seed(1)
+    expected = loss_in_a_worker(actor_config())
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="policy_loss")
+        assert loss_in_a_worker(workers_config(config)) == expected
+    adapter.check_config(config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("override", "message"), REFUSED)
+def test_a_worker_refuses_what_bypass_mode_leaves_to_the_loss(
+    name: str, override: str, message: str
+) -> None:
+    config = workers_config(verls_config(*guides_command(), override, name=name))
+    with pytest.raises(ValueError, match=message):
+        loss_in_a_worker(config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [*REFUSED, ("actor_rollout_ref.actor.clip_ratio=9", "clip_ratio: expected the default")],
+)
+def test_the_whole_config_is_refused_before_anything_starts(
+    name: str, override: str, message: str
+) -> None:
+    bypass = "algorithm.rollout_correction.bypass_mode=True"
+    with pytest.raises(ValueError, match=message):
+        adapter.check_config(verls_config(bypass, override, name=name))
+
+
+def test_a_worker_that_was_handed_nothing_sees_no_correction_and_says_so_once() -> None:
+    """If a later verl hands it over, this fails, and the guide's command can be shorter."""
+    correction = "algorithm.rollout_correction"
+    told, untold = (
+        workers_config(verls_config("actor_rollout_ref.actor.policy_loss.loss_mode=ipo", *more))
+        for more in ([f"{correction}.bypass_mode=True", f"{correction}.rollout_rs=token_k1"], [])
+    )
+    assert told == untold
+    with pytest.warns(UserWarning, match=r"\+actor_rollout_ref.*='\$\{algorithm"):
+        loss_in_a_worker(told)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="policy_loss")
+        loss_in_a_worker(told)
 
 
 def test_bypass_and_decoupled_mode_are_honoured() -> None:

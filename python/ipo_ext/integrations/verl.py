@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from typing import Any
 
 import torch
+from verl.trainer.config import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss
+from verl.utils.config import omega_conf_to_dataclass
 
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
@@ -40,6 +44,7 @@ def register(ipo_config: IPOConfig = _DEFAULT, name: str = "ipo") -> None:
         rollout_is_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         _refuse_what_is_not_honoured(config)
+        _check_handed_over(config.policy_loss.get("rollout_correction"))
         mask = response_mask.bool()
         weights = _token_weights(mask, loss_agg_mode, config.global_batch_info)
         # Weights of mean 1 over the tokens, so that weighted metrics do not depend on the mode.
@@ -58,6 +63,22 @@ def register(ipo_config: IPOConfig = _DEFAULT, name: str = "ipo") -> None:
         return out.loss, _named_as_in_verl(out.metrics)
 
     register_policy_loss(name)(policy_loss)
+
+
+def check_config(config: Any) -> None:
+    """Checks verl's whole config, as its entry point gets it, before anything starts.
+
+    The loss itself refuses the same, but in the first step, when models and engines are up, and
+    of ``algorithm.rollout_correction`` only what was handed over to it (docs/integrations.md).
+
+    Args:
+        config: a ``DictConfig`` with ``actor_rollout_ref.actor`` and ``algorithm``.
+
+    Raises:
+        ValueError: an option that the loss does not honour is set.
+    """
+    _refuse_what_is_not_honoured(omega_conf_to_dataclass(config.actor_rollout_ref.actor))
+    _refuse_what_bypass_mode_leaves(config.algorithm.get("rollout_correction"))
 
 
 def _token_weights(mask: torch.Tensor, mode: str, batch: dict[str, Any]) -> torch.Tensor:
@@ -98,8 +119,7 @@ _NOT_HONOURED = {
 
 
 def _refuse_what_is_not_honoured(config: Any) -> None:
-    policy_loss = config.get("policy_loss")
-    for section in filter(None, (config, policy_loss)):
+    for section in filter(None, (config, config.get("policy_loss"))):
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
             if field.name in _NOT_HONOURED and value != field.default:
@@ -107,7 +127,17 @@ def _refuse_what_is_not_honoured(config: Any) -> None:
                     f"{field.name}: expected the default {field.default!r}, got {value!r}: "
                     f"{_NOT_HONOURED[field.name]}"
                 )
-    correction = policy_loss and policy_loss.get("rollout_correction")
+
+
+def _check_handed_over(correction: Any) -> None:
+    """Of a worker's config, which lacks ``algorithm``: verl puts a dataclass of defaults there."""
+    if correction == RolloutCorrectionConfig():
+        _warn_that_nothing_was_handed_over()
+    else:
+        _refuse_what_bypass_mode_leaves(correction)
+
+
+def _refuse_what_bypass_mode_leaves(correction: Any) -> None:
     if not correction or not correction.get("bypass_mode"):
         return  # decoupled: verl has applied it to the mask and to rollout_is_weights
     for name, expected in (("rollout_rs", None), ("loss_type", "ppo_clip")):
@@ -117,6 +147,17 @@ def _refuse_what_is_not_honoured(config: Any) -> None:
                 f"rollout_correction.{name}: expected {expected!r} in bypass mode, got {value!r}: "
                 "verl leaves it to its own bypass loss; set a mask rule of ipo_config instead"
             )
+
+
+@functools.cache  # once in each process
+def _warn_that_nothing_was_handed_over() -> None:
+    warnings.warn(
+        "policy_loss.rollout_correction: verl does not tell its workers of "
+        "algorithm.rollout_correction, so rollout_rs and loss_type, which bypass mode leaves to "
+        "the loss, would be ignored here. To have them refused, hand it over: "
+        "+actor_rollout_ref.actor.policy_loss.rollout_correction='${algorithm.rollout_correction}'",
+        stacklevel=4,
+    )
 
 
 register()
