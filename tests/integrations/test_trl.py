@@ -305,19 +305,16 @@ def test_evaluates() -> None:
         ("vespo_k_pos", 1.0),
     ],
 )
-def test_an_option_that_is_not_honoured_raises(option: str, value: object, tmp_path) -> None:
-    model = policy()
-    model.save_pretrained(tmp_path)  # beta makes TRL load the reference model from a path
-    model.config._name_or_path = str(tmp_path)
+def test_an_option_that_is_not_honoured_raises(option: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"{option}: expected .*, got {value!r}"):
-        trainer_of(model=model, **{option: value})
+        trainer_of(**{option: value})
 
 
 def test_every_option_of_a_loss_is_accounted_for() -> None:
     """A new option of a later TRL's loss is honoured or refused here before it is released."""
     import inspect
 
-    from ipo_ext.integrations import trl as adapter
+    from ipo_ext.integrations import _trl_options as options
 
     source = inspect.getsource(GRPOTrainer._compute_loss)
     read = {name for name in GRPOConfig.__dataclass_fields__ if f"args.{name}" in source}
@@ -337,17 +334,21 @@ def test_every_option_of_a_loss_is_accounted_for() -> None:
         "vllm_importance_sampling_correction",
         "max_completion_length",
     }
-    assert read <= honoured | set(adapter._NOT_HONOURED)
+    assert read <= honoured | set(options.NOT_HONOURED)
 
 
-def test_a_second_correction_for_the_engine_raises() -> None:
-    from ipo_ext.integrations.trl import _refuse_what_is_not_honoured
-
-    args = GRPOConfig(use_cpu=True, bf16=False, use_vllm=True)
+@pytest.mark.parametrize("place", ["by keyword", "by position"])
+def test_a_second_correction_for_the_engine_raises_before_anything_is_up(place: str) -> None:
+    args = GRPOConfig(**TINY, use_vllm=True)
+    given = ((), {"args": args}) if place == "by keyword" else ((args,), {})
     with pytest.raises(ValueError, match="vllm_importance_sampling_correction: expected False"):
-        _refuse_what_is_not_honoured(args, IPOConfig())
-    args.vllm_importance_sampling_correction = False
-    _refuse_what_is_not_honoured(args, IPOConfig())
+        IPOTrainer("no/such/model", rewards, *given[0], train_dataset=PROMPTS, **given[1])
+
+
+def test_without_a_second_correction_the_engine_is_started() -> None:
+    args = GRPOConfig(**TINY, use_vllm=True, vllm_importance_sampling_correction=False)
+    with pytest.raises(OSError, match="no/such/model"):
+        IPOTrainer("no/such/model", rewards, args, train_dataset=PROMPTS)
 
 
 def test_a_teacher_raises() -> None:

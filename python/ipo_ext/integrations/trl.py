@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from typing import Any
 
@@ -11,6 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
+from ipo_ext.integrations._trl_options import refuse_a_teacher, refuse_what_is_not_honoured
 
 
 class IPOTrainer(GRPOTrainer):
@@ -29,10 +29,12 @@ class IPOTrainer(GRPOTrainer):
     """
 
     def __init__(self, *args: Any, ipo_config: IPOConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         self.ipo_config = ipo_config if ipo_config is not None else IPOConfig()
         self._ipo_metrics: dict[str, Any] = {}  # IPOMetrics by mode, since the last log
-        _refuse_what_is_not_honoured(self.args, self.ipo_config)
+        refuse_a_teacher(self.ipo_config)
+        if (options := _grpo_config(*args, **kwargs)) is not None:
+            refuse_what_is_not_honoured(options)  # before model and engine are up
+        super().__init__(*args, **kwargs)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs["completion_mask"].bool()
@@ -116,54 +118,9 @@ class IPOTrainer(GRPOTrainer):
         super().log(logs, *args, **kwargs)
 
 
-_AVERAGES = ("dapo", "bnpo", "dr_grpo", "grpo")
-
-_BOUNDS = "this loss drops tokens by a mask and clips nothing; set the bounds of ipo_config"
-_ENTROPY = "this loss has no entropy term"
-_OTHER_LOSS = "it belongs to another loss"
-_NOT_HONOURED = {
-    "beta": "this loss has no reference model; its KL is to the sampling policy, kl_tau",
-    "sync_ref_model": "this loss has no reference model",
-    "epsilon": _BOUNDS,
-    "epsilon_high": _BOUNDS,
-    "delta": _BOUNDS,
-    "importance_sampling_level": "the ratio of this loss is that of a token",
-    "off_policy_mask_threshold": "set a mask rule of ipo_config instead",
-    "top_entropy_quantile": "this loss takes every token that is not masked",
-    "entropy_coef": _ENTROPY,
-    "use_adaptive_entropy": _ENTROPY,
-    "sapo_temperature_neg": _OTHER_LOSS,
-    "sapo_temperature_pos": _OTHER_LOSS,
-    "vespo_k_pos": _OTHER_LOSS,
-    "vespo_lambda_pos": _OTHER_LOSS,
-    "vespo_k_neg": _OTHER_LOSS,
-    "vespo_lambda_neg": _OTHER_LOSS,
-}
-
-
-def _refuse_what_is_not_honoured(args: GRPOConfig, config: IPOConfig) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    for name, why in _NOT_HONOURED.items():
-        value = getattr(args, name)
-        if value != defaults[name]:
-            raise ValueError(
-                f"{name}: expected the default {defaults[name]!r}, got {value!r}: {why}"
-            )
-    if args.loss_type not in _AVERAGES:
-        raise ValueError(
-            f"loss_type: expected how to average, one of {', '.join(_AVERAGES)}, got "
-            f"{args.loss_type!r}, which is a loss of its own"
-        )
-    if args.use_vllm and args.vllm_importance_sampling_correction:
-        raise ValueError(
-            "vllm_importance_sampling_correction: expected False with use_vllm, got True: the "
-            "ratio of this loss is already taken to vLLM's log-probabilities"
-        )
-    if config.teacher_tau > 0:
-        raise ValueError(
-            f"ipo_config.teacher_tau: expected 0, got {config.teacher_tau!r}: TRL's batches have "
-            "no teacher's log-probabilities"
-        )
+def _grpo_config(*args: Any, **kwargs: Any) -> GRPOConfig | None:
+    """Its place among ``GRPOTrainer``'s arguments."""
+    return inspect.signature(GRPOTrainer).bind_partial(*args, **kwargs).arguments.get("args")
 
 
 def _sampling_logprobs(inputs: dict[str, Any], logprobs: torch.Tensor) -> torch.Tensor:
