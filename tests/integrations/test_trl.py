@@ -6,8 +6,10 @@ import copy
 import math
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_generation import extract_logprobs
+from trl.trainer import grpo_trainer
 
 from ipo_ext import IPOConfig
 from ipo_ext.integrations.trl import IPOTrainer
@@ -73,6 +77,25 @@ def rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
     }
     out["logprobs"][0][0] = None  # one that the engine could not score
     return out
+
+
+class Engine:
+    """Stands for TRL's ``VLLMGeneration``, which needs vLLM: random completions, as it returns."""
+
+    logprobs_mode = "processed_logprobs"
+
+    def __init__(self, **options: object) -> None:
+        info = {"model_config": {"logprobs_mode": self.logprobs_mode}}
+        self.vllm_client = SimpleNamespace(get_server_info=lambda: info)
+
+    def sync_weights(self) -> None:
+        pass
+
+    def generate(self, prompts: list[list[int]], **_: object) -> tuple:
+        lengths = [1 + int(n) for n in torch.randint(6, (len(prompts),))]
+        completions = [torch.randint(2, len(SYMBOLS), (n,)).tolist() for n in lengths]
+        logprobs = [(-1.5 - 2 * torch.rand(n, 1)).tolist() for n in lengths]
+        return prompts, completions, logprobs, None
 
 
 TINY = {
@@ -351,20 +374,94 @@ def test_without_a_second_correction_the_engine_is_started() -> None:
         IPOTrainer("no/such/model", rewards, args, train_dataset=PROMPTS)
 
 
+@pytest.mark.parametrize(
+    ("generation_kwargs", "message"),
+    [
+        ({"temperature": 0.7}, r"\['temperature'\]: expected temperature, 0\.9, .*, got 0\.7"),
+        ({"logprobs": 5}, r"\['logprobs'\]: expected 0, got 5"),
+        ({"logprobs": None}, r"\['logprobs'\]: expected 0, got None"),
+    ],
+)
+def test_what_makes_the_engines_logprobs_wrong_raises(
+    generation_kwargs: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=r"generation_kwargs" + message):
+        trainer_of(temperature=0.9, generation_kwargs=generation_kwargs)
+
+
+def test_of_more_logprobs_than_one_trl_takes_the_first_by_rank() -> None:
+    """Why they are refused; the sampled token, 8, is the second."""
+    position = {8: SimpleNamespace(logprob=-2.0, rank=2), 3: SimpleNamespace(logprob=-0.1, rank=1)}
+    output = SimpleNamespace(outputs=[SimpleNamespace(logprobs=[position])])
+    (((first, _),),), _ = extract_logprobs([output])
+    assert first == -0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.2},
+        {"vllm_structured_outputs_regex": "[0-9]+"},
+        {"generation_kwargs": {"repetition_penalty": 1.2}},
+        {"generation_kwargs": {"presence_penalty": 0.5}},
+        {"generation_kwargs": {"num_beams": 2}},
+        {"generation_kwargs": {"logit_bias": {3: 1.0}}},
+        {"generation_kwargs": {"a_later_engines_option": 1}},
+    ],
+)
+def test_what_bends_the_ratio_is_named_once(options: dict) -> None:
+    ((name, value),) = options.get("generation_kwargs", options).items()
+    with pytest.warns(UserWarning, match="drawn from another distribution") as warned:
+        trainer_of(**options)
+    (message,) = [str(w.message) for w in warned if "distribution" in str(w.message)]
+    assert message.startswith(f"{name}={value!r}: ")
+
+
+def test_sampling_from_the_policy_warns_of_nothing() -> None:
+    options = {
+        "top_p": 1.0,
+        "temperature": 0.7,
+        "generation_kwargs": {"temperature": 0.7, "logprobs": 0, "top_k": -1, "stop": ["="]},
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*distribution")
+        trainer_of(**options, rollout_func=rollout)
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logits"])
+def test_a_server_that_reports_other_logprobs_raises(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", Engine)
+    server = {
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_importance_sampling_correction": False,
+    }
+    trainer_of(**server)
+    monkeypatch.setattr(Engine, "logprobs_mode", mode)
+    with pytest.raises(ValueError, match=f"expected processed_logprobs, got {mode}"):
+        trainer_of(**server)
+
+
 def test_a_teacher_raises() -> None:
     with pytest.raises(ValueError, match=r"ipo_config.teacher_tau: expected 0, got 0\.5"):
         trainer_of(ipo_config=IPOConfig(teacher_tau=0.5))
 
 
 def test_the_guide_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its block as it stands, but for sizes, and for vLLM, which needs a GPU."""
+    """Its block as it stands, but for sizes, and on something that stands for vLLM."""
     policy().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
 
     def tiny(**options: object) -> GRPOConfig:
-        return GRPOConfig(**options | TINY | {"use_vllm": False})
+        return GRPOConfig(**options | TINY)
 
     monkeypatch.setattr(trl, "GRPOConfig", tiny)
+    monkeypatch.setattr(grpo_trainer, "VLLMGeneration", Engine)
     names = {"model": str(tmp_path / "model"), "reward_funcs": rewards, "data": PROMPTS}
     (block,) = blocks_of_host("trl")
     block.run(names)

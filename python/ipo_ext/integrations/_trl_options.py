@@ -1,8 +1,10 @@
-"""What ``IPOTrainer`` refuses among the options of TRL's ``GRPOConfig``."""
+"""What ``IPOTrainer`` refuses, or warns of, among the options of TRL's ``GRPOConfig``."""
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -51,6 +53,74 @@ def refuse_what_is_not_honoured(args: GRPOConfig) -> None:
         raise ValueError(
             "vllm_importance_sampling_correction: expected False with use_vllm, got True: the "
             "ratio of this loss is already taken to vLLM's log-probabilities"
+        )
+    _refuse_wrong_logprobs(args)
+
+
+def _refuse_wrong_logprobs(args: GRPOConfig) -> None:
+    """What makes TRL take log-probabilities that belong to no token or to another policy."""
+    given = args.generation_kwargs or {}
+    temperature = given.get("temperature", args.temperature)
+    if temperature != args.temperature:
+        raise ValueError(
+            f"generation_kwargs['temperature']: expected temperature, {args.temperature!r}, by "
+            f"which TRL divides the trained logits, got {temperature!r}; set temperature instead"
+        )
+    if given.get("logprobs", 0) != 0:
+        raise ValueError(
+            f"generation_kwargs['logprobs']: expected 0, got {given['logprobs']!r}: TRL then takes "
+            "the most probable token's log-probability for that of the sampled one"
+        )
+
+
+_SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "vllm_structured_outputs_regex")
+_DRAWS_FROM_THE_POLICY = {
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "min_tokens": (0,),
+    "do_sample": (True,),
+    "num_beams": (1,),
+}
+_CHANGES_NO_DISTRIBUTION = {  # where a completion ends, what comes with it
+    *("temperature", "logprobs", "prompt_logprobs"),  # the first two are refused where they do
+    *("max_tokens", "max_new_tokens", "max_time", "stop", "stop_strings", "stop_token_ids"),
+    *("eos_token_id", "bos_token_id", "pad_token_id", "ignore_eos", "include_stop_str_in_output"),
+    *("detokenize", "skip_special_tokens", "spaces_between_special_tokens"),
+    *("seed", "use_cache", "cache_implementation"),
+}
+
+
+def warn_of_what_bends_the_ratio(args: GRPOConfig) -> None:
+    """Names what makes the sampler's distribution another than the one that is trained."""
+    given = {name: getattr(args, name) for name in _SAMPLING} | (args.generation_kwargs or {})
+    bent = [
+        f"{name}={value!r}"
+        for name, value in given.items()
+        if name not in _CHANGES_NO_DISTRIBUTION
+        and value is not None
+        and value not in _DRAWS_FROM_THE_POLICY.get(name, ())
+    ]
+    if bent:
+        warnings.warn(
+            f"{', '.join(bent)}: completions are drawn from another distribution than the trained "
+            "one, so the ratio is off where nothing is stale: more tokens are masked and "
+            "ipo/mismatch_kl reports it; without an engine's log-probabilities nothing does. Leave "
+            "them at their defaults, or widen the bounds of ipo_config (docs/integrations.md)",
+            stacklevel=3,
+        )
+
+
+def refuse_raw_logprobs(server_info: dict[str, Any]) -> None:
+    """Of vLLM's server, which reports them from before temperature unless it is told."""
+    mode = server_info["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise ValueError(
+            f"logprobs_mode of vLLM's server: expected processed_logprobs, got {mode}, from before "
+            "temperature: restart it with --logprobs-mode processed_logprobs"
         )
 
 

@@ -10,7 +10,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
-from ipo_ext.integrations._trl_options import refuse_a_teacher, refuse_what_is_not_honoured
+from ipo_ext.integrations._trl_options import (
+    refuse_a_teacher,
+    refuse_raw_logprobs,
+    refuse_what_is_not_honoured,
+    warn_of_what_bends_the_ratio,
+)
 
 
 class IPOTrainer(GRPOTrainer):
@@ -25,7 +30,8 @@ class IPOTrainer(GRPOTrainer):
         ipo_config: the loss; default ``IPOConfig()``. All others are ``GRPOTrainer``'s.
 
     Raises:
-        ValueError: an option of ``GRPOConfig`` that this loss does not honour is set.
+        ValueError: an option of ``GRPOConfig`` that this loss does not honour is set, or one that
+            gives it wrong log-probabilities. What bends the ratio is warned of.
     """
 
     def __init__(self, *args: Any, ipo_config: IPOConfig | None = None, **kwargs: Any) -> None:
@@ -34,7 +40,10 @@ class IPOTrainer(GRPOTrainer):
         refuse_a_teacher(self.ipo_config)
         if (options := _grpo_config(*args, **kwargs)) is not None:
             refuse_what_is_not_honoured(options)  # before model and engine are up
+            warn_of_what_bends_the_ratio(options)
         super().__init__(*args, **kwargs)
+        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
+            refuse_raw_logprobs(self.vllm_generation.vllm_client.get_server_info())
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs["completion_mask"].bool()
