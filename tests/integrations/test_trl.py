@@ -252,6 +252,26 @@ def test_metrics_are_those_of_all_micro_batches_since_the_last_log() -> None:
     assert logs[0]["ipo/nonfinite"] > 0  # the token without a log-probability
 
 
+def test_what_was_not_measured_is_not_logged_and_said_once() -> None:
+    trainer = trainer_of()
+    with pytest.warns(UserWarning, match="no log-probabilities of what sampled") as warned:
+        trainer.train()
+    assert len([w for w in warned if "what sampled" in str(w.message)]) == 1
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    assert len(logs) == 3
+    for log in logs:
+        assert {name for name in log if "ipo/" in name} == {"ipo/pg_loss", "ipo/nonfinite"}
+
+
+@pytest.mark.parametrize("measured", [{"rollout_func": rollout}, {"num_iterations": 2}])
+def test_what_was_measured_is_logged(measured: dict) -> None:
+    trainer = trainer_of(**measured)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="no log-probabilities")
+        trainer.train()
+    assert {"ipo/ess", "ipo/mismatch_kl"} <= set(trainer.state.log_history[0])
+
+
 def repeatable_rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
     """Completions that depend on the prompt and the place in its group alone, not on the rank."""
     out = {"prompt_ids": trainer.processing_class(prompts).input_ids}
@@ -445,6 +465,23 @@ def test_a_server_that_reports_other_logprobs_raises(
     monkeypatch.setattr(Engine, "logprobs_mode", mode)
     with pytest.raises(ValueError, match=f"expected processed_logprobs, got {mode}"):
         trainer_of(**server)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "env_mask"])
+@pytest.mark.parametrize("rows_off", ["a row is short", "a row is long", "a row is missing"])
+def test_what_trl_would_pad_raises(name: str, rows_off: str) -> None:
+    def careless(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        out = rollout(prompts, trainer)
+        if rows_off == "a row is missing":
+            del out[name][1]
+        elif rows_off == "a row is short":
+            del out[name][1][-1]
+        else:
+            out[name][1].append(1)
+        return out
+
+    with pytest.raises(ValueError, match=rf"{name}\[1\]: expected the length of completion_ids"):
+        trainer_of(rollout_func=careless).train()
 
 
 def test_a_teacher_raises() -> None:

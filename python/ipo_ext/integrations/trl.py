@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
@@ -23,8 +27,11 @@ class IPOTrainer(GRPOTrainer):
 
     The ratio is the trained policy's over what sampled: the log-probabilities that vLLM or a
     ``rollout_func`` returned where the batch has them, otherwise those of the policy at the time
-    of generation. A completion is a sequence, as far as a mask rule asks. Of ``loss_type`` only
-    the average counts: ``"dapo"``, ``"bnpo"``, ``"dr_grpo"`` or ``"grpo"``.
+    of generation. Where TRL leaves those out too, since no step lies between, the ratio is 1: that
+    is warned of once, and metrics that compare the two policies are not logged.
+
+    A completion is a sequence, as far as a mask rule asks. Of ``loss_type`` only the average
+    counts: ``"dapo"``, ``"bnpo"``, ``"dr_grpo"`` or ``"grpo"``.
 
     Args:
         ipo_config: the loss; default ``IPOConfig()``. All others are ``GRPOTrainer``'s.
@@ -37,11 +44,15 @@ class IPOTrainer(GRPOTrainer):
     def __init__(self, *args: Any, ipo_config: IPOConfig | None = None, **kwargs: Any) -> None:
         self.ipo_config = ipo_config if ipo_config is not None else IPOConfig()
         self._ipo_metrics: dict[str, Any] = {}  # IPOMetrics by mode, since the last log
+        self._modes_without_sampler: set[str] = set()
         refuse_a_teacher(self.ipo_config)
-        if (options := _grpo_config(*args, **kwargs)) is not None:
+        given = inspect.signature(GRPOTrainer).bind_partial(*args, **kwargs)
+        if (options := given.arguments.get("args")) is not None:
             refuse_what_is_not_honoured(options)  # before model and engine are up
             warn_of_what_bends_the_ratio(options)
-        super().__init__(*args, **kwargs)
+        if (rollout_func := given.arguments.get("rollout_func")) is not None:
+            given.arguments["rollout_func"] = _of_equal_lengths(rollout_func)
+        super().__init__(*given.args, **given.kwargs)
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             refuse_raw_logprobs(self.vllm_generation.vllm_client.get_server_info())
 
@@ -54,7 +65,7 @@ class IPOTrainer(GRPOTrainer):
         advantages = inputs["advantages"]
         out = ipo_loss(
             logprobs,
-            _sampling_logprobs(inputs, logprobs),
+            self._sampling_logprobs(inputs, logprobs),
             advantages.reshape(len(mask), -1).expand(mask.shape),
             mask,
             loss_weights=weights,
@@ -77,6 +88,15 @@ class IPOTrainer(GRPOTrainer):
             compute_aux_loss=self.aux_loss_enabled,
             **{name: inputs[name] for name in passed_on},
         )
+
+    def _sampling_logprobs(self, inputs: dict[str, Any], logprobs: torch.Tensor) -> torch.Tensor:
+        for name in ("sampling_per_token_logps", "old_per_token_logps"):
+            if inputs.get(name) is not None:
+                return inputs[name]
+        if not self._modes_without_sampler:
+            warnings.warn(_NOTHING_MEASURED, stacklevel=2)
+        self._modes_without_sampler.add(self._mode)
+        return logprobs.detach()
 
     def _average(
         self, mask: torch.Tensor, inputs: dict[str, Any]
@@ -122,18 +142,41 @@ class IPOTrainer(GRPOTrainer):
         if metrics is not None:
             if self.accelerator.num_processes > 1:
                 metrics = metrics.all_reduce()
+            measured = self._mode not in self._modes_without_sampler
             for name, value in metrics.tolist().items():
-                self._metrics[self._mode][f"ipo/{name}"] = [value]
+                if measured or name in _WITHOUT_SAMPLER:
+                    self._metrics[self._mode][f"ipo/{name}"] = [value]
         super().log(logs, *args, **kwargs)
 
 
-def _grpo_config(*args: Any, **kwargs: Any) -> GRPOConfig | None:
-    """Its place among ``GRPOTrainer``'s arguments."""
-    return inspect.signature(GRPOTrainer).bind_partial(*args, **kwargs).arguments.get("args")
+def _of_equal_lengths(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The same, refused where TRL would pad a completion's log-probabilities or its mask."""
+
+    @functools.wraps(rollout_func)
+    def checked(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        rollouts = rollout_func(*args, **kwargs)
+        for name, padding in (("logprobs", "0"), ("env_mask", "1, which trains")):
+            if "completion_ids" in rollouts and rollouts.get(name) is not None:
+                _refuse_unequal_lengths(name, rollouts[name], rollouts["completion_ids"], padding)
+        return rollouts
+
+    return checked
 
 
-def _sampling_logprobs(inputs: dict[str, Any], logprobs: torch.Tensor) -> torch.Tensor:
-    for name in ("sampling_per_token_logps", "old_per_token_logps"):
-        if inputs.get(name) is not None:
-            return inputs[name]
-    return logprobs.detach()  # sampled by the policy as it is: TRL leaves them out where so
+def _refuse_unequal_lengths(
+    name: str, rows: Sequence[Sized], completions: Sequence[Sized], padding: str
+) -> None:
+    for row, (values, ids) in enumerate(itertools.zip_longest(rows, completions, fillvalue=())):
+        if len(values) != len(ids):
+            raise ValueError(
+                f"rollout_func's {name}[{row}]: expected the length of completion_ids[{row}], "
+                f"{len(ids)}, got {len(values)}: TRL would pad with {padding}"
+            )
+
+
+_WITHOUT_SAMPLER = ("pg_loss", "nonfinite")  # the metrics that say something where the ratio is 1
+_NOTHING_MEASURED = (
+    "no log-probabilities of what sampled: neither vLLM nor a rollout_func returned any, and TRL "
+    "takes the completions to be the trained policy's own. The ratio is then 1: nothing is masked, "
+    "no mismatch is measured, and of the metrics only ipo/pg_loss and ipo/nonfinite are logged"
+)
