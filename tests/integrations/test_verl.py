@@ -12,6 +12,7 @@ import re
 import shlex
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from verl.protocol import DataProto
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
 from verl.trainer.ppo.rollout_corr_helper import apply_bypass_mode
+from verl.trainer.ppo.v1 import get_trainer_cls, trainer_base
 from verl.utils import tensordict_utils
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
@@ -376,6 +378,24 @@ def test_the_rename_of_verls_older_trainer_reaches_no_worker() -> None:
     options = PolicyLossConfig(**workers)
     loss, _ = ppo_loss(actor_config(policy_loss=options), output, data)
     assert loss == expected
+
+
+def test_verls_newer_trainer_takes_the_engines_logprobs_and_renames_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The trainer of the guide's command; its queue, which lies between processes, is a dict."""
+    queue = {"rollout_log_probs": torch.randn(2, 3)}
+    expected = {"old_log_probs": queue["rollout_log_probs"]}
+    monkeypatch.setattr(trainer_base.tq, "kv_batch_get", lambda **_: queue)
+    monkeypatch.setattr(trainer_base.tq, "kv_batch_put", lambda fields, **_: queue.update(fields))
+    config = verls_config(*guides_command())
+    trainer = SimpleNamespace(config=config)
+    before = copy.deepcopy(config)
+    kind = get_trainer_cls(config.trainer.v1.trainer_mode)
+    kind._compute_old_log_prob(trainer, SimpleNamespace(keys=[], partition_id=""), metrics={})
+    assert config.trainer.use_v1
+    assert queue == expected
+    assert config == before
 
 
 def test_every_option_of_the_config_is_accounted_for() -> None:
