@@ -243,6 +243,50 @@ def test_what_is_not_this_loss_is_refused() -> None:
         prime_rl.setup_loss_fn(CustomLossConfig(import_path="elsewhere.loss"))
 
 
+@pytest.mark.parametrize("name", ["inference_logprobs", "ref_logprobs", "loss_mask", "rl_weights"])
+def test_lists_of_unequal_lengths_are_refused_by_name(name: str) -> None:
+    """Of equal totals too, where a token would be read at another sequence's place."""
+    whole = micro_batch()
+    batch = {field: split(tensor) for field, tensor in whole.items()}
+    batch |= {"ref_logprobs": None, "rl_weights": None, "ce_weights": None, "ref_kl_weights": None}
+    scales = {"rl_scale": 1, "ce_scale": 1, "ref_kl_scale": 1}
+    sequences = split(whole["loss_mask" if name == "loss_mask" else "inference_logprobs"])
+    for wrong in (sequences[::-1], sequences[:-1], ()):
+        with pytest.raises(ValueError, match=f"{name}: expected sequences of the lengths of"):
+            prime_rl.compute_component_loss(
+                **batch | {name: wrong}, **scales, rl_loss_fn=prime_rl.SequenceLoss(IPOConfig())
+            )
+
+
+def test_no_sequence_at_all_is_refused() -> None:
+    names = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
+    with pytest.raises(ValueError, match="trainer_logprobs: expected at least one sequence"):
+        prime_rl.compute_loss(
+            **dict.fromkeys(names, ()),
+            teacher_logprobs=None,
+            loss_fn=prime_rl.SequenceLoss(IPOConfig()),
+            loss_scale=1,
+        )
+
+
+@pytest.mark.parametrize("rl_weights", [None, 1.0])
+def test_a_mask_of_numbers_is_refused(rl_weights: float | None) -> None:
+    batch = {field: split(tensor) for field, tensor in micro_batch().items()}
+    weights = rl_weights and [torch.ones_like(tokens) for tokens in batch["advantages"]]
+    with pytest.raises(TypeError, match=r"loss_mask: expected dtype torch\.bool"):
+        prime_rl.compute_component_loss(
+            **batch | {"loss_mask": [mask.float() for mask in batch["loss_mask"]]},
+            ref_logprobs=None,
+            rl_weights=weights,
+            ce_weights=None,
+            ref_kl_weights=None,
+            rl_loss_fn=prime_rl.SequenceLoss(IPOConfig()),
+            rl_scale=1,
+            ce_scale=1,
+            ref_kl_scale=1,
+        )
+
+
 class TestFusedOutputLinear:
     hidden_size, vocab = 6, 11
 

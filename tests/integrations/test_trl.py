@@ -484,6 +484,44 @@ def test_what_trl_would_pad_raises(name: str, rows_off: str) -> None:
         trainer_of(rollout_func=careless).train()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("completion_ids", [], r"completion_ids\[1\]: expected at least one token"),
+        ("env_mask", [0.5] * 9, r"env_mask\[1\]: expected 0 or 1 for each token, got 0\.5"),
+    ],
+)
+def test_a_malformed_rollout_raises(name: str, value: list, message: str) -> None:
+    def careless(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        out = rollout(prompts, trainer)
+        out[name][1] = value[: len(out[name][1])]
+        return out
+
+    with pytest.raises(ValueError, match=message):
+        trainer_of(rollout_func=careless).train()
+
+
+def test_a_rollout_without_a_required_key_is_trls_to_refuse() -> None:
+    trainer = trainer_of(rollout_func=lambda prompts, trainer: {"logprobs": [[-1.0]]})
+    with pytest.raises(ValueError, match="rollout_func must return keys"):
+        trainer.train()
+
+
+def test_masks_as_floats_and_truth_values_train_as_integers_do() -> None:
+    def losses(kind: type) -> list[float]:
+        def masked(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+            out = rollout(prompts, trainer)
+            out["env_mask"] = [[kind(value) for value in row] for row in out["env_mask"]]
+            return out
+
+        torch.manual_seed(0)
+        trainer = trainer_of(rollout_func=masked, ipo_config=BAND)
+        trainer.train()
+        return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+    assert losses(int) == losses(float) == losses(bool)
+
+
 def test_a_teacher_raises() -> None:
     with pytest.raises(ValueError, match=r"ipo_config.teacher_tau: expected 0, got 0\.5"):
         trainer_of(ipo_config=IPOConfig(teacher_tau=0.5))

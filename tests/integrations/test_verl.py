@@ -264,6 +264,53 @@ def test_what_bypass_mode_would_leave_to_the_loss_raises(name: str, value: str) 
     refused(rf"rollout_correction\.{name}: expected .*, got '{value}'", policy_loss=options)
 
 
+def verls_tensors() -> dict[str, torch.Tensor]:
+    data = batch(LOCAL)
+    return {
+        "old_log_prob": data["old_log_probs"],
+        "log_prob": response_logprobs(policy(), data),
+        "advantages": data["advantages"],
+        "response_mask": data["response_mask"],
+    }
+
+
+def called_with(tensors: dict[str, torch.Tensor]) -> float:
+    """What the registered function returns, called as verl calls it."""
+    config = actor_config()
+    config.global_batch_info.update(LOCAL)
+    return get_policy_loss_fn("ipo")(**tensors, config=config)[0].item()
+
+
+@pytest.mark.parametrize(
+    "name", ["old_log_prob", "advantages", "response_mask", "rollout_is_weights"]
+)
+def test_a_tensor_of_another_shape_is_refused_by_verls_name(name: str) -> None:
+    shape = (len(RESPONSE_LENGTHS), RESPONSE - 1)
+    with pytest.raises(ValueError, match=rf"{name}: expected shape .* like log_prob, got \[3, 5\]"):
+        called_with(verls_tensors() | {name: torch.ones(shape)})
+
+
+def test_a_mask_of_numbers_and_garbage_outside_of_it_change_nothing() -> None:
+    tensors = verls_tensors()
+    mask = tensors["response_mask"]
+    expected = called_with(tensors)
+    for kind in (torch.float32, torch.int64):
+        assert called_with(tensors | {"response_mask": mask.to(kind)}) == expected
+    garbage = torch.where(mask, tensors["old_log_prob"], torch.nan)
+    assert called_with(tensors | {"old_log_prob": garbage}) == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_micro_batch_without_rows_runs_backward(mode: str) -> None:
+    config = actor_config(loss_agg_mode=mode)
+    config.global_batch_info.update(GLOBAL)
+    log_prob = torch.empty(0, RESPONSE, requires_grad=True)
+    nothing = torch.empty(0, RESPONSE)
+    loss, _ = get_policy_loss_fn("ipo")(nothing, log_prob, nothing, nothing, mode, config)
+    loss.backward()
+    assert loss.item() == 0
+
+
 CONFIGS = ("ppo_trainer", "ppo_megatron_trainer")
 REFUSED = (
     ("algorithm.rollout_correction.rollout_rs=token_k1", "rollout_rs: expected None"),

@@ -112,6 +112,13 @@ def compute_loss(
             "sft_loss: expected False, got True: supervised batches are not this loss; hand them "
             "to prime_rl.trainer.rl.loss.compute_loss"
         )
+    _refuse_unequal_lengths(
+        trainer_logprobs,
+        inference_logprobs=inference_logprobs,
+        teacher_logprobs=teacher_logprobs,
+        advantages=advantages,
+        loss_mask=loss_mask,
+    )
     return _packed_loss(
         trainer_logprobs,
         inference_logprobs,
@@ -152,6 +159,14 @@ def compute_component_loss(
                 f"{name}: expected None, got {len(weights)} sequences: that component is not this "
                 'loss; use upstream\'s compute_loss with trainer.loss type = "custom" instead'
             )
+    _refuse_unequal_lengths(
+        trainer_logprobs,
+        inference_logprobs=inference_logprobs,
+        ref_logprobs=ref_logprobs,
+        advantages=advantages,
+        loss_mask=loss_mask,
+        rl_weights=rl_weights,
+    )
     return _packed_loss(
         trainer_logprobs,
         inference_logprobs,
@@ -261,7 +276,7 @@ def _packed_loss(
         torch.cat(list(trainer_logprobs)),
         torch.cat(list(inference_logprobs)),
         torch.cat(list(advantages)),
-        mask if weights is None else mask & (weights != 0),
+        mask if weights is None else torch.where(weights != 0, mask, False),
         teacher_logprobs=_packed(teacher_logprobs),
         loss_weights=weights,
         cu_seqlens=_cu_seqlens(trainer_logprobs),
@@ -269,6 +284,20 @@ def _packed_loss(
         config=loss_fn.config,
     )
     return out.loss, dict(out.metrics.items())
+
+
+def _refuse_unequal_lengths(trainer_logprobs: Sequences, **others: Sequences | None) -> None:
+    """Packed one after another, fields of unequal lengths would be read at each other's tokens."""
+    expected = [len(tokens) for tokens in trainer_logprobs]
+    if not expected:
+        raise ValueError("trainer_logprobs: expected at least one sequence, got none")
+    for name, sequences in others.items():
+        lengths = expected if sequences is None else [len(tokens) for tokens in sequences]
+        if lengths != expected:
+            raise ValueError(
+                f"{name}: expected sequences of the lengths of trainer_logprobs, {expected}, got "
+                f"{lengths}"
+            )
 
 
 def _packed(sequences: Sequences | None) -> torch.Tensor | None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import itertools
 import warnings
-from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -20,6 +17,7 @@ from ipo_ext.integrations._trl_options import (
     refuse_what_is_not_honoured,
     warn_of_what_bends_the_ratio,
 )
+from ipo_ext.integrations._trl_rollouts import checked
 
 
 class IPOTrainer(GRPOTrainer):
@@ -51,7 +49,7 @@ class IPOTrainer(GRPOTrainer):
             refuse_what_is_not_honoured(options)  # before model and engine are up
             warn_of_what_bends_the_ratio(options)
         if (rollout_func := given.arguments.get("rollout_func")) is not None:
-            given.arguments["rollout_func"] = _of_equal_lengths(rollout_func)
+            given.arguments["rollout_func"] = checked(rollout_func)
         super().__init__(*given.args, **given.kwargs)
         if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
             refuse_raw_logprobs(self.vllm_generation.vllm_client.get_server_info())
@@ -147,31 +145,6 @@ class IPOTrainer(GRPOTrainer):
                 if measured or name in _WITHOUT_SAMPLER:
                     self._metrics[self._mode][f"ipo/{name}"] = [value]
         super().log(logs, *args, **kwargs)
-
-
-def _of_equal_lengths(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """The same, refused where TRL would pad a completion's log-probabilities or its mask."""
-
-    @functools.wraps(rollout_func)
-    def checked(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        rollouts = rollout_func(*args, **kwargs)
-        for name, padding in (("logprobs", "0"), ("env_mask", "1, which trains")):
-            if "completion_ids" in rollouts and rollouts.get(name) is not None:
-                _refuse_unequal_lengths(name, rollouts[name], rollouts["completion_ids"], padding)
-        return rollouts
-
-    return checked
-
-
-def _refuse_unequal_lengths(
-    name: str, rows: Sequence[Sized], completions: Sequence[Sized], padding: str
-) -> None:
-    for row, (values, ids) in enumerate(itertools.zip_longest(rows, completions, fillvalue=())):
-        if len(values) != len(ids):
-            raise ValueError(
-                f"rollout_func's {name}[{row}]: expected the length of completion_ids[{row}], "
-                f"{len(ids)}, got {len(values)}: TRL would pad with {padding}"
-            )
 
 
 _WITHOUT_SAMPLER = ("pg_loss", "nonfinite")  # the metrics that say something where the ratio is 1

@@ -45,6 +45,13 @@ def register(ipo_config: IPOConfig = _DEFAULT, name: str = "ipo") -> None:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         _refuse_what_is_not_honoured(config)
         _check_handed_over(config.policy_loss.get("rollout_correction"))
+        _refuse_other_shapes(
+            log_prob,
+            old_log_prob=old_log_prob,
+            advantages=advantages,
+            response_mask=response_mask,
+            rollout_is_weights=rollout_is_weights,
+        )
         mask = response_mask.bool()
         weights = _token_weights(mask, loss_agg_mode, config.global_batch_info)
         # Weights of mean 1 over the tokens, so that weighted metrics do not depend on the mode.
@@ -127,6 +134,15 @@ def _refuse_what_is_not_honoured(config: Any) -> None:
                     f"{field.name}: expected the default {field.default!r}, got {value!r}: "
                     f"{_NOT_HONOURED[field.name]}"
                 )
+
+
+def _refuse_other_shapes(log_prob: torch.Tensor, **others: torch.Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != log_prob.shape:
+            raise ValueError(
+                f"{name}: expected shape {list(log_prob.shape)} like log_prob, got "
+                f"{list(tensor.shape)}"
+            )
 
 
 def _check_handed_over(correction: Any) -> None:
