@@ -36,7 +36,6 @@ myst_enable_extensions: list[str] = []
 autodoc_mock_imports = ["transformers", "trl", "verl"]  # hosts of the integrations
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_preserve_defaults = True
 maximum_signature_line_length = 90  # beyond it, an argument a line
 napoleon_numpy_docstring = False
 napoleon_use_admonition_for_examples = False
@@ -52,8 +51,9 @@ pygments_dark_style = "native"
 def show_default_config(
     app: Any, what: str, name: str, thing: Any, options: Any, signature: str | None, returned: Any
 ) -> tuple[str | None, Any]:
-    """A default that the source calls _DEFAULT is `IPOConfig()` to whoever reads the signature."""
-    return signature and signature.replace("_DEFAULT", "IPOConfig()"), returned
+    """The default config is `IPOConfig()` to whoever reads the signature, not all its fields."""
+    default = repr(ipo_ext.IPOConfig())
+    return signature and signature.replace(default, "IPOConfig()"), returned
 
 
 def setup(app: Any) -> None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ipo_ext._ops.arguments import LossInputs
+from ipo_ext._optional_tensors import (
+    NAMES,
+    OptionalTensors,
+    refuse_unknown_names,
+    spells_out_tensors,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # The loss's inputs in the order of the functions: those that it needs, then those that may be None.
 _OPTIONAL = tuple(LossInputs._field_defaults)
@@ -37,7 +46,11 @@ class LossBatch:
 
     # Neither a dataclass nor a pytree node: hosts walk the one, and may come to walk the other.
     __slots__ = FIELDS
+    teacher_logprobs: torch.Tensor | None
+    loss_weights: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
 
+    @spells_out_tensors
     def __init__(
         self,
         inference_logprobs: torch.Tensor,
@@ -45,19 +58,17 @@ class LossBatch:
         loss_mask: torch.Tensor,
         *,
         temperature: float | torch.Tensor | None = None,
-        teacher_logprobs: torch.Tensor | None = None,
-        loss_weights: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
+        **tensors: Unpack[OptionalTensors],
     ) -> None:
+        refuse_unknown_names(LossBatch.__init__, tensors)
         self.inference_logprobs = inference_logprobs
         self.advantages = advantages
         self.loss_mask = loss_mask
         self.temperature = temperature
-        self.teacher_logprobs = teacher_logprobs
-        self.loss_weights = loss_weights
-        self.cu_seqlens = cu_seqlens
         self.normalizer = normalizer
+        for name in NAMES:
+            setattr(self, name, tensors.get(name))
 
     def arguments(self) -> dict[str, Any]:
         """What is set, by name: ``ipo_loss(trainer_logprobs, **batch.arguments())``."""
@@ -104,7 +115,8 @@ def inputs_of_loss(
     """By name, of a call that has them one by one, or a ``LossBatch`` in the first one's place."""
     beside = {"advantages": advantages, "loss_mask": loss_mask, **optional}
     if not isinstance(inference_logprobs, LossBatch):
-        return {"inference_logprobs": inference_logprobs, **beside}
+        beside["inference_logprobs"] = inference_logprobs
+        return beside
     for name, value in beside.items():
         if name in FIELDS and value is not None:
             raise TypeError(

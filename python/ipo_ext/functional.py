@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -28,25 +28,28 @@ from ipo_ext._ops.errors import with_torch_errors
 from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_logprobs
 from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
 from ipo_ext._ops.from_logprobs import run_ipo_loss
+from ipo_ext._optional_tensors import OptionalTensors, refuse_unknown_names, spells_out_tensors
 from ipo_ext.config import IPOConfig, is_number, to_float
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _DEFAULT = IPOConfig()
 _LARGEST_COUNT = 2**63 - 1  # what an operator can be given
 
 
+@spells_out_tensors
 def ipo_loss(
     trainer_logprobs: torch.Tensor,
     inference_logprobs: torch.Tensor,
     advantages: torch.Tensor,
     loss_mask: torch.Tensor,
     *,
-    teacher_logprobs: torch.Tensor | None = None,
-    loss_weights: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
+    **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from per-token log-probabilities.
 
@@ -90,15 +93,14 @@ def ipo_loss(
         >>> out.loss.backward()
         >>> out.metrics["is_masked"]
     """
+    refuse_unknown_names(ipo_loss, tensors)
     _check_config(config)
     inputs = LossInputs(
         inference_logprobs,
         advantages,
         loss_mask,
-        teacher_logprobs,
-        loss_weights,
-        cu_seqlens,
-        _scalar("normalizer", normalizer, trainer_logprobs),
+        normalizer=_scalar("normalizer", normalizer, trainer_logprobs),
+        **tensors,
     )
     checks.check_per_token_loss(trainer_logprobs, inputs, config.teacher_tau)
     checks.check_no_gradient(inputs)
@@ -110,9 +112,10 @@ def ipo_loss(
     loss, *rows = with_torch_errors(
         run_ipo_loss, IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient)
     )
-    return IPOOutput(loss, _metrics(rows, cu_seqlens, inputs, config))
+    return IPOOutput(loss, _metrics(rows, tensors.get("cu_seqlens"), inputs, config))
 
 
+@spells_out_tensors
 def ipo_loss_from_logits(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -122,12 +125,10 @@ def ipo_loss_from_logits(
     *,
     temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
-    teacher_logprobs: torch.Tensor | None = None,
-    loss_weights: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
     inplace: bool = False,
     config: IPOConfig = _DEFAULT,
+    **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss straight from the logits: the formula of ``ipo_loss``.
 
@@ -178,15 +179,14 @@ def ipo_loss_from_logits(
         ... )
         >>> out.loss.backward()
     """
+    refuse_unknown_names(ipo_loss_from_logits, tensors)
     _check_config(config)
     inputs = LossInputs(
         inference_logprobs,
         advantages,
         loss_mask,
-        teacher_logprobs,
-        loss_weights,
-        cu_seqlens,
-        _scalar("normalizer", normalizer, logits),
+        normalizer=_scalar("normalizer", normalizer, logits),
+        **tensors,
     )
     temperature = _scalar("temperature", temperature, logits)
     checks.check_logits_loss(logits, labels, temperature, inputs, config.teacher_tau)
@@ -203,7 +203,7 @@ def ipo_loss_from_logits(
         functools.partial(run_ipo_loss_from_logits, inplace=inplace),
         IPOLossFromLogitsArguments(logits, labels, scaling, inputs, settings, with_gradient),
     )
-    metrics = _metrics(rows, cu_seqlens, inputs, config, has_entropy=True)
+    metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, has_entropy=True)
     return IPOOutput(loss, metrics, logprobs, entropy)
 
 
@@ -242,6 +242,7 @@ def token_logprobs(
     return logprobs, entropy
 
 
+@spells_out_tensors
 def ipo_loss_from_hidden(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -252,13 +253,11 @@ def ipo_loss_from_hidden(
     *,
     temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
-    teacher_logprobs: torch.Tensor | None = None,
-    loss_weights: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
     chunk_size: int | None = None,
     num_active: int | None = None,
     config: IPOConfig = _DEFAULT,
+    **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from hidden states and the LM head's weight: the formula of ``ipo_loss``.
 
@@ -309,15 +308,14 @@ def ipo_loss_from_hidden(
         ... )
         >>> out.loss.backward()
     """
+    refuse_unknown_names(ipo_loss_from_hidden, tensors)
     _check_config(config)
     inputs = LossInputs(
         inference_logprobs,
         advantages,
         loss_mask,
-        teacher_logprobs,
-        loss_weights,
-        cu_seqlens,
-        _scalar("normalizer", normalizer, hidden),
+        normalizer=_scalar("normalizer", normalizer, hidden),
+        **tensors,
     )
     temperature = _scalar("temperature", temperature, hidden)
     head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap, hidden)))
@@ -341,7 +339,7 @@ def ipo_loss_from_hidden(
             ),
         ),
     )
-    metrics = _metrics(rows, cu_seqlens, inputs, config, has_entropy=True)
+    metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, has_entropy=True)
     return IPOOutput(loss, metrics, logprobs, entropy)
 
 

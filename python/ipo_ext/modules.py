@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ipo_ext._optional_tensors import OptionalTensors, refuse_unknown_names, spells_out_tensors
 from ipo_ext._plain_linear import check_plain_linear
 from ipo_ext.batch import LossBatch, inputs_of_loss
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss, ipo_loss_from_hidden
 from ipo_ext.output import IPOOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class IPOLoss(nn.Module):
@@ -27,6 +31,7 @@ class IPOLoss(nn.Module):
         super().__init__()
         self.config = config if config is not None else IPOConfig()
 
+    @spells_out_tensors
     def forward(
         self,
         trainer_logprobs: torch.Tensor,
@@ -34,23 +39,20 @@ class IPOLoss(nn.Module):
         advantages: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
         *,
-        teacher_logprobs: torch.Tensor | None = None,
-        loss_weights: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
+        **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput:
         """As ``ipo_loss``.
 
         A ``LossBatch`` may stand for ``inference_logprobs`` and all that it holds.
         """
+        refuse_unknown_names(IPOLoss.forward, tensors)
         inputs = inputs_of_loss(
             inference_logprobs,
             advantages,
             loss_mask,
-            teacher_logprobs=teacher_logprobs,
-            loss_weights=loss_weights,
-            cu_seqlens=cu_seqlens,
             normalizer=normalizer,
+            **tensors,
         )
         return ipo_loss(trainer_logprobs, config=self.config, **inputs)
 
@@ -78,6 +80,7 @@ class LinearIPOLoss(nn.Module):
         self.softcap = softcap
         self.chunk_size = chunk_size
 
+    @spells_out_tensors
     def forward(
         self,
         hidden: torch.Tensor,
@@ -89,26 +92,23 @@ class LinearIPOLoss(nn.Module):
         *,
         temperature: float | torch.Tensor | None = None,
         softcap: float | None = None,
-        teacher_logprobs: torch.Tensor | None = None,
-        loss_weights: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
         chunk_size: int | None = None,
         num_active: int | None = None,
+        **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput:
         """As ``ipo_loss_from_hidden``; ``softcap`` and ``chunk_size`` are by default the module's.
 
         A ``LossBatch`` may stand for ``inference_logprobs`` and all that it holds.
         """
+        refuse_unknown_names(LinearIPOLoss.forward, tensors)
         inputs = inputs_of_loss(
             inference_logprobs,
             advantages,
             loss_mask,
             temperature=temperature,
-            teacher_logprobs=teacher_logprobs,
-            loss_weights=loss_weights,
-            cu_seqlens=cu_seqlens,
             normalizer=normalizer,
+            **tensors,
         )
         return ipo_loss_from_hidden(
             hidden,
@@ -179,6 +179,7 @@ class IPOLMHead(LinearIPOLoss):
         else:
             self.weight = linear.weight
 
+    @spells_out_tensors
     def forward(  # type: ignore[override]
         self,
         hidden: torch.Tensor,
@@ -189,29 +190,26 @@ class IPOLMHead(LinearIPOLoss):
         *,
         temperature: float | torch.Tensor | None = None,
         softcap: float | None = None,
-        teacher_logprobs: torch.Tensor | None = None,
-        loss_weights: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
         normalizer: float | torch.Tensor | None = None,
         chunk_size: int | None = None,
         num_active: int | None = None,
+        **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput | torch.Tensor:
         """``LinearIPOLoss`` over the head's own weight.
 
         Without labels: the linear's ``[..., V]`` logits of ``hidden``, not capped.
         """
+        refuse_unknown_names(IPOLMHead.forward, tensors)
         inputs: dict[str, Any] = {
             "inference_logprobs": inference_logprobs,
             "advantages": advantages,
             "loss_mask": loss_mask,
             "temperature": temperature,
             "softcap": softcap,
-            "teacher_logprobs": teacher_logprobs,
-            "loss_weights": loss_weights,
-            "cu_seqlens": cu_seqlens,
             "normalizer": normalizer,
             "chunk_size": chunk_size,
             "num_active": num_active,
+            **tensors,
         }
         if labels is not None:
             return super().forward(hidden, self.weight, labels, **inputs)

@@ -1,10 +1,13 @@
-"""The modules' calls name what the functions name, and pass each argument on under its name."""
+"""Signatures name every argument; modules name what the functions name, and pass each on."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import pickle
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -12,7 +15,46 @@ from torch import nn
 
 import ipo_ext
 from ipo_ext import IPOConfig, IPOOutput, LossBatch, modules
+from ipo_ext._ops.arguments import LossInputs
+from ipo_ext._optional_tensors import NAMES, OptionalTensors
 from ipo_ext.batch import FIELDS
+
+# What takes the optional tensors, with the arguments that users see.
+TENSORS = "teacher_logprobs=None, loss_weights=None, cu_seqlens=None"
+SPELLED_OUT: dict[Callable[..., Any], str] = {
+    ipo_ext.ipo_loss: (
+        "trainer_logprobs, inference_logprobs, advantages, loss_mask, *, "
+        f"{TENSORS}, normalizer=None, config=IPOConfig()"
+    ),
+    ipo_ext.ipo_loss_from_logits: (
+        "logits, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
+        f"softcap=None, {TENSORS}, normalizer=None, inplace=False, config=IPOConfig()"
+    ),
+    ipo_ext.ipo_loss_from_hidden: (
+        "hidden, weight, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
+        f"softcap=None, {TENSORS}, normalizer=None, chunk_size=None, num_active=None, "
+        "config=IPOConfig()"
+    ),
+    ipo_ext.IPOLoss.forward: (
+        "self, trainer_logprobs, inference_logprobs, advantages=None, loss_mask=None, *, "
+        f"{TENSORS}, normalizer=None"
+    ),
+    ipo_ext.LinearIPOLoss.forward: (
+        "self, hidden, weight, labels, inference_logprobs, advantages=None, loss_mask=None, *, "
+        f"temperature=None, softcap=None, {TENSORS}, normalizer=None, chunk_size=None, "
+        "num_active=None"
+    ),
+    ipo_ext.IPOLMHead.forward: (
+        "self, hidden, labels=None, inference_logprobs=None, advantages=None, loss_mask=None, *, "
+        f"temperature=None, softcap=None, {TENSORS}, normalizer=None, chunk_size=None, "
+        "num_active=None"
+    ),
+    LossBatch.__init__: (
+        "self, inference_logprobs, advantages, loss_mask, *, temperature=None, "
+        f"{TENSORS}, normalizer=None"
+    ),
+}
+functions = pytest.mark.parametrize("function", SPELLED_OUT, ids=lambda each: each.__qualname__)
 
 # Module, its function, and what of the function's arguments the module itself holds.
 MODULES = {
@@ -67,3 +109,85 @@ def test_a_batch_has_the_inputs_of_the_losses() -> None:
     others = {"hidden", "weight", "labels", "softcap", "chunk_size", "num_active"}
     assert list(FIELDS) == [name for name in names if name not in others]
     assert [p.name for p in parameters_of(LossBatch.__init__, {"self"})] == list(FIELDS)
+
+
+# ---------------------------------------------------------------------------------------------
+# The optional tensors, each a keyword to whoever looks or calls
+
+
+@functions
+def test_every_keyword_stands_in_the_signature(function: Callable[..., Any]) -> None:
+    signature = inspect.signature(function)
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    text = str(inspect.Signature(bare)).replace(repr(IPOConfig()), "IPOConfig()")
+    assert text == f"({SPELLED_OUT[function]})"
+    written = {signature.parameters[name].annotation for name in NAMES}
+    assert written == {"torch.Tensor | None"}  # in words, as the other annotations are
+    hints = get_type_hints(function)
+    assert hints.keys() == {*signature.parameters, "return"} - {"self"}
+    assert {hints[name] for name in NAMES} == {torch.Tensor | None}
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [ipo_ext.ipo_loss, ipo_ext.ipo_loss_from_logits, ipo_ext.ipo_loss_from_hidden, LossBatch],
+)
+def test_the_docstring_tells_of_every_argument(thing: Callable[..., Any]) -> None:
+    described = re.search(r"^Args:\n(.*?)\n\n", inspect.getdoc(thing), re.M | re.S)[1]
+    names = ", ".join(re.findall(r"^ {4}(\w[\w, ]*):", described, re.M)).split(", ")
+    assert sorted(names) == sorted(inspect.signature(thing).parameters)
+
+
+def test_they_are_the_operators_own() -> None:
+    """But for the normalizer, which may be a float to whoever calls."""
+    optional = tuple(LossInputs._field_defaults)
+    assert (*NAMES, "normalizer") == optional
+    kinds = get_type_hints(LossInputs)
+    assert get_type_hints(OptionalTensors) == {name: kinds[name] for name in NAMES}
+
+
+def call(function: Callable[..., Any], **named: Any) -> Any:
+    """With None for whatever it cannot do without."""
+    needed = [
+        None
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is inspect.Parameter.empty
+    ]
+    return function(*needed, **named)
+
+
+@functions
+@pytest.mark.parametrize("given", [{"teacher": None}, {"loss_weights": None, "tensors": {}}])
+def test_an_unknown_keyword_is_refused_as_python_does(
+    function: Callable[..., Any], given: dict[str, Any]
+) -> None:
+    unknown = list(given)[-1]
+    with pytest.raises(TypeError) as caught:
+        call(function, **given)
+    message = f"{function.__qualname__}() got an unexpected keyword argument {unknown!r}"
+    assert str(caught.value) == message
+
+
+@functions
+def test_a_keyword_given_twice_is_an_error(function: Callable[..., Any]) -> None:
+    first = next(name for name in inspect.signature(function).parameters if name != "self")
+    with pytest.raises(TypeError, match=rf"multiple values for argument '{first}'"):
+        call(function, **{first: None})
+
+
+def test_a_module_does_not_take_its_own_config_again() -> None:
+    with pytest.raises(TypeError, match=r"^IPOLoss\.forward\(\) got an unexpected .* 'config'$"):
+        ipo_ext.IPOLoss()(torch.zeros(1), torch.zeros(1), config=IPOConfig())
+
+
+def test_functions_can_be_bound_and_pickled() -> None:
+    bound = functools.partial(ipo_ext.ipo_loss, loss_weights=None, normalizer=2.0)
+    parameters = inspect.signature(bound).parameters
+    assert parameters["normalizer"].default == 2.0
+    assert "tensors" not in parameters
+    assert pickle.loads(pickle.dumps(bound)).func is ipo_ext.ipo_loss
+    head = ipo_ext.IPOLMHead(nn.Linear(3, 5, bias=False))
+    assert (
+        list(inspect.signature(head.forward).parameters)
+        == list(inspect.signature(ipo_ext.IPOLMHead.forward).parameters)[1:]
+    )

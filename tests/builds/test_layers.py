@@ -151,7 +151,8 @@ def test_python_imports_point_one_way() -> None:
     assert reachable("_ops.library") == set()
     assert reachable("_ops.arguments") == {"config"}
     assert reachable("_precision") == set()
-    assert reachable("batch") == {"_ops.arguments", "config"}
+    assert reachable("_optional_tensors") == set()
+    assert reachable("batch") == {"_ops.arguments", "_optional_tensors", "config"}
     assert reachable("_ops.checks") == {"_C", "_ops.arguments", "_precision", "config"}
     assert reachable("_ops.fakes") == reachable("_ops.checks") | {"_ops.checks"}
     shared = {"_ops.library", "_ops.torch_internals", "_ops.arguments", "config"}

@@ -3,6 +3,7 @@ and what is built of them computes what it should, on the CPU and emulated."""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -71,10 +72,33 @@ def test_a_recipe_costs_what_it_says(name: str) -> None:
     code, beside = patches(text)
     assert (places(code), len(files_changed(code))) == (int(price[1]), int(price[2]))
     assert all(file.startswith(("csrc/", "python/")) for file in files_changed(code))
-    for file in files_changed(beside):
-        assert file.startswith(("docs/", "scripts/", "tests/", "python/ipo_ext/reference")) or (
-            file in files_changed(code)  # its docstring
-        )
+    beside_code = ("docs/", "scripts/", "tests/", "python/ipo_ext/")  # of these, see the next test
+    assert all(file.startswith(beside_code) for file in files_changed(beside))
+
+
+def test_what_stands_beside_the_code_changes_docstrings_alone(tmp_path: Path) -> None:
+    scratch.copy_to(tmp_path)
+    for name in RECIPES:
+        code, beside = patches(recipe(name))
+        apply(code, tmp_path)
+        before = statements(tmp_path)
+        apply(beside, tmp_path)
+        assert statements(tmp_path) == before
+
+
+def statements(root: Path) -> dict[str, str]:
+    """The package's code by file, without its docstrings; the reference is no part of it."""
+    files = sorted((root / "python" / "ipo_ext").rglob("*.py"))
+    return {str(file): code_in(file.read_text()) for file in files if file.stem != "reference"}
+
+
+def code_in(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        first = node.body[0] if getattr(node, "body", None) and hasattr(node, "name") else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def test_the_recipes_build_and_run(tmp_path: Path) -> None:
@@ -99,3 +123,10 @@ def test_a_file_that_is_not_listed_is_seen() -> None:
     assert files_listed(text) == {"csrc/math/a.h"}
     assert files_changed(patches(text)[0]) == ["csrc/b.h"]
     assert places(patches(text)[0]) == 1
+
+
+def test_what_is_no_docstring_is_seen() -> None:
+    source = 'def f(a: int) -> int:\n    """Words."""\n    return a\n'
+    assert code_in(source) == code_in(source.replace("Words", "Others"))
+    assert code_in(source) != code_in(source.replace("return a", "return -a"))
+    assert code_in(source) != code_in(source.replace("a: int", "a: int = 0"))
