@@ -75,6 +75,7 @@ struct MetricMeansArgs {
 template <typename E>
 IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
   using math::MaskRule;
+  using math::PolicyForm;
   const math::LossParams<double>& params = args.params;
 #define IPO_EXT_CAST(schema, Type, name) static_cast<Type>(params.name),
   return {IPO_EXT_LOSS_NUMBERS(IPO_EXT_CAST) static_cast<E>(

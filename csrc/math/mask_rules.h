@@ -12,7 +12,8 @@ namespace ipo_ext::math {
 #define IPO_EXT_OTHER_MASK_RULES(X) \
   X(kDppo, dppo_rule)               \
   X(kProbDiff, prob_diff_rule)      \
-  X(kKpop, kpop_rule)
+  X(kKpop, kpop_rule)               \
+  X(kNone, keep_all)
 
 #define IPO_EXT_ENUMERATOR(name, function) name,
 enum class MaskRule : int32_t { kRatio, IPO_EXT_OTHER_MASK_RULES(IPO_EXT_ENUMERATOR) kCount };
@@ -30,7 +31,7 @@ struct MaskInput {
   T log_ratio;
   T advantage;
   Mask<T> active;
-  Mask<T> finite;  // neither the log-ratio nor the ratio overflows
+  Mask<T> finite;  // neither the log-ratio nor a ratio that is not bounded overflows
 };
 
 // What a rule says of a token.
@@ -117,6 +118,12 @@ IPO_HOST_DEVICE MaskDecision<T> kpop_rule(const MaskInput<T>& token, Element<T>,
   const Mask<T> dropped = larger(forward, backward) > high;
   return decide(token, dropped, dropped & (token.log_ratio > E(0)),
                 dropped & (token.log_ratio < E(0)));
+}
+
+// Keeps every active token whose log-ratio and ratio are finite.
+template <typename T>
+IPO_HOST_DEVICE MaskDecision<T> keep_all(const MaskInput<T>& token, Element<T>, Element<T>) {
+  return decide(token, Mask<T>{}, Mask<T>{}, Mask<T>{});
 }
 
 // The rollout rule: says whether a token drops its whole sequence. A ratio of 0 is below any bound.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "math/mask_rules.h"
+#include "math/policy_terms.h"
 
 namespace ipo_ext::math {
 
@@ -19,12 +20,20 @@ namespace ipo_ext::math {
   X("float", E, teacher_tau)
 
 // With kl_active every active token pays the KL, not kept ones alone. Under a rollout rule an
-// active token whose log-ratio is below rollout_low drops its whole sequence.
+// active token whose log-ratio is below rollout_low drops its whole sequence. A log-ratio above
+// largest_log_ratio is not finite: its ratio overflows, and the policy form does not bound it.
 #define IPO_EXT_LOSS_RULES(X)       \
   X("int", MaskRule, mask_rule)     \
   X("bool", bool, kl_active)        \
   X("bool", bool, has_rollout_rule) \
-  X("float", E, rollout_low)
+  X("float", E, rollout_low)        \
+  X("int", PolicyForm, pg_form)     \
+  X("float", E, ratio_cap)          \
+  X("float", E, clip_low)           \
+  X("float", E, clip_high)          \
+  X("float", E, log_clip_low)       \
+  X("float", E, log_clip_high)      \
+  X("float", E, largest_log_ratio)
 
 // All of them, in the order of the schemas.
 #define IPO_EXT_LOSS_SETTINGS(X) IPO_EXT_LOSS_NUMBERS(X) IPO_EXT_LOSS_RULES(X)
@@ -40,8 +49,12 @@ struct LossParams {
   bool rollout_dropped;  // whether the rollout rule has dropped the tokens at hand
 
   IPO_HOST_DEVICE Rules rules() const {
-    return mask_rule == MaskRule::kRatio && !kl_active && !has_rollout_rule ? Rules::kDefault
-                                                                            : Rules::kAny;
+    const bool is_default = mask_rule == MaskRule::kRatio && pg_form == PolicyForm::kRatio &&
+                            !kl_active && !has_rollout_rule;
+    return is_default ? Rules::kDefault : Rules::kAny;
+  }
+  IPO_HOST_DEVICE PolicyBounds<E> policy_bounds() const {
+    return {ratio_cap, clip_low, clip_high, log_clip_low, log_clip_high};
   }
 };
 

@@ -50,12 +50,12 @@ template <typename T>
 struct TokenLoss {
   Mask<T> active;
   Mask<T> kept;
-  Mask<T> finite;       // neither the log-ratio nor the ratio overflows
+  Mask<T> finite;       // neither the log-ratio nor a ratio that is not bounded overflows
   Mask<T> masked_high;  // active and dropped on the high side; by the ratio's band, an infinite
                         // ratio too
   Mask<T> masked_low;   // active and dropped on the low side
   T log_ratio;
-  T ratio;
+  T ratio;        // what it counts as: capped or clipped where the policy form does that
   T mismatch_kl;  // r - 1 - x, with x clamped to kMismatchClamp
   T pg_loss;      // exactly 0 unless kept
   T kl_loss;      // exactly 0 unless kept or, where the KL's scope is wider, active and finite
@@ -78,9 +78,9 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
                                         const LossParams<Element<T>>& params) {
   using E = Element<T>;
   const T x = log_ratio(token);
-  const T r = exponential_x.exp;
 
-  const Mask<T> finite = (x >= -std::numeric_limits<E>::max()) & (x <= kMaxLog<E>);
+  const E largest = kRules == Rules::kAny ? params.largest_log_ratio : kMaxLog<E>;
+  const Mask<T> finite = (x >= -std::numeric_limits<E>::max()) & (x <= largest);
   const MaskDecision<T> decision = mask_decision<kRules, T>(
       {token.trainer_logprob, token.inference_logprob, x, token.advantage, token.active, finite},
       params.mask_rule, params.low, params.high);
@@ -104,11 +104,15 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
   const T tau_x = params.kl_tau != 0 ? select<T>(weighs, params.kl_tau * x, T{}) : T{};
 
   // The formula and its derivative (docs/math.md): d(-A r)/dx = -A r, d(tau x^2)/dx = 2 tau x.
-  const T pg_loss = token.weight * (-advantage * r);
+  const PolicyInput<T> policy = {token.trainer_logprob, x, exponential_x.exp, advantage};
+  PolicyTerm<T> pg = ratio_term(policy);
+  if constexpr (kRules == Rules::kAny) {
+    pg = policy_term(policy, params.pg_form, params.policy_bounds());
+    pg.derivative = select<T>(kept, pg.derivative, T{});
+  }
+  const T pg_loss = token.weight * pg.loss;
   const T kl_loss = token.weight * (tau_x * x);
-  T pg_derivative = -advantage * r;
-  if constexpr (kRules == Rules::kAny) pg_derivative = select<T>(kept, pg_derivative, T{});
-  const T derivative = token.weight * (pg_derivative + E(2) * tau_x);
+  const T derivative = token.weight * (pg.derivative + E(2) * tau_x);
 
   const T poison = splat<T>(params.inv_normalizer * E(0));  // 0, or NaN
   const T gradient = params.inv_normalizer != 0
@@ -121,7 +125,7 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
           decision.masked_high,
           decision.masked_low,
           x,
-          r,
+          pg.ratio,
           mismatch_kl,
           select<T>(kept, pg_loss, T{}),
           select<T>(pays_kl, kl_loss, T{}),

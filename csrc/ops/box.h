@@ -30,12 +30,21 @@ class ArgumentReader {
   const StableIValue* end_;
 };
 
+template <typename Words>
+Words word_of(const char* name, int64_t index) {
+  IPO_EXT_CHECK(index >= 0 && index < static_cast<int64_t>(Words::kCount), name,
+                ": expected the index of a word, got ", index);
+  return static_cast<Words>(index);
+}
+
 template <>
 inline math::MaskRule ArgumentReader::read<math::MaskRule>() {
-  const auto rule = read<int64_t>();
-  IPO_EXT_CHECK(rule >= 0 && rule < static_cast<int64_t>(math::MaskRule::kCount),
-                "mask_rule: expected the index of a rule, got ", rule);
-  return static_cast<math::MaskRule>(rule);
+  return word_of<math::MaskRule>("mask_rule", read<int64_t>());
+}
+
+template <>
+inline math::PolicyForm ArgumentReader::read<math::PolicyForm>() {
+  return word_of<math::PolicyForm>("pg_form", read<int64_t>());
 }
 
 // Within braces, arguments are read from left to right.

@@ -6,14 +6,28 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 # In the order of csrc/math/mask_rules.h.
-MaskRule = Literal["ratio", "dppo", "prob_diff", "kpop"]
+MaskRule = Literal["ratio", "dppo", "prob_diff", "kpop", "none"]
+# In the order of csrc/math/policy_terms.h.
+PolicyForm = Literal["ratio", "capped", "ppo_clip", "cispo", "reinforce"]
 KLScope = Literal["kept", "active"]
 LogBound = Callable[[float, torch.dtype], float]
+
+
+class _AdvantageTaus(TypedDict, total=False):
+    adv_tau: float
+    teacher_tau: float
+
+
+class _Taus(_AdvantageTaus, total=False):
+    kl_tau: float
 
 
 def is_number(value: object) -> bool:
@@ -41,8 +55,8 @@ class IPOConfig:
     ``A' = adv_tau * A + teacher_tau * (teacher_logprob - trainer_logprob)``
     (PrimeIntellect-ai/prime-rl pull request 2423; docs/math.md).
 
-    Other losses of the family keep other tokens: ``IPOConfig.dppo``, ``icepop``, ``prob_diff``,
-    ``kpop``.
+    Other losses of the family keep other tokens, ``IPOConfig.dppo``, ``icepop``, ``prob_diff`` and
+    ``kpop``, or pay another policy term: ``ipo``, ``ppo``, ``cispo`` and ``tis``.
 
     Args:
         dppo_mask_low: alpha, the smallest importance ratio kept; 0 keeps every small ratio. Under
@@ -59,11 +73,15 @@ class IPOConfig:
         rollout_min_ratio: a sequence with an active token whose ratio is below it is dropped whole,
             under any mask rule; 0 drops none. A sequence is a segment of ``cu_seqlens``, without
             them a row ``[T]`` of tokens ``[..., T]``.
+        pg_form: what a kept token pays for its policy; docs/math.md, "The policy term".
+        ratio_cap: the largest ratio that ``capped`` and, unless it is None, ``ppo_clip`` count.
+        clip_low, clip_high: the ratios between which ``ppo_clip`` and ``cispo`` clip.
 
     Raises:
         ValueError: a field breaks ``0 <= dppo_mask_low``, ``dppo_mask_low <= dppo_mask_high`` (a
-            band on the ratio) or "finite and >= 0", a tau is more than float32 holds, or a
-            field is not one of its words.
+            band on the ratio) or "finite and >= 0", a tau or a cap is more than float32 holds, a
+            field is not one of its words, the policy form lacks a bound or does not read one that
+            is given, or its bounds are in the wrong order.
     """
 
     dppo_mask_low: float = 0.2
@@ -74,9 +92,13 @@ class IPOConfig:
     mask_rule: MaskRule = "ratio"
     kl_scope: KLScope = "kept"
     rollout_min_ratio: float = 0.0
+    pg_form: PolicyForm = "ratio"
+    ratio_cap: float | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
 
     # Of an instance; no fields. Bounds are made once, but for a config made in a compiled graph.
-    _made_bounds: ClassVar[dict[torch.dtype, tuple[float, float, float]]] = {}
+    _made_bounds: ClassVar[dict[torch.dtype, dict[str, float]]] = {}
     _has_rollout_rule: ClassVar[bool]
 
     def __post_init__(self) -> None:
@@ -85,15 +107,17 @@ class IPOConfig:
                 raise ValueError(f"{name}: expected one of {', '.join(words)}, got {value!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in _WORDS:
+            if field.name in _WORDS or (value is None and field.name in _RATIO_BOUNDS):
                 continue
             if not is_number(value):
                 raise ValueError(f"{field.name}: expected a number, got {value!r}")
             value = to_float(field.name, value)
             object.__setattr__(self, field.name, value)
             if field.name not in _BOUNDS and not 0 <= value < math.inf:
+                if field.name == "clip_high" and value == math.inf:
+                    continue
                 raise ValueError(f"{field.name}: expected a finite number >= 0, got {value!r}")
-            if field.name in _NUMBERS and value > _LARGEST_NUMBER:
+            if field.name in (*_NUMBERS, *_RATIO_BOUNDS) and value > _LARGEST_NUMBER:
                 raise ValueError(
                     f"{field.name}: expected a number of at most {_LARGEST_NUMBER:.3g}, the "
                     f"largest of float32, got {value!r}"
@@ -107,13 +131,14 @@ class IPOConfig:
             raise ValueError(
                 f"dppo_mask_high: expected a number >= dppo_mask_low ({low!r}), got {high!r}"
             )
+        self._check_policy_form()
         object.__setattr__(self, "_has_rollout_rule", bool(self.rollout_min_ratio > 0))
         if not torch.compiler.is_compiling():
             bounds = {dtype: self._bounds(dtype, log_bound) for dtype in _LOG_RANGE}
             object.__setattr__(self, "_made_bounds", bounds)
 
     @classmethod
-    def dppo(cls, low: float = 0.2, high: float = 0.2, **taus: float) -> IPOConfig:
+    def dppo(cls, low: float = 0.2, high: float = 0.2, **taus: Unpack[_Taus]) -> IPOConfig:
         """DPPO+KL, prime-rl's default before: a bound on the probability's change, by sign of A.
 
         With ``d = exp(trainer_logprob) - exp(inference_logprob)`` a token is dropped where
@@ -130,7 +155,7 @@ class IPOConfig:
         rollout_min_ratio: float = 1e-5,
         *,
         kl_tau: float = 0.0,
-        **taus: float,
+        **taus: Unpack[_AdvantageTaus],
     ) -> IPOConfig:
         """IcePop (prime-rl #2401): a band on the ratio, no KL, and no token of a broken rollout.
 
@@ -148,18 +173,96 @@ class IPOConfig:
         )
 
     @classmethod
-    def prob_diff(cls, threshold: float = 0.1, **taus: float) -> IPOConfig:
+    def prob_diff(cls, threshold: float = 0.1, **taus: Unpack[_Taus]) -> IPOConfig:
         """The IPO that prime-rl merged: drops where ``|d| > threshold``; all active pay the KL."""
         return cls(threshold, threshold, mask_rule="prob_diff", kl_scope="active", **taus)
 
     @classmethod
-    def kpop(cls, threshold: float, **taus: float) -> IPOConfig:
+    def kpop(cls, threshold: float, **taus: Unpack[_Taus]) -> IPOConfig:
         """KPop: dropped where the Bernoulli KL, in either direction, exceeds ``threshold``.
 
         Between the token's two probabilities, clamped to ``[1e-6, 1 - 1e-6]``; every active token
         pays the KL penalty.
         """
         return cls(0.0, threshold, mask_rule="kpop", kl_scope="active", **taus)
+
+    @classmethod
+    def ipo(
+        cls,
+        eps: float = 0.3,
+        max_importance_ratio: float = 1e4,
+        *,
+        kl_tau: float = 0.0,
+        **taus: Unpack[_AdvantageTaus],
+    ) -> IPOConfig:
+        """The IPO of prime-rl since 2026-09: drops where ``|d| > eps``, caps the ratio, no KL.
+
+        ``d`` as for ``dppo``. ``taus`` are adv_tau and teacher_tau.
+        """
+        return cls(
+            eps,
+            eps,
+            mask_rule="prob_diff",
+            pg_form="capped",
+            ratio_cap=max_importance_ratio,
+            kl_tau=kl_tau,
+            **taus,
+        )
+
+    @classmethod
+    def ppo(
+        cls,
+        low: float = 0.8,
+        high: float = 1.2,
+        max_importance_ratio: float | None = 1e4,
+        *,
+        kl_tau: float = 0.0,
+        **taus: Unpack[_AdvantageTaus],
+    ) -> IPOConfig:
+        """PPO's clipped objective (arXiv 1707.06347) on every active token, as GRPO has it; no KL.
+
+        ``-min(A r, A clip(r, low, high))`` with r capped at ``max_importance_ratio``, prime-rl's
+        ``ppo``. ``taus`` are adv_tau and teacher_tau.
+        """
+        return cls(
+            mask_rule="none",
+            pg_form="ppo_clip",
+            clip_low=low,
+            clip_high=high,
+            ratio_cap=max_importance_ratio,
+            kl_tau=kl_tau,
+            **taus,
+        )
+
+    @classmethod
+    def cispo(
+        cls,
+        low: float = 0.0,
+        high: float = 5.0,
+        *,
+        kl_tau: float = 0.0,
+        **taus: Unpack[_AdvantageTaus],
+    ) -> IPOConfig:
+        """CISPO (arXiv 2506.13585) on every active token, prime-rl's ``cispo``; no KL.
+
+        ``-clip(r, low, high) A log pi`` with the clipped ratio a constant. ``taus`` are adv_tau and
+        teacher_tau.
+        """
+        return cls(
+            mask_rule="none",
+            pg_form="cispo",
+            clip_low=low,
+            clip_high=high,
+            kl_tau=kl_tau,
+            **taus,
+        )
+
+    @classmethod
+    def tis(
+        cls, cap: float = 2.0, *, kl_tau: float = 0.0, **taus: Unpack[_AdvantageTaus]
+    ) -> IPOConfig:
+        """Truncated importance sampling of each token: ``cispo`` from 0 to ``cap``."""
+        return cls.cispo(0.0, cap, kl_tau=kl_tau, **taus)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> IPOConfig:
@@ -189,29 +292,73 @@ class IPOConfig:
         ``log_bound``, which makes constants of bounds there.
         """
         made = self._made_bounds.get(dtype)
-        low, high, rollout_low = self._bounds(dtype, log or log_bound) if made is None else made
         # float(): read here, or torch.compile (2.13) reads them inside the first of two calls of
         # the loss in a graph, and fails at the second.
         return LossSettings(
-            low=low,
-            high=high,
             mask_rule=get_args(MaskRule).index(self.mask_rule),
             kl_active=self.kl_scope == "active",
             has_rollout_rule=self.has_rollout_rule,
-            rollout_low=rollout_low,
+            pg_form=get_args(PolicyForm).index(self.pg_form),
             **{name: float(getattr(self, name)) for name in _NUMBERS},
+            **(self._bounds(dtype, log or log_bound) if made is None else made),
         )
 
-    def _bounds(self, dtype: torch.dtype, log: LogBound) -> tuple[float, float, float]:
-        """What the rules compare with; the last of rollouts. Those of ratios are logarithms."""
+    def _bounds(self, dtype: torch.dtype, log: LogBound) -> dict[str, float]:
+        """What rules and policy forms compare with, where a rule has no use for it anything."""
         low, high = self.dppo_mask_low, self.dppo_mask_high
         smallest = _LOG_RANGE[dtype][0]
-        rollout_low = log(self.rollout_min_ratio, dtype) if self.has_rollout_rule else smallest
         if self.mask_rule == "ratio":
-            return log(low, dtype), log(high, dtype), rollout_low
-        # No min(): torch.compile (2.11) would make constants of bounds that change.
-        low, high = (bound if bound < -smallest else -smallest for bound in (low, high))
-        return low, high, rollout_low
+            low, high = log(low, dtype), log(high, dtype)
+        else:
+            # No min(): torch.compile (2.11) would make constants of bounds that change.
+            low, high = (bound if bound < -smallest else -smallest for bound in (low, high))
+        rollout_low = log(self.rollout_min_ratio, dtype) if self.has_rollout_rule else smallest
+        bounds = {"low": low, "high": high, "rollout_low": rollout_low}
+        return {**bounds, **self._policy_bounds(dtype, log)}
+
+    def _policy_bounds(self, dtype: torch.dtype, log: LogBound) -> dict[str, float]:
+        """Those of the policy form, as wide as ``dtype`` goes where it has none."""
+        smallest, largest_log = _LOG_RANGE[dtype]
+        largest = -smallest
+        clip_high = self.clip_high if self.clip_high != math.inf else None
+        is_bounded = self.pg_form == "reinforce" or (
+            self.ratio_cap is not None or (self.pg_form == "cispo" and clip_high is not None)
+        )
+        return {
+            "ratio_cap": largest if self.ratio_cap is None else self.ratio_cap,
+            "clip_low": 0.0 if self.clip_low is None else self.clip_low,
+            "clip_high": largest if clip_high is None else clip_high,
+            "log_clip_low": smallest if self.clip_low is None else log(self.clip_low, dtype),
+            "log_clip_high": largest_log if clip_high is None else log(clip_high, dtype),
+            "largest_log_ratio": largest if is_bounded else largest_log,
+        }
+
+    def _check_policy_form(self) -> None:
+        form = self.pg_form
+        reads, needs = _READ_BY[form], _NEEDED_BY[form]
+        for name in _RATIO_BOUNDS:
+            value = getattr(self, name)
+            if name not in reads and value is not None:
+                raise ValueError(f"{name}: expected None for pg_form={form!r}, got {value!r}")
+            if name in needs and value is None:
+                raise ValueError(f"{name}: expected a number for pg_form={form!r}, got None")
+        low, high, cap = self.clip_low, self.clip_high, self.ratio_cap
+        if cap is not None and not cap > 0:
+            raise ValueError(f"ratio_cap: expected a finite number > 0, got {cap!r}")
+        if low is None or high is None:
+            return
+        if not low <= high:
+            raise ValueError(f"clip_high: expected a number >= clip_low ({low!r}), got {high!r}")
+        if form == "cispo":
+            return
+        if not 0 < low <= 1:
+            raise ValueError(f"clip_low: expected 0 < clip_low <= 1 for {form!r}, got {low!r}")
+        most = math.inf if cap is None else cap
+        if not (1 <= high <= most and high < math.inf):
+            bound = "a finite number" if cap is None else f"ratio_cap ({cap!r})"
+            raise ValueError(
+                f"clip_high: expected at least 1 and at most {bound} for {form!r}, got {high!r}"
+            )
 
     def log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """The band's bounds on ``log r``: ``log_bound`` of both."""
@@ -221,7 +368,19 @@ class IPOConfig:
 _WORDS: dict[str, tuple[str, ...]] = {
     "mask_rule": get_args(MaskRule),
     "kl_scope": get_args(KLScope),
+    "pg_form": get_args(PolicyForm),
 }
+
+_RATIO_BOUNDS = ("ratio_cap", "clip_low", "clip_high")
+_CLIP = ("clip_low", "clip_high")
+_NEEDED_BY: dict[str, tuple[str, ...]] = {
+    "ratio": (),
+    "capped": ("ratio_cap",),
+    "ppo_clip": _CLIP,
+    "cispo": _CLIP,
+    "reinforce": (),
+}
+_READ_BY = {**_NEEDED_BY, "ppo_clip": _RATIO_BOUNDS}
 
 _LARGEST_NUMBER = torch.finfo(torch.float32).max  # the loss may be computed in float32
 
@@ -231,7 +390,7 @@ _BOUNDS = ("dppo_mask_low", "dppo_mask_high")  # of which the rule says what the
 _NUMBERS = [
     field.name
     for field in dataclasses.fields(IPOConfig)
-    if field.name not in (*_BOUNDS, *_WORDS, "rollout_min_ratio")
+    if field.name not in (*_BOUNDS, *_WORDS, *_RATIO_BOUNDS, "rollout_min_ratio")
 ]
 
 # What every operator of the loss takes of a config: the list of csrc/math/settings.h.
@@ -254,6 +413,11 @@ else:
             ("kl_active", bool),
             ("has_rollout_rule", bool),
             ("rollout_low", float),  # a logarithm, as bounds of the ratio are
+            ("pg_form", int),  # index in PolicyForm
+            *((name, float) for name in _RATIO_BOUNDS),
+            ("log_clip_low", float),
+            ("log_clip_high", float),
+            ("largest_log_ratio", float),
         ],
     )
 

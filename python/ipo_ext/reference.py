@@ -46,7 +46,7 @@ def ipo_loss(
     )
     dtype = dtype or band_dtype
     band_x = trainer_logprobs.detach().to(band_dtype) - inference_logprobs.to(band_dtype)
-    finite = band_x.isfinite() & (band_x <= _largest_log(band_dtype))
+    finite = band_x.isfinite() & (band_x <= _largest_log_ratio(config, band_dtype))
     active = loss_mask
     dropped, above, below = mask_rule(
         config,
@@ -64,7 +64,6 @@ def ipo_loss(
         return torch.where(mask, values, torch.zeros_like(values)).to(dtype)
 
     x = only(pays_kl, trainer_logprobs) - only(pays_kl, inference_logprobs)
-    ratio = only(keep, x).exp()
     weight = only(pays_kl, loss_weights) if loss_weights is not None else pays_kl.to(dtype)
     pays_pg, pays_kl = keep & (weight != 0), pays_kl & (weight != 0)
     advantage = torch.zeros_like(x)
@@ -75,7 +74,9 @@ def ipo_loss(
         distance = only(pays_pg, teacher_logprobs) - only(pays_pg, trainer_logprobs)
         advantage = advantage + config.teacher_tau * distance.detach()
 
-    pg_loss = only(pays_pg, -weight * advantage * ratio)
+    policy, ratio = _policy_term(config, only(keep, x), only(keep, trainer_logprobs), advantage)
+    policy = _clipped(config, policy, advantage, band_x)
+    pg_loss = only(pays_pg, weight * policy)
     kl_loss = only(pays_kl, weight * config.kl_tau * only(pays_kl, x) ** 2)
     loss = (pg_loss + kl_loss).sum()
     if isinstance(normalizer, torch.Tensor):
@@ -153,6 +154,45 @@ def _segment_of_tokens(parts: list[slice], like: torch.Tensor) -> torch.Tensor:
     return torch.repeat_interleave(lengths).to(like.device)
 
 
+def _largest_log_ratio(config: IPOConfig, dtype: torch.dtype) -> float:
+    """Of a token that counts as finite: with a bound on the ratio any, else exp must be finite."""
+    bounds = {"capped": config.ratio_cap, "ppo_clip": config.ratio_cap, "cispo": config.clip_high}
+    bound = 0.0 if config.pg_form == "reinforce" else bounds.get(config.pg_form)
+    unbounded = bound is None or bound == math.inf
+    return _largest_log(dtype) if unbounded else torch.finfo(dtype).max
+
+
+def _policy_term(
+    config: IPOConfig, x: torch.Tensor, trainer_logprobs: torch.Tensor, advantage: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per token what it pays, its weight aside and not clipped, and what its ratio counts as."""
+    if config.pg_form == "reinforce":
+        return -advantage * trainer_logprobs, x.detach().clamp(max=80).exp()
+    if config.pg_form == "cispo":
+        ratio = x.detach().exp().clamp(config.clip_low, config.clip_high)
+        return -ratio * advantage * trainer_logprobs, ratio
+    if config.ratio_cap is not None:  # beyond the cap the ratio is constant, its gradient is not 0
+        cap = math.log(config.ratio_cap)
+        x = x.clamp(max=cap) + torch.where(x > cap, x - x.detach(), 0.0)
+    ratio = x.exp()
+    return -advantage * ratio, ratio
+
+
+def _clipped(
+    config: IPOConfig, policy: torch.Tensor, advantage: torch.Tensor, band_x: torch.Tensor
+) -> torch.Tensor:
+    """PPO's objective: constant beyond a bound in the direction in which the advantage pushes."""
+    if config.pg_form != "ppo_clip":
+        return policy
+    assert config.clip_low is not None
+    assert config.clip_high is not None
+    low, high = _log_bounds(config.clip_low, config.clip_high, band_x.dtype)
+    too_high = (advantage > 0) & (band_x > high)
+    too_low = (advantage < 0) & (band_x < low)
+    policy = torch.where(too_high, -advantage * config.clip_high, policy)
+    return torch.where(too_low, -advantage * config.clip_low, policy)
+
+
 def mask_rule(
     config: IPOConfig,
     trainer_logprobs: torch.Tensor,
@@ -162,9 +202,12 @@ def mask_rule(
     """Per token, whether the rule drops it, and on which side it counts: high or low."""
     x = trainer_logprobs - inference_logprobs
     if config.mask_rule == "ratio":
-        low, high = _log_bounds(config, x.dtype)
+        low, high = _log_bounds(config.dppo_mask_low, config.dppo_mask_high, x.dtype)
         return ~((x >= low) & (x <= high)), x > high, x < low
 
+    if config.mask_rule == "none":
+        nothing = torch.zeros_like(x, dtype=torch.bool)
+        return nothing, nothing, nothing
     largest = _largest_log(x.dtype)
     low, high = config.dppo_mask_low, config.dppo_mask_high
     p, q = (logprob.clamp(max=largest).exp() for logprob in (trainer_logprobs, inference_logprobs))
@@ -328,8 +371,8 @@ def _largest_log(dtype: torch.dtype) -> float:
     return bound.item()
 
 
-def _log_bounds(config: IPOConfig, dtype: torch.dtype) -> tuple[float, float]:
-    """The band's bounds: fp64 logarithms, rounded to ``dtype`` within its finite range."""
-    ends = torch.tensor([config.dppo_mask_low, config.dppo_mask_high], dtype=torch.float64).log()
+def _log_bounds(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Bounds of the ratio: fp64 logarithms, rounded to ``dtype`` within its finite range."""
+    ends = torch.tensor([low, high], dtype=torch.float64).log()
     ends = ends.clamp(-torch.finfo(dtype).max, _largest_log(dtype)).to(dtype)
     return ends[0].item(), ends[1].item()

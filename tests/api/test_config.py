@@ -36,6 +36,10 @@ def test_defaults_are_upstreams() -> None:
         "mask_rule": "ratio",
         "kl_scope": "kept",
         "rollout_min_ratio": 0.0,
+        "pg_form": "ratio",
+        "ratio_cap": None,
+        "clip_low": None,
+        "clip_high": None,
     }
 
 
@@ -124,7 +128,9 @@ def test_from_mapping_takes_a_section() -> None:
 def test_from_mapping_refuses_an_unknown_field() -> None:
     with pytest.raises(ValueError, match="ipo_threshold") as caught:
         IPOConfig.from_mapping({"kl_tau": 0.1, "ipo_threshold": 0.3})
-    expected = ", ".join([*FIELDS, "mask_rule", "kl_scope", "rollout_min_ratio"])
+    rules = ["mask_rule", "kl_scope", "rollout_min_ratio"]
+    policy = ["pg_form", "ratio_cap", "clip_low", "clip_high"]
+    expected = ", ".join([*FIELDS, *rules, *policy])
     assert str(caught.value) == (
         f"ipo_threshold: expected one of the fields {expected}, got ipo_threshold=0.3"
     )
@@ -196,7 +202,9 @@ def test_bounds_agree_with_the_references(dtype: torch.dtype, ratios: tuple[floa
     if low == math.inf:
         return
     config = IPOConfig(dppo_mask_low=low, dppo_mask_high=high)
-    assert config.log_bounds(dtype) == reference._log_bounds(config, dtype)
+    assert config.log_bounds(dtype) == reference._log_bounds(
+        config.dppo_mask_low, config.dppo_mask_high, dtype
+    )
 
 
 @dtypes

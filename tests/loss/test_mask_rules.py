@@ -241,7 +241,7 @@ def test_every_rule_compiles(backend: Backend) -> None:
     ("make", "message"),
     [
         (lambda: IPOConfig(mask_rule="clip"),
-         "mask_rule: expected one of ratio, dppo, prob_diff, kpop, got 'clip'"),
+         "mask_rule: expected one of ratio, dppo, prob_diff, kpop, none, got 'clip'"),
         (lambda: IPOConfig(kl_scope="all"), "kl_scope: expected one of kept, active, got 'all'"),
         (lambda: IPOConfig.dppo(low=-0.1),
          "dppo_mask_low: expected a finite number >= 0, got -0.1"),

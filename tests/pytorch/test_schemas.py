@@ -76,5 +76,5 @@ def test_a_schema_is_made_of_the_fields() -> None:
 def test_the_operator_says_which_rule_it_does_not_know(backend: Backend) -> None:
     inputs = groups.LossInputs(*(torch.zeros(2, device=backend.device),) * 2, torch.ones(2) == 1)
     settings = IPOConfig().settings(torch.float32)._replace(mask_rule=99)
-    with pytest.raises(RuntimeError, match="mask_rule: expected the index of a rule, got 99"):
+    with pytest.raises(RuntimeError, match="mask_rule: expected the index of a word, got 99"):
         library.operators().ipo_loss(torch.zeros(2), *inputs, *settings, False)
