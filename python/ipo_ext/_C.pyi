@@ -3,6 +3,7 @@ COMMIT: str
 TORCH_AT_BUILD: str
 CUDA_COMPILER: str
 CUDA_ARCHITECTURES: tuple[str, ...]
+CPU_ARCHITECTURE: str
 HIGHEST_TEMPERATURES: tuple[float, float]
 SUM_ROWS: tuple[str, ...]
 EXTREME_ROWS: tuple[str, ...]
