@@ -471,7 +471,8 @@ def _computed_in(like: torch.Tensor) -> torch.dtype:
 def _range(name: str, dtype: torch.dtype) -> tuple[float, float]:
     """Of a number whose inverse is computed with; what a tensor holds counts as the nearer end."""
     if name == "temperature":
-        highest = _C.HIGHEST_TEMPERATURES[dtype == torch.float64]
+        # torch.compile (2.11) traces no bool as an index.
+        highest = _C.HIGHEST_TEMPERATURES[1 if dtype == torch.float64 else 0]
         return 1 / highest, highest
     return 1 / torch.finfo(dtype).max, torch.finfo(torch.float64).max
 

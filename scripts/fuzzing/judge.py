@@ -541,7 +541,7 @@ def _judge_rows(
     budget = torch.where(unknown, math.nan, torch.where(nothing[:, None], 0.0, budget))
     gradient = torch.where(nothing[:, None], 0.0, gradient)
     bound = (into[0].abs() + into[1].abs() * errors.surprise.amax(-1)) / rows.temperature
-    _judge_row_gradients(rows, gradient, budget, bound, verdicts)
+    _judge_row_gradients(rows, gradient, budget, bound, errors.steps, verdicts)
 
 
 def _flowing(rows: _Rows, output: int) -> torch.Tensor:
@@ -599,6 +599,7 @@ class _SoftmaxErrors:
         slope = torch.ones_like(z) if cap is None else 1 / torch.cosh(z / cap) ** 2
         self._slope = slope * inverse + tiny
         self._step = _smallest(rows.logprobs.dtype)
+        self.steps = 4 * self._step * (1 + self._slope)
         self._vanishing = 2 * tiny  # an exponential below it counts as 0
         self._vanishing_slope = torch.zeros_like(inverse)
         if cap is not None:
@@ -625,7 +626,7 @@ class _SoftmaxErrors:
         budget = budget + into_error[:, None] * (p + is_label)
         size = into_logprob * (p + is_label) + into_entropy * p * self.surprise
         budget = budget * self._slope + size * self._vanishing_slope
-        return budget + 4 * self._step * (1 + self._slope)
+        return budget + self.steps
 
 
 # -------------------------------------------------------------------------------------------------
@@ -637,6 +638,7 @@ def _judge_row_gradients(
     gradient: torch.Tensor,  # [rows, columns]
     budget: torch.Tensor,  # the same
     bound: torch.Tensor,  # [rows], of each row's gradient
+    steps: torch.Tensor,  # [rows, columns], what subnormal products on the way lose
     verdicts: _Verdicts,
 ) -> None:
     begin = 0
@@ -645,7 +647,8 @@ def _judge_row_gradients(
         begin += size
         if verdicts.found[i] is not None or not rows.results[i].gradients:
             continue
-        made = _Made(call, gradient[of_call], budget[of_call], bound[of_call])
+        values = (gradient[of_call], budget[of_call], bound[of_call], steps[of_call])
+        made = _Made(call, *values)
         if rows.from_hidden:
             _judge_products(rows, i, made, verdicts)
         else:
@@ -657,7 +660,12 @@ class _Made:
     """A call's gradient by its logits as it is made: unscaled, and rounded to the leaf's dtype."""
 
     def __init__(
-        self, call: Call, gradient: torch.Tensor, budget: torch.Tensor, bound: torch.Tensor
+        self,
+        call: Call,
+        gradient: torch.Tensor,
+        budget: torch.Tensor,
+        bound: torch.Tensor,
+        steps: torch.Tensor,
     ) -> None:
         self.dtype = call.arguments["weight" if "weight" in call.arguments else "logits"].dtype
         inverse = _inverse(call) if call.is_loss else 1.0
@@ -669,7 +677,7 @@ class _Made:
         self.rounded = (
             self.budget
             + _rounding_to(self.exact, self.dtype)
-            + torch.where((gradient == 0) & (budget == 0), 0.0, self._least_step())
+            + torch.where((gradient == 0) & (budget == 0), 0.0, steps + self._least_step())
         )
         self.overflows = not self._has_row_scales and self._leaves_range(self.exact)
 
