@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu_arch.h"
 #include "math/metrics.h"
 #include "math/softmax_row.h"
 

@@ -21,6 +21,7 @@ DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 TAUS = ("adv_tau", "kl_tau", "teacher_tau")
 FIELDS = ("dppo_mask_low", "dppo_mask_high", *TAUS)
+POLICY = ("pg_form", "ratio_cap", "clip_low", "clip_high")
 
 # ---------------------------------------------------------------------------------------------
 # Validation
@@ -128,9 +129,7 @@ def test_from_mapping_takes_a_section() -> None:
 def test_from_mapping_refuses_an_unknown_field() -> None:
     with pytest.raises(ValueError, match="ipo_threshold") as caught:
         IPOConfig.from_mapping({"kl_tau": 0.1, "ipo_threshold": 0.3})
-    rules = ["mask_rule", "kl_scope", "rollout_min_ratio"]
-    policy = ["pg_form", "ratio_cap", "clip_low", "clip_high"]
-    expected = ", ".join([*FIELDS, *rules, *policy])
+    expected = ", ".join([*FIELDS, "mask_rule", "kl_scope", "rollout_min_ratio", *POLICY])
     assert str(caught.value) == (
         f"ipo_threshold: expected one of the fields {expected}, got ipo_threshold=0.3"
     )

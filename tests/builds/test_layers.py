@@ -18,7 +18,7 @@ MAY_INCLUDE = {
     "math": {"math"},
     "kernels": {"kernels", "math"},
     "ops": {"ops", "kernels", "math"},
-    "bindings.cpp": {"math"},
+    "bindings.cpp": {"kernels", "math"},
 }
 # Other headers in <>, by the folder whose files alone may include them.
 OTHERS = {

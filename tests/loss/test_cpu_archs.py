@@ -30,11 +30,7 @@ def run(arch: str, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-ARCHS = [arch.replace("x86_64_", "x86-64-") for arch in archs()]
-CHOSEN = chosen_arch().replace("x86_64_", "x86-64-")
-
-
-@pytest.mark.parametrize("arch", ARCHS[ARCHS.index(CHOSEN) + 1 :])
+@pytest.mark.parametrize("arch", archs()[archs().index(chosen_arch()) + 1 :])
 def test_the_loss_under(arch: str) -> None:
     assert (
         run(arch, "-c", "import ipo_ext._C as c; print(c.CPU_ARCHITECTURE)").stdout.strip() == arch
@@ -50,5 +46,5 @@ def test_the_loss_under(arch: str) -> None:
 
 def test_a_name_of_none_is_refused() -> None:
     done = run("avx2", "-c", "import ipo_ext")
-    expected = "IPO_EXT_CPU_CAPABILITY: expected baseline, x86-64-v3 or x86-64-v4, got avx2"
-    assert expected in done.stderr
+    expected = f"IPO_EXT_CPU_CAPABILITY: expected one of {', '.join(archs())}, got 'avx2'"
+    assert f"ImportError: {expected}" in done.stderr

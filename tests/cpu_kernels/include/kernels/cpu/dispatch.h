@@ -3,3 +3,9 @@
 
 #define IPO_EXT_CPU_ARCHS(X) X(driven)
 #define IPO_EXT_CHOOSE(function) driven::function
+
+namespace ipo_ext::cpu {
+
+bool allows(const char* arch);
+
+}  // namespace ipo_ext::cpu
