@@ -13,6 +13,7 @@ from ipo_ext import IPOConfig, reference
 from tests.support import hidden, logits
 from tests.support.backends import Backend
 from tests.support.cases import Case, HiddenCase, LogitsCase, evaluate
+from tests.support.operators import call_operator, find_faults
 
 WEIGHTS = [1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4]
 LOSS_SCALES = [1.0, 2.0**8, 2.0**16]
@@ -183,6 +184,21 @@ def test_an_advantage_of_any_size_and_its_normalizer(backend: Backend) -> None:
     large = case.with_(advantages=case.advantages * 2.0**40, normalizer=30.0 * 2.0**40)
     ours = evaluate(large.with_(config=kl_free), grad_loss=1024.0)
     torch.testing.assert_close(ours.gradient, plain.gradient, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "count", "layout", "float32 gradient"])
+def test_an_operator_refuses_row_scales_that_are_none(backend: Backend, wrong: str) -> None:
+    dtype = torch.float32 if wrong == "float32 gradient" else torch.float16
+    case = logits.random_case(30, 65, dtype).to(backend.device)
+    scales = {
+        "dtype": torch.zeros(30, dtype=torch.float64),
+        "count": torch.zeros(29),
+        "layout": torch.zeros(60)[::2],
+        "float32 gradient": torch.zeros(30),
+    }[wrong].to(backend.device)
+    others = {"fault": find_faults(case), "gradient": torch.empty_like(case.logits)}
+    with pytest.raises(RuntimeError, match="row_scales: expected None, or for a float16 gradient"):
+        call_operator("chunk_logprobs_and_gradient", case, row_scales=scales, **others)
 
 
 def test_compiled(backend: Backend) -> None:
