@@ -104,7 +104,9 @@ def backend(name: str) -> Any:
 
 
 def work(options: argparse.Namespace, first: int, at: Any, results: Any) -> None:
-    """Runs every ``processes``-th batch from ``first`` on until the time is over."""
+    """Runs every ``processes``-th batch from ``first`` on until the time or its parent is over."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of inference log-probabilities in 16 bits
     known: set[str] = set()
@@ -112,6 +114,8 @@ def work(options: argparse.Namespace, first: int, at: Any, results: Any) -> None
     with backend(options.backend):  # which the emulator may have to be built for
         deadline = time.monotonic() + options.minutes * 60
         while time.monotonic() < deadline and (options.batches is None or batch < options.batches):
+            if not parent.is_alive():  # killed: nobody counts what is run
+                return
             at.value = batch
             results.put((batch, run_batch(options.seed, batch, known)))
             batch += options.processes

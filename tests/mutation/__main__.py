@@ -72,6 +72,7 @@ def main() -> int:
     )
     parser.add_argument("--report", action="store_true", help="run nothing")
     asked = parser.parse_args()
+    asked.state = asked.state.resolve()  # commands run elsewhere
     asked.state.parent.mkdir(parents=True, exist_ok=True)
     with Run(asked) as run:
         if not asked.report:
