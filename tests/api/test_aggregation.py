@@ -320,6 +320,13 @@ def test_refusals_say_what_was_expected(error, words, arguments, keywords):
         aggregate(*arguments, **keywords)
 
 
+@pytest.mark.parametrize("mode", ["token_mean", "group_mean_token_mean"])
+def test_a_process_group_goes_with_the_counts(mode):
+    beside = {} if mode.startswith("group") else {"step_counts": torch.tensor([1, 2])}
+    with pytest.raises(ValueError, match="group: expected None beside step_counts"):
+        aggregate(mode, MASK, group=object(), **beside)
+
+
 def test_counts_of_groups_ask_for_their_number():
     with pytest.raises(ValueError, match="num_groups: expected the number of prompt groups"):
         aggregation_counts("group_mean_token_mean", MASK, groups=int32(0, 1))

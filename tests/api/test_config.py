@@ -27,6 +27,15 @@ POLICY = ("pg_form", "ratio_cap", "clip_low", "clip_high")
 # Validation
 
 
+def test_constructors_of_mask_rules_are_what_they_reproduce() -> None:
+    everyone = {"kl_scope": "active"}
+    assert IPOConfig.dppo(0.1, 0.4) == IPOConfig(0.1, 0.4, mask_rule="dppo", **everyone)
+    assert IPOConfig.prob_diff(0.3) == IPOConfig(0.3, 0.3, mask_rule="prob_diff", **everyone)
+    assert IPOConfig.kpop(0.3) == IPOConfig(0.0, 0.3, mask_rule="kpop", **everyone)
+    band = {"kl_tau": 0.0, "rollout_min_ratio": 1e-3}
+    assert IPOConfig.icepop(0.4, 4.0, 1e-3) == IPOConfig(0.4, 4.0, **band)
+
+
 def test_defaults_are_upstreams() -> None:
     assert dataclasses.asdict(IPOConfig()) == {
         "dppo_mask_low": 0.2,

@@ -85,8 +85,9 @@ def test_refusals_from_logits(backend: Backend) -> None:
         case.with_(advantages=case.advantages[:-1]).call()
     with pytest.raises(ValueError, match="temperature: expected a finite number > 0"):
         case.call(temperature=0.0)
-    with pytest.raises(ValueError, match="softcap: expected a finite number > 0"):
-        case.call(softcap=-1.0)
+    for softcap in (-1.0, math.inf):
+        with pytest.raises(ValueError, match="softcap: expected a finite number > 0"):
+            case.call(softcap=softcap)
     for softcap in ("30", True, torch.tensor(30.0)):
         with pytest.raises(TypeError, match="softcap: expected a float or None, got "):
             case.call(softcap=softcap)

@@ -89,6 +89,14 @@ def test_tolist(backend: Backend, segments: str | None, dtype: str) -> None:
     assert not any(leaf.requires_grad for leaf in pytree.tree_leaves(metrics))
 
 
+def test_what_needs_an_input_of_its_own_is_there_when_said_alone() -> None:
+    metrics = metrics_of(random_case(TOKENS, teacher=True))
+    rows = metrics.means, metrics.sums, metrics.extremes
+    optional = {"teacher_kl", "entropy", "rollout_dropped"}
+    assert optional.isdisjoint(IPOMetrics(*rows).keys())
+    assert {*IPOMetrics(*rows, has_entropy=True).keys()} & optional == {"entropy"}
+
+
 def test_means_of_float32_are_the_sums_rounded_once(backend: Backend) -> None:
     metrics = metrics_of(random_case(TOKENS, teacher=True).to(backend.device))
     wide = IPOMetrics(metrics.means.double(), metrics.sums, metrics.extremes, has_teacher=True)
