@@ -12,10 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ipo_ext import IPOConfig, ipo_loss, ipo_loss_from_hidden, ipo_loss_from_logits, reference
+from ipo_ext import IPOConfig, ipo_loss, reference
 from ipo_ext.config import log_bound
 from tests.support.backends import Backend
 from tests.support.cases import LogprobsCase, assert_same_bits, evaluate, same_bits
+from tests.support.hidden import assert_as_from_logits
 from tests.support.logits import assert_accurate
 from tests.support.logits import random_case as random_rows
 from tests.support.logprobs import DTYPES, nasty_case, random_case, with_garbage
@@ -228,19 +229,7 @@ def test_from_logits(backend: Backend, form: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("form", ["ipo", "ppo", "cispo", "reinforce"])
 def test_from_hidden_as_from_logits(backend: Backend, form: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(40, 8, generator=generator).to(backend.device).requires_grad_()
-    weight = torch.randn(16, 8, generator=generator).to(backend.device)
-    labels = torch.randint(16, (40,), generator=generator).to(backend.device)
-    case = random_case(40).to(backend.device)
-    logprobs = (hidden @ weight.T).log_softmax(-1).gather(-1, labels[:, None])[:, 0].detach()
-    rest = (logprobs + case.advantages * 0.3, case.advantages, case.loss_mask)
-    ours = ipo_loss_from_hidden(hidden, weight, labels, *rest, config=FORMS[form])
-    theirs = ipo_loss_from_logits(hidden @ weight.T, labels, *rest, config=FORMS[form])
-    (gradient,) = torch.autograd.grad(ours.loss, hidden)
-    (expected,) = torch.autograd.grad(theirs.loss, hidden)
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-5)
+    assert_as_from_logits(FORMS[form], backend)
 
 
 def test_every_form_compiles(backend: Backend) -> None:

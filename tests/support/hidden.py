@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import ipo_ext
-from ipo_ext import reference
+from ipo_ext import IPOConfig, reference
 from ipo_ext._ops import chunks
 from tests.support.backends import Backend
 from tests.support.cases import HiddenCase, evaluate
 from tests.support.closeness import assert_close
 from tests.support.logits import distinct_log_ratios
+from tests.support.logprobs import random_case as logprobs_case
 
 TOKENS, WIDTH, VOCABULARY = 37, 16, 53
 
@@ -139,3 +140,20 @@ def assert_accurate(case: HiddenCase, backend: Backend, grad_loss: float = 1.0, 
         mine, theirs, truth = (getattr(e, name) for e in (ours, naive, exact))
         floor = relative * (8 if in_float64 else 1)
         assert_close(mine, theirs, truth, scale=scale, floor=floor, name=name)
+
+
+def assert_as_from_logits(config: IPOConfig, backend: Backend) -> None:
+    """Loss and gradient from hidden states are those from the logits that they make."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 8, generator=generator).to(backend.device).requires_grad_()
+    weight = torch.randn(16, 8, generator=generator).to(backend.device)
+    labels = torch.randint(16, (40,), generator=generator).to(backend.device)
+    case = logprobs_case(40).to(backend.device)
+    logprobs = (hidden @ weight.T).log_softmax(-1).gather(-1, labels[:, None])[:, 0].detach()
+    rest = (logprobs + case.advantages * 0.3, case.advantages, case.loss_mask)
+    ours = ipo_ext.ipo_loss_from_hidden(hidden, weight, labels, *rest, config=config)
+    theirs = ipo_ext.ipo_loss_from_logits(hidden @ weight.T, labels, *rest, config=config)
+    (gradient,) = torch.autograd.grad(ours.loss, hidden)
+    (expected,) = torch.autograd.grad(theirs.loss, hidden)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-5)
