@@ -37,7 +37,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("TORCH_AT_BUILD") = IPO_EXT_TORCH_AT_BUILD;
   m.attr("CUDA_COMPILER") = IPO_EXT_CUDA_COMPILER;  // empty without CUDA
   m.attr("CUDA_ARCHITECTURES") = names(split(IPO_EXT_CUDA_ARCHITECTURES));
-  m.attr("CPU_ARCHITECTURE") = ipo_ext::cpu::chosen_arch();  // an ImportError if none is asked for
+  m.attr("CPU_ARCHITECTURE") = ipo_ext::cpu::chosen_arch();  // throws for a name of none
   // In float32 and in float64.
   m.attr("HIGHEST_TEMPERATURES") = pybind11::make_tuple(ipo_ext::math::kHighestTemperature<float>,
                                                         ipo_ext::math::kHighestTemperature<double>);

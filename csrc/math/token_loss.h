@@ -98,10 +98,10 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
   const T distilled = params.teacher_tau != 0
                           ? params.teacher_tau * (token.teacher_logprob - token.trainer_logprob)
                           : T{};
-  // Nor are those of a token of weight 0: where one overflows, 0 times it would be NaN.
+  // A token of weight 0 pays nothing: where a product overflows, 0 times it would be NaN.
   const Mask<T> weighs = token.weight != E(0);
   const T advantage = select<T>(weighs, own + distilled, T{});
-  const T tau_x = params.kl_tau != 0 ? select<T>(weighs, params.kl_tau * x, T{}) : T{};
+  const T tau_x = select<T>(weighs, splat<T>(params.kl_tau), T{}) * x;
 
   // The formula and its derivative (docs/math.md): d(-A r)/dx = -A r, d(tau x^2)/dx = 2 tau x.
   const PolicyInput<T> policy = {token.trainer_logprob, x, exponential_x.exp, advantage};

@@ -9,9 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict, get_args
 
 import torch
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from typing_extensions import Unpack  # which torch requires
 
 # In the order of csrc/math/mask_rules.h.
 MaskRule = Literal["ratio", "dppo", "prob_diff", "kpop", "none"]
@@ -350,6 +348,8 @@ class IPOConfig:
         if not low <= high:
             raise ValueError(f"clip_high: expected a number >= clip_low ({low!r}), got {high!r}")
         if form == "cispo":
+            if not high > 0:
+                raise ValueError(f"clip_high: expected a number > 0, got {high!r}")
             return
         if not 0 < low <= 1:
             raise ValueError(f"clip_low: expected 0 < clip_low <= 1 for {form!r}, got {low!r}")

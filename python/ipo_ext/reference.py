@@ -77,7 +77,9 @@ def ipo_loss(
     policy, ratio = _policy_term(config, only(keep, x), only(keep, trainer_logprobs), advantage)
     policy = _clipped(config, policy, advantage, band_x)
     pg_loss = only(pays_pg, weight * policy)
-    kl_loss = only(pays_kl, weight * config.kl_tau * only(pays_kl, x) ** 2)
+    kl_loss = torch.zeros_like(pg_loss)
+    if config.kl_tau != 0:
+        kl_loss = only(pays_kl, weight * config.kl_tau * only(pays_kl, x) ** 2)
     loss = (pg_loss + kl_loss).sum()
     if isinstance(normalizer, torch.Tensor):
         nothing = normalizer == 0

@@ -273,6 +273,8 @@ def test_constructors_are_what_they_reproduce() -> None:
          "clip_high: expected a number >= clip_low (2.0), got 1.0"),
         ({"pg_form": "cispo", "clip_low": 0.0, "clip_high": 1e39},
          "clip_high: expected a number of at most 3.4e+38, the largest of float32, got 1e+39"),
+        ({"pg_form": "cispo", "clip_low": 0.0, "clip_high": 0.0},
+         "clip_high: expected a number > 0, got 0.0"),
         ({"pg_form": "ppo_clip", "clip_low": 0.0, "clip_high": 1.2},
          "clip_low: expected 0 < clip_low <= 1 for 'ppo_clip', got 0.0"),
         ({"pg_form": "ppo_clip", "clip_low": 0.8, "clip_high": 0.9},

@@ -12,7 +12,7 @@ from ipo_ext.config import IPOConfig
 
 _AVERAGES = ("dapo", "bnpo", "dr_grpo", "grpo")
 
-_BOUNDS = "this loss drops tokens by a mask and clips nothing; set the bounds of ipo_config"
+_BOUNDS = "this loss takes its bounds from ipo_config alone: dppo_mask_*, clip_*, ratio_cap"
 _ENTROPY = "this loss has no entropy term"
 _OTHER_LOSS = "it belongs to another loss"
 NOT_HONOURED = {

@@ -35,7 +35,8 @@ def _refuse_malformed(rollouts: Rollouts) -> None:
     for name, padding in (("logprobs", "0"), ("env_mask", "1, which trains")):
         if rollouts.get(name) is not None:
             _refuse_unequal_lengths(name, rollouts[name], completions, padding)
-    for row, mask in enumerate(rollouts.get("env_mask") or ()):
+    masks = rollouts.get("env_mask")
+    for row, mask in enumerate(() if masks is None else masks):
         for value in mask:
             if value not in (0, 1):
                 raise ValueError(

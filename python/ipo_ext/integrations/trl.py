@@ -43,6 +43,7 @@ class IPOTrainer(GRPOTrainer):
         self.ipo_config = ipo_config if ipo_config is not None else IPOConfig()
         self._ipo_metrics: dict[str, Any] = {}  # IPOMetrics by mode, since the last log
         self._modes_without_sampler: set[str] = set()
+        self._has_warned = False
         refuse_a_teacher(self.ipo_config)
         given = inspect.signature(GRPOTrainer).bind_partial(*args, **kwargs)
         if (options := given.arguments.get("args")) is not None:
@@ -91,8 +92,9 @@ class IPOTrainer(GRPOTrainer):
         for name in ("sampling_per_token_logps", "old_per_token_logps"):
             if inputs.get(name) is not None:
                 return inputs[name]
-        if not self._modes_without_sampler:
+        if not self._has_warned:
             warnings.warn(_NOTHING_MEASURED, stacklevel=2)
+        self._has_warned = True
         self._modes_without_sampler.add(self._mode)
         return logprobs.detach()
 
@@ -141,6 +143,7 @@ class IPOTrainer(GRPOTrainer):
             if self.accelerator.num_processes > 1:
                 metrics = metrics.all_reduce()
             measured = self._mode not in self._modes_without_sampler
+            self._modes_without_sampler.discard(self._mode)
             for name, value in metrics.tolist().items():
                 if measured or name in _WITHOUT_SAMPLER:
                     self._metrics[self._mode][f"ipo/{name}"] = [value]

@@ -108,7 +108,7 @@ def _named_as_in_verl(metrics: Any) -> dict[str, float]:
 
 
 _OTHER_LOSS = "it belongs to another loss"
-_BOUNDS = "this loss drops tokens by a mask and clips nothing; set the bounds of ipo_config"
+_BOUNDS = "this loss takes its bounds from ipo_config alone: dppo_mask_*, clip_*, ratio_cap"
 _NOT_HONOURED = {
     "clip_ratio": _BOUNDS,
     "clip_ratio_low": _BOUNDS,
