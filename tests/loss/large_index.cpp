@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cpu/dispatch.cpp"
 #include "kernels/cpu/ipo_loss.cpp"
 #include "kernels/cuda/ipo_loss/ipo_loss.cu"
 

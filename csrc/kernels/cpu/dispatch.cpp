@@ -24,6 +24,9 @@ namespace {
 // The widest first.
 const std::vector<std::string> kArchs = {IPO_EXT_CPU_ARCHS(IPO_EXT_NAME)};
 
+#undef IPO_EXT_DEFINE_NAME
+#undef IPO_EXT_NAME
+
 size_t place_of(const std::string& arch) {
   for (size_t i = 0; i < kArchs.size(); ++i) {
     if (kArchs[i] == arch) return i;
