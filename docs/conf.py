@@ -28,6 +28,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|numpy)(\..*)?"),  # the pages of others: nothing is fetched
     ("py:.*", r"(collections\.abc\.)?(Callable|Iterator|Mapping|Sequence)|optional"),
     ("py:class", r"(ipo_ext\.output\.)?Metrics"),  # of IPOOutput, for type checkers
+    ("py:class", r"typing_extensions\.Unpack|ipo_ext\.config\._(Advantage)?Taus"),  # the same
 ]
 
 myst_heading_anchors = 3  # links to headings, made as GitHub makes them
