@@ -328,8 +328,8 @@ MUTATIONS = (
     Mutation(
         "everyone-pays-the-policy-gradient",
         LOSS,
-        "pg_derivative = select<T>(kept, pg_derivative, T{})",
-        "pg_derivative = pg_derivative",
+        "pg.derivative = select<T>(kept, pg.derivative, T{})",
+        "pg.derivative = pg.derivative",
         mask_rules(
             "test_equals_the_reference",
             "test_a_dropped_token_pays_the_kl_where_the_scope_says_so",
