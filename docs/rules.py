@@ -15,7 +15,7 @@ PROBABILITY = 0.3  # the token's, under the policy that sampled it
 KL_TAU = 0.05  # larger than the default, to be seen
 RULES = {
     "ratio band (default)": IPOConfig(kl_tau=KL_TAU),
-    "icepop(0.5, 5)": IPOConfig.icepop(),
+    "icepop_2401()": IPOConfig.icepop_2401(),
     "dppo(0.2, 0.2)": IPOConfig.dppo(kl_tau=KL_TAU),
     "prob_diff(0.1)": IPOConfig.prob_diff(kl_tau=KL_TAU),
     "kpop(0.1)": IPOConfig.kpop(0.1, kl_tau=KL_TAU),

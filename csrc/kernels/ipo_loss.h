@@ -34,27 +34,43 @@ struct IpoLossArgs {
   double* sums;      // [kNumSumRows, segments]
   double* extremes;  // [extreme::kNumRows, segments]
   void* workspace;   // [workspace_bytes(args)], aligned to 16 bytes, uninitialised
+
+  math::SequenceRules sequence_rules;
 };
 
 #undef IPO_EXT_MEMBER
 
-// What the tiles leave for the second step, in args.workspace.
+// What the steps leave for each other, in args.workspace.
 template <typename E>
 struct Workspace {
   math::TileSums<E>* slots;  // [segments.num_slots()]
   double* tile_losses;       // [segments.num_tiles()]
-  bool* rollout_flags;       // [segments.num_slots()] whether a token of the span drops its
-                             // sequence; only where there is a rollout rule
+  // Under other rules than the default alone.
+  math::BoundCounts<E>* bound_counts;  // [segments.num_slots()]
+  // Where sequences are judged alone; the tiles of their sums are as large as a backend likes.
+  math::SequenceVerdict* verdicts;        // [segments.count]
+  math::SequenceSums<E>* sequence_slots;  // [judged.num_slots()]
 
-  static size_t bytes(const IpoLossArgs& args, const Segments& segments) {
-    const size_t flags = args.params.has_rollout_rule ? segments.num_slots() : 0;
-    return segments.num_slots() * sizeof(math::TileSums<E>) +
-           segments.num_tiles() * sizeof(double) + flags * sizeof(bool);
+  static size_t bytes(const IpoLossArgs& args, const Segments& segments, const Segments& judged) {
+    size_t bytes =
+        segments.num_slots() * sizeof(math::TileSums<E>) + segments.num_tiles() * sizeof(double);
+    if (args.params.rules() == math::Rules::kAny)
+      bytes += segments.num_slots() * sizeof(math::BoundCounts<E>);
+    if (args.params.judges_sequences) {
+      bytes += segments.count * sizeof(math::SequenceVerdict) +
+               judged.num_slots() * sizeof(math::SequenceSums<E>);
+    }
+    return bytes;
   }
   IPO_HOST_DEVICE explicit Workspace(const IpoLossArgs& args)
       : slots(static_cast<math::TileSums<E>*>(args.workspace)),
         tile_losses(reinterpret_cast<double*>(slots + args.segments.num_slots())),
-        rollout_flags(reinterpret_cast<bool*>(tile_losses + args.segments.num_tiles())) {}
+        bound_counts(
+            reinterpret_cast<math::BoundCounts<E>*>(tile_losses + args.segments.num_tiles())),
+        verdicts(reinterpret_cast<math::SequenceVerdict*>(
+            bound_counts +
+            (args.params.rules() == math::Rules::kAny ? args.segments.num_slots() : 0))),
+        sequence_slots(reinterpret_cast<math::SequenceSums<E>*>(verdicts + args.segments.count)) {}
 };
 
 // Returns what a span adds to the loss, before it is normalized.
@@ -80,7 +96,7 @@ IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
 #define IPO_EXT_CAST(schema, Type, name) static_cast<Type>(params.name),
   return {IPO_EXT_LOSS_NUMBERS(IPO_EXT_CAST) static_cast<E>(
               math::inverse_normalizer<E>(load_scalar(args.normalizer))),
-          IPO_EXT_LOSS_RULES(IPO_EXT_CAST) params.rollout_dropped};
+          IPO_EXT_LOSS_RULES(IPO_EXT_CAST) params.sequence};
 #undef IPO_EXT_CAST
 }
 
@@ -147,9 +163,9 @@ namespace cuda {
 
 size_t workspace_bytes(const IpoLossArgs& args);
 
-// ipo_loss makes two launches on `stream`, three with a rollout rule, without synchronising with
-// the host. Both functions return null, or CUDA's words for what failed. A cu_seqlens that is no
-// partition makes the loss and every gradient NaN and leaves the metrics undefined.
+// ipo_loss makes two launches on `stream`, four where sequences are judged, without synchronising
+// with the host. Both functions return null, or CUDA's words for what failed. A cu_seqlens that is
+// no partition makes the loss and every gradient NaN and leaves the metrics undefined.
 const char* ipo_loss(IpoLossArgs args, CUstream_st* stream);
 const char* metric_means(const MetricMeansArgs& args, CUstream_st* stream);
 

@@ -1,5 +1,6 @@
 // Decides which tokens are kept: one function for each rule. Each compares the two
-// log-probabilities with bounds, and never keeps a token whose log-ratio or ratio is not finite.
+// log-probabilities with bounds, `none` with nothing, and none keeps a token whose log-ratio is not
+// finite, or a ratio that the policy form does not bound.
 #pragma once
 
 #include "math/exponential.h"
@@ -66,10 +67,18 @@ IPO_HOST_DEVICE MaskDecision<T> decide(const MaskInput<T>& token, Mask<T> droppe
   return decision;
 }
 
-// Returns p - q, of log-probabilities that count as no more than the largest whose exp is finite.
+// Returns p - q as the larger probability times 1 - exp(-|x|), which cancels nothing near a bound.
+// Log-probabilities count as no more than the largest whose exp is finite; NaN for NaN.
 template <typename T>
 IPO_HOST_DEVICE T probability_difference(const MaskInput<T>& token) {
-  return exponential(token.trainer_logprob).exp - exponential(token.inference_logprob).exp;
+  using E = Element<T>;
+  constexpr E kFar = 80;  // exp(-80) vanishes beside 1
+  const T x = token.log_ratio;
+  const T distance = smaller(larger(x, -x), splat<T>(kFar));
+  const T one_minus_exp = distance - exponential(-distance).exp_minus_1_minus_x;
+  const T larger_one = exponential(larger(token.trainer_logprob, token.inference_logprob)).exp;
+  const T difference = larger_one * one_minus_exp;
+  return select<T>(x > E(0), difference, select<T>(x <= E(0), -difference, x));
 }
 
 // Drops where the probability has moved too far in the direction in which the advantage pushes.
@@ -124,12 +133,6 @@ IPO_HOST_DEVICE MaskDecision<T> kpop_rule(const MaskInput<T>& token, Element<T>,
 template <typename T>
 IPO_HOST_DEVICE MaskDecision<T> keep_all(const MaskInput<T>& token, Element<T>, Element<T>) {
   return decide(token, Mask<T>{}, Mask<T>{}, Mask<T>{});
-}
-
-// The rollout rule: says whether a token drops its whole sequence. A ratio of 0 is below any bound.
-template <typename T>
-IPO_HOST_DEVICE Mask<T> drops_rollout(Mask<T> active, T log_ratio, Element<T> low) {
-  return active & (log_ratio < low);
 }
 
 template <Rules kRules, typename T>

@@ -30,7 +30,11 @@ namespace ipo_ext::math {
   X(teacher_kl)             \
   X(entropy)
 
-#define IPO_EXT_SEGMENT_ROWS(X) X(rollout_dropped)
+#define IPO_EXT_SEGMENT_ROWS(X) \
+  X(rollout_dropped)            \
+  X(sequence_dropped)           \
+  X(is_clipped)                 \
+  X(ratio_capped)
 
 // The rows of the operator's `extremes`, which are members of TileSums.
 #define IPO_EXT_EXTREME_ROWS(X) \
@@ -56,7 +60,10 @@ namespace ipo_ext::math {
   X(ess, (ratio * ratio), (kept * ratio_squared))                 \
   X(log_ratio_min, log_ratio_min, measured)                       \
   X(log_ratio_max, log_ratio_max, measured)                       \
-  X(entropy, entropy, active)
+  X(entropy, entropy, active)                                     \
+  X(sequence_dropped, sequence_dropped, active)                   \
+  X(is_clipped, is_clipped, active)                               \
+  X(ratio_capped, ratio_capped, active)
 
 #define IPO_EXT_ENUMERATOR(name, ...) name,
 namespace count {
@@ -175,9 +182,33 @@ IPO_HOST_DEVICE SegmentSums to_segment_sums(const TileSums<E>& tile) {
   return segment;
 }
 
-// All active tokens of a sequence that the rollout rule has dropped count as dropped by it.
-IPO_HOST_DEVICE void mark_dropped_rollout(SegmentSums& segment) {
-  segment.sums[kFirstSegmentRow + of_segment::rollout_dropped] = segment.sums[count::active];
+// How many tokens of a span the policy form bounds: counted apart, since the default has no bounds.
+template <typename T>
+struct BoundCounts {
+  typename Lanes<T>::Count clipped;
+  typename Lanes<T>::Count capped;
+};
+
+template <typename T>
+IPO_HOST_DEVICE void add_token(BoundCounts<T>& counts, const TokenLoss<T>& loss) {
+  counts.clipped += Lanes<T>::ones(loss.clipped);
+  counts.capped += Lanes<T>::ones(loss.capped);
+}
+
+template <typename E>
+IPO_HOST_DEVICE BoundCounts<E> merge(const BoundCounts<E>& a, const BoundCounts<E>& b) {
+  return {a.clipped + b.clipped, a.capped + b.capped};
+}
+
+// Sets the rows that only a whole segment knows.
+template <typename E>
+IPO_HOST_DEVICE void set_segment_rows(SegmentSums& segment, const SequenceVerdict& verdict,
+                                      const BoundCounts<E>& bounded) {
+  double* rows = segment.sums + kFirstSegmentRow;
+  rows[of_segment::rollout_dropped] = verdict.rollout_dropped ? segment.sums[count::active] : 0;
+  rows[of_segment::sequence_dropped] = verdict.dropped_tokens;
+  rows[of_segment::is_clipped] = bounded.clipped;
+  rows[of_segment::ratio_capped] = bounded.capped;
 }
 
 // A mean over nothing is defined as 0.

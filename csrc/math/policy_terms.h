@@ -25,6 +25,7 @@ struct PolicyInput {
   T log_ratio;
   T ratio;      // the largest finite number where it overflows
   T advantage;  // A', 0 for a token of weight 0
+  T push;       // A' of any token, whose sign says where the policy is pushed
 };
 
 // The bounds of the ratio, each as wide as numbers go where a form has none.
@@ -33,6 +34,7 @@ struct PolicyBounds {
   E ratio_cap;
   E clip_low;
   E clip_high;
+  E log_ratio_cap;
   E log_clip_low;
   E log_clip_high;
 };
@@ -42,6 +44,8 @@ struct PolicyTerm {
   T loss;
   T derivative;  // d loss / d trainer_logprob
   T ratio;       // what the importance ratio counts as
+  Mask<T> clipped = {};
+  Mask<T> capped = {};
 };
 
 template <typename T>
@@ -56,7 +60,7 @@ IPO_HOST_DEVICE PolicyTerm<T> capped_term(const PolicyInput<T>& token,
                                           const PolicyBounds<Element<T>>& bounds) {
   const T ratio = smaller(token.ratio, splat<T>(bounds.ratio_cap));
   const T loss = -token.advantage * ratio;
-  return {loss, loss, ratio};
+  return {loss, loss, ratio, Mask<T>{}, token.log_ratio > bounds.log_ratio_cap};
 }
 
 // PPO's -min(A r, A clip(r)): constant where the ratio has moved beyond a bound in the direction in
@@ -65,13 +69,13 @@ template <typename T>
 IPO_HOST_DEVICE PolicyTerm<T> ppo_clip_term(const PolicyInput<T>& token,
                                             const PolicyBounds<Element<T>>& bounds) {
   using E = Element<T>;
-  const Mask<T> too_high = (token.advantage > E(0)) & (token.log_ratio > bounds.log_clip_high);
-  const Mask<T> too_low = (token.advantage < E(0)) & (token.log_ratio < bounds.log_clip_low);
+  const Mask<T> too_high = (token.push > E(0)) & (token.log_ratio > bounds.log_clip_high);
+  const Mask<T> too_low = (token.push < E(0)) & (token.log_ratio < bounds.log_clip_low);
   const PolicyTerm<T> inside = capped_term(token, bounds);
   const T constant = select<T>(too_high, splat<T>(bounds.clip_high), splat<T>(bounds.clip_low));
   const Mask<T> clipped = too_high | too_low;
   return {select<T>(clipped, -token.advantage * constant, inside.loss),
-          select<T>(clipped, T{}, inside.derivative), inside.ratio};
+          select<T>(clipped, T{}, inside.derivative), inside.ratio, clipped, inside.capped};
 }
 
 // CISPO: the clipped ratio is a constant weight of the log-probability.
@@ -81,16 +85,21 @@ IPO_HOST_DEVICE PolicyTerm<T> cispo_term(const PolicyInput<T>& token,
   const T least = splat<T>(bounds.clip_low);
   const T ratio = smaller(larger(token.ratio, least), splat<T>(bounds.clip_high));
   const T derivative = -token.advantage * ratio;
-  return {derivative * token.trainer_logprob, derivative, ratio};
+  const Mask<T> clipped =
+      (token.log_ratio > bounds.log_clip_high) | (token.log_ratio < bounds.log_clip_low);
+  return {derivative * token.trainer_logprob, derivative, ratio, clipped};
 }
 
-constexpr double kLargestMeasuredRatio = 5.54062238439351e34;  // exp(80)
+// Beyond this log-ratio a measure of it says "broken", not how much; sums of its exponential still
+// fit fp32.
+constexpr double kMeasureClamp = 80;
+constexpr double kExpAtMeasureClamp = 5.54062238439351e34;  // the same double as exp(80) - 1 - 80
 
 // REINFORCE: no ratio at all; what it counts as is for the metrics alone.
 template <typename T>
 IPO_HOST_DEVICE PolicyTerm<T> reinforce_term(const PolicyInput<T>& token,
                                              const PolicyBounds<Element<T>>&) {
-  const T ratio = smaller(token.ratio, splat<T>(Element<T>(kLargestMeasuredRatio)));
+  const T ratio = smaller(token.ratio, splat<T>(Element<T>(kExpAtMeasureClamp)));
   return {-token.advantage * token.trainer_logprob, -token.advantage, ratio};
 }
 

@@ -4,6 +4,7 @@
 
 #include "math/mask_rules.h"
 #include "math/policy_terms.h"
+#include "math/sequence_rules.h"
 
 namespace ipo_ext::math {
 
@@ -19,24 +20,36 @@ namespace ipo_ext::math {
   X("float", E, kl_tau)         \
   X("float", E, teacher_tau)
 
-// With kl_active every active token pays the KL, not kept ones alone. Under a rollout rule an
-// active token whose log-ratio is below rollout_low drops its whole sequence. A log-ratio above
-// largest_log_ratio is not finite: its ratio overflows, and the policy form does not bound it.
+// With kl_active every active token pays the KL, not kept ones alone. With judges_sequences whole
+// sequences are dropped or weighed: by an active token whose log-ratio is below rollout_low, and by
+// what is listed next. A log-ratio above largest_log_ratio is not finite: its ratio overflows, and
+// the policy form does not bound it.
 #define IPO_EXT_LOSS_RULES(X)       \
   X("int", MaskRule, mask_rule)     \
   X("bool", bool, kl_active)        \
-  X("bool", bool, has_rollout_rule) \
+  X("bool", bool, judges_sequences) \
   X("float", E, rollout_low)        \
   X("int", PolicyForm, pg_form)     \
   X("float", E, ratio_cap)          \
   X("float", E, clip_low)           \
   X("float", E, clip_high)          \
+  X("float", E, log_ratio_cap)      \
   X("float", E, log_clip_low)       \
   X("float", E, log_clip_high)      \
   X("float", E, largest_log_ratio)
 
+// What becomes the SequenceRules: the rules' statistics and bounds, and the other members.
+#define IPO_EXT_SEQUENCE_SETTINGS(X)                    \
+  X("int[]", std::vector<int64_t>, sequence_statistics) \
+  X("float[]", std::vector<double>, sequence_lows)      \
+  X("float[]", std::vector<double>, sequence_highs)     \
+  X("bool", bool, only_negative)                        \
+  X("int", SequenceWeight, sequence_weight)             \
+  X("float", double, sequence_weight_cap)
+
 // All of them, in the order of the schemas.
-#define IPO_EXT_LOSS_SETTINGS(X) IPO_EXT_LOSS_NUMBERS(X) IPO_EXT_LOSS_RULES(X)
+#define IPO_EXT_LOSS_SETTINGS(X) \
+  IPO_EXT_LOSS_NUMBERS(X) IPO_EXT_LOSS_RULES(X) IPO_EXT_SEQUENCE_SETTINGS(X)
 
 #define IPO_EXT_MEMBER(schema, Type, name) Type name;
 
@@ -46,15 +59,15 @@ struct LossParams {
   IPO_EXT_LOSS_NUMBERS(IPO_EXT_MEMBER)
   E inv_normalizer;  // see inverse_normalizer
   IPO_EXT_LOSS_RULES(IPO_EXT_MEMBER)
-  bool rollout_dropped;  // whether the rollout rule has dropped the tokens at hand
+  SequenceVerdict sequence;  // on that of the tokens at hand
 
   IPO_HOST_DEVICE Rules rules() const {
     const bool is_default = mask_rule == MaskRule::kRatio && pg_form == PolicyForm::kRatio &&
-                            !kl_active && !has_rollout_rule;
+                            !kl_active && !judges_sequences;
     return is_default ? Rules::kDefault : Rules::kAny;
   }
   IPO_HOST_DEVICE PolicyBounds<E> policy_bounds() const {
-    return {ratio_cap, clip_low, clip_high, log_clip_low, log_clip_high};
+    return {ratio_cap, clip_low, clip_high, log_ratio_cap, log_clip_low, log_clip_high};
   }
 };
 

@@ -55,16 +55,14 @@ struct TokenLoss {
                         // ratio too
   Mask<T> masked_low;   // active and dropped on the low side
   T log_ratio;
-  T ratio;        // what it counts as: capped or clipped where the policy form does that
-  T mismatch_kl;  // r - 1 - x, with x clamped to kMismatchClamp
-  T pg_loss;      // exactly 0 unless kept
-  T kl_loss;      // exactly 0 unless kept or, where the KL's scope is wider, active and finite
-  T gradient;     // d loss / d trainer_logprob, divided by the normalizer
+  T ratio;          // what it counts as: capped or clipped where the policy form does that
+  T mismatch_kl;    // r - 1 - x, with x clamped to kMeasureClamp
+  T pg_loss;        // exactly 0 unless kept
+  T kl_loss;        // exactly 0 unless kept or, where the KL's scope is wider, active and finite
+  T gradient;       // d loss / d trainer_logprob, divided by the normalizer
+  Mask<T> clipped;  // active, finite and where the policy form clips the ratio
+  Mask<T> capped;   // likewise, where it caps it
 };
-
-// Beyond this log-ratio the mismatch says "broken", not how much; sums of it still fit fp32.
-constexpr double kMismatchClamp = 80;
-constexpr double kMismatchAtClamp = 5.54062238439351e34;  // exp(80) - 1 - 80
 
 template <typename T>
 IPO_HOST_DEVICE T log_ratio(const Token<T>& token) {
@@ -88,9 +86,13 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
   Mask<T> pays_kl = kept;
   if constexpr (kRules == Rules::kAny) {
     if (params.kl_active) pays_kl = token.active & finite;
-    if (params.rollout_dropped) kept = pays_kl = Mask<T>{};
+    if (params.sequence.drops_all) kept = pays_kl = Mask<T>{};
+    if (params.sequence.drops_negative) {
+      kept = Lanes<T>::and_not(kept, token.advantage < E(0));
+      pays_kl = Lanes<T>::and_not(pays_kl, token.advantage < E(0));
+    }
   }
-  const T mismatch_kl = select<T>(x > E(kMismatchClamp), splat<T>(E(kMismatchAtClamp)),
+  const T mismatch_kl = select<T>(x > E(kMeasureClamp), splat<T>(E(kExpAtMeasureClamp)),
                                   exponential_x.exp_minus_1_minus_x);
 
   // A term whose tau is 0 is not evaluated: whatever its input holds is harmless.
@@ -99,20 +101,22 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
                           ? params.teacher_tau * (token.teacher_logprob - token.trainer_logprob)
                           : T{};
   // A token of weight 0 pays nothing: where a product overflows, 0 times it would be NaN.
-  const Mask<T> weighs = token.weight != E(0);
-  const T advantage = select<T>(weighs, own + distilled, T{});
+  const T weight = kRules == Rules::kAny ? token.weight * E(params.sequence.weight) : token.weight;
+  const Mask<T> weighs = weight != E(0);
+  const T push = own + distilled;
+  const T advantage = select<T>(weighs, push, T{});
   const T tau_x = select<T>(weighs, splat<T>(params.kl_tau), T{}) * x;
 
   // The formula and its derivative (docs/math.md): d(-A r)/dx = -A r, d(tau x^2)/dx = 2 tau x.
-  const PolicyInput<T> policy = {token.trainer_logprob, x, exponential_x.exp, advantage};
+  const PolicyInput<T> policy = {token.trainer_logprob, x, exponential_x.exp, advantage, push};
   PolicyTerm<T> pg = ratio_term(policy);
   if constexpr (kRules == Rules::kAny) {
     pg = policy_term(policy, params.pg_form, params.policy_bounds());
     pg.derivative = select<T>(kept, pg.derivative, T{});
   }
-  const T pg_loss = token.weight * pg.loss;
-  const T kl_loss = token.weight * (tau_x * x);
-  const T derivative = token.weight * (pg.derivative + E(2) * tau_x);
+  const T pg_loss = weight * pg.loss;
+  const T kl_loss = weight * (tau_x * x);
+  const T derivative = weight * (pg.derivative + E(2) * tau_x);
 
   const T poison = splat<T>(params.inv_normalizer * E(0));  // 0, or NaN
   const T gradient = params.inv_normalizer != 0
@@ -129,7 +133,9 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
           mismatch_kl,
           select<T>(kept, pg_loss, T{}),
           select<T>(pays_kl, kl_loss, T{}),
-          gradient};
+          gradient,
+          token.active & finite & pg.clipped,
+          token.active & finite & pg.capped};
 }
 
 template <Rules kRules, typename T>

@@ -47,6 +47,9 @@ inline LossInputs apart_from(const Tensor& written, const LossInputs& inputs) {
 #undef IPO_EXT_APART
 
 // As the operators are given them; the kernels add the rest.
-using LossSettings = math::LossParams<double>;
+struct __attribute__((visibility("hidden"))) LossSettings {
+  math::LossParams<double> params;
+  math::SequenceRules sequence_rules;
+};
 
 }  // namespace ipo_ext

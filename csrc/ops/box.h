@@ -47,6 +47,26 @@ inline math::PolicyForm ArgumentReader::read<math::PolicyForm>() {
   return word_of<math::PolicyForm>("pg_form", read<int64_t>());
 }
 
+template <>
+inline math::SequenceWeight ArgumentReader::read<math::SequenceWeight>() {
+  return word_of<math::SequenceWeight>("sequence_weight", read<int64_t>());
+}
+
+inline void take_rules(const std::vector<int64_t>& statistics, const std::vector<double>& lows,
+                       const std::vector<double>& highs, math::SequenceRules& rules) {
+  const size_t count = statistics.size();
+  IPO_EXT_CHECK(count <= math::kNumStatistics && lows.size() == count && highs.size() == count,
+                "sequence_statistics, sequence_lows, sequence_highs: expected at most ",
+                math::kNumStatistics, " elements, as many of each, got ", count, ", ", lows.size(),
+                " and ", highs.size());
+  rules.count = static_cast<int>(count);
+  for (size_t i = 0; i < count; ++i) {
+    IPO_EXT_CHECK(statistics[i] >= 0 && statistics[i] < math::kNumStatistics,
+                  "sequence_statistics: expected the index of a statistic, got ", statistics[i]);
+    rules.rules[i] = {static_cast<int>(statistics[i]), lows[i], highs[i]};
+  }
+}
+
 // Within braces, arguments are read from left to right.
 #define IPO_EXT_READ(schema, Type, name) read<Type>(),
 
@@ -64,7 +84,17 @@ template <>
 inline LossSettings ArgumentReader::read<LossSettings>() {
   using namespace math;
   using E = double;
-  return {IPO_EXT_LOSS_NUMBERS(IPO_EXT_READ) 0, IPO_EXT_LOSS_RULES(IPO_EXT_READ) false};
+  LossSettings settings = {
+      {IPO_EXT_LOSS_NUMBERS(IPO_EXT_READ) 0, IPO_EXT_LOSS_RULES(IPO_EXT_READ){}}, {}};
+#define IPO_EXT_READ_VARIABLE(schema, Type, name) const auto name = read<Type>();
+  IPO_EXT_SEQUENCE_SETTINGS(IPO_EXT_READ_VARIABLE)
+#undef IPO_EXT_READ_VARIABLE
+  SequenceRules& rules = settings.sequence_rules;
+  take_rules(sequence_statistics, sequence_lows, sequence_highs, rules);
+  rules.only_negative = only_negative;
+  rules.weight = sequence_weight;
+  rules.weight_cap = sequence_weight_cap;
+  return settings;
 }
 
 #undef IPO_EXT_READ

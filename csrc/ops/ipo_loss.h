@@ -31,7 +31,7 @@ inline void check_normalizer(const ScalarInput& normalizer) {
 
 // One call of the loss's kernels: checks the inputs, owns the copies that they needed and the
 // results. The operators from logits make its log-probabilities and entropies first, and take a
-// per-token gradient under a rollout rule alone.
+// per-token gradient where sequences are judged alone.
 class __attribute__((visibility("hidden"))) IpoLossCall {
  public:
   IpoLossCall(const Tensor& trainer_logprobs, const LossInputs& inputs,
@@ -46,7 +46,8 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     IPO_EXT_TOKEN_INPUTS(IPO_EXT_PASS, IPO_EXT_PASS)
     args.entropy = entropy_.input();
     args.normalizer = scalar_input(inputs.normalizer, like_, "normalizer");
-    args.params = settings;
+    args.params = settings.params;
+    args.sequence_rules = settings.sequence_rules;
     take_mask(inputs.loss_mask);
     take_segments(inputs.cu_seqlens);
     allocate(inputs.cu_seqlens.has_value(), with_gradient);

@@ -1,6 +1,6 @@
 // The operators from logits: from a tensor of logits to the kernels' matrix, and the loss of the
 // log-probabilities that come out. The loss from hidden states runs the same steps (faults, rows,
-// loss; under a rollout rule faults, log-probabilities, loss, gradient) one by one, those over rows
+// loss; where sequences are judged faults, log-probabilities, loss, gradient) one by one, those over rows
 // for each chunk.
 #pragma once
 
@@ -191,7 +191,7 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
   std::vector<Tensor> kept_;
 };
 
-// A rollout rule must see all log-probabilities of a sequence before any gradient: they come first,
+// A verdict on a sequence needs all of its log-probabilities before any gradient: they come first,
 // then the loss and its derivatives by them, then the gradient, by another pass over the logits.
 template <typename Backend>
 void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss) {
@@ -214,13 +214,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logit
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
   const Tensor row_scales = rows.new_row_scales();
-  const bool needs_grad_logprobs = settings.has_rollout_rule && rows.args.gradient.data != nullptr;
+  const bool needs_grad_logprobs =
+      settings.params.judges_sequences && rows.args.gradient.data != nullptr;
   IpoLossCall loss(logprobs, inputs, entropy, settings, needs_grad_logprobs);
   loss.check_values<Backend>();
   rows.take_loss(loss);
   rows.find_faults<Backend>();
   loss.args.fault = rows.args.fault;
-  if (settings.has_rollout_rule) {
+  if (settings.params.judges_sequences) {
     run_in_two_passes<Backend>(rows, loss);
   } else {
     rows.run<Backend>();
@@ -275,7 +276,7 @@ std::tuple<Tensor, Tensor> chunk_logprobs_and_gradient(
     const LossInputs& inputs, const LossSettings& settings, const Tensor& fault,
     const std::optional<Tensor>& gradient, const std::optional<Tensor>& row_scales) {
   IPO_EXT_CHECK(!inputs.cu_seqlens.has_value(), "cu_seqlens: expected None, got a tensor");
-  IPO_EXT_CHECK(!settings.has_rollout_rule, "has_rollout_rule: expected False, got True");
+  IPO_EXT_CHECK(!settings.params.judges_sequences, "judges_sequences: expected False, got True");
   LogitsCall rows(logits, labels, scaling);
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);

@@ -17,7 +17,7 @@ namespace ipo_ext::schemas {
 // From log-probabilities
 // -------------------------------------------------------------------------------------------------
 
-// To a rollout rule, without cu_seqlens all tokens are one sequence.
+// To rules on sequences, without cu_seqlens all tokens are one.
 inline constexpr const char* ipo_loss = "(Tensor trainer_logprobs" LOSS_INPUTS LOSS_SETTINGS
                                         ", bool with_gradient) "
                                         "-> (Tensor loss, Tensor gradient" METRICS ")";
@@ -60,8 +60,8 @@ inline constexpr const char* find_faults =
     "Tensor? normalizer, SymInt columns, SymInt max_active) -> Tensor fault";
 
 // Log-probabilities and entropies of a chunk's rows, whose faults have been looked for, and the
-// gradient, which may be narrower than the logits and lie over them. Neither cu_seqlens nor a
-// rollout rule: they would have to see all rows first.
+// gradient, which may be narrower than the logits and lie over them. Neither cu_seqlens nor
+// rules on sequences: they would have to see all rows first.
 inline constexpr const char* chunk_logprobs_and_gradient =
     "(Tensor logits, Tensor labels" LOGIT_SCALING LOSS_INPUTS LOSS_SETTINGS
     ", Tensor fault, Tensor(a!)? gradient, Tensor(b!)? row_scales) "

@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.distributed as dist
 
+from ipo_ext._numbers import is_number
 from ipo_ext._ops.checks import Like, check_device, check_tensor
 from ipo_ext._ops.torch_internals import is_eager
-from ipo_ext.config import is_number
 
 Mode = Literal[
     "token_mean",

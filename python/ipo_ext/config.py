@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict, cast, get_args
 
 import torch
 from typing_extensions import Unpack  # which torch requires
+
+from ipo_ext._numbers import LOG_RANGE, is_number, log_bound, to_float
+from ipo_ext._prime_rl_sections import constructor_and_arguments
+from ipo_ext._sequence_rules import STATISTICS, SequenceRule, checked_rules, statistic_bound
 
 # In the order of csrc/math/mask_rules.h.
 MaskRule = Literal["ratio", "dppo", "prob_diff", "kpop", "none"]
 # In the order of csrc/math/policy_terms.h.
 PolicyForm = Literal["ratio", "capped", "ppo_clip", "cispo", "reinforce"]
 KLScope = Literal["kept", "active"]
+SequenceRuleWhen = Literal["always", "negative_advantage"]
+SequenceWeight = Literal[None, "sum", "mean"]
 LogBound = Callable[[float, torch.dtype], float]
 
 
@@ -28,22 +33,6 @@ class _Taus(_AdvantageTaus, total=False):
     kl_tau: float
 
 
-def is_number(value: object) -> bool:
-    """Whether a setting is a real number, NumPy's included; True and False are slips."""
-    # Real last: it is slow to ask, and nothing that torch.compile traces comes so far.
-    return isinstance(value, (float, int, Real)) and not isinstance(value, bool)
-
-
-def to_float(name: str, value: Any) -> float:
-    """The number as a float; of an int beyond all floats a sentence instead of an OverflowError."""
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(
-            f"{name}: expected a number that float64 holds, got one beyond 1.8e308"
-        ) from None
-
-
 @dataclasses.dataclass(frozen=True)
 class IPOConfig:
     """Settings of the IPO+KL loss, under the field names of prime-rl's ``trainer.loss`` section.
@@ -54,7 +43,8 @@ class IPOConfig:
     (PrimeIntellect-ai/prime-rl pull request 2423; docs/math.md).
 
     Other losses of the family keep other tokens, ``IPOConfig.dppo``, ``icepop``, ``prob_diff`` and
-    ``kpop``, or pay another policy term: ``ipo``, ``ppo``, ``cispo`` and ``tis``.
+    ``kpop``, pay another policy term, ``ipo``, ``ppo``, ``cispo`` and ``tis``, or judge whole
+    sequences, ``geometric`` and ``sequence_tis``.
 
     Args:
         dppo_mask_low: alpha, the smallest importance ratio kept; 0 keeps every small ratio. Under
@@ -74,6 +64,15 @@ class IPOConfig:
         pg_form: what a kept token pays for its policy; docs/math.md, "The policy term".
         ratio_cap: the largest ratio that ``capped`` and, unless it is None, ``ppo_clip`` count.
         clip_low, clip_high: the ratios between which ``ppo_clip`` and ``cispo`` clip.
+        sequence_rules: ``(statistic, low, high)`` for each rule that a sequence must pass, both
+            ends inclusive: its sum, mean, largest or smallest k1 = log r, k2 = k1**2 / 2 or
+            k3 = r - 1 - log r, such as ``("mean_k1", 0.99, 1.01)``. Bounds of k1 are those of the
+            ratio. A call must hold whole sequences.
+        sequence_rule_when: whether a sequence that breaks a rule loses all of its tokens or those
+            of negative advantage.
+        sequence_weight: what the loss of a sequence's tokens is multiplied by, a constant: the
+            exponential of the "sum" or "mean" of its log-ratios; ``pg_form="reinforce"`` alone.
+        sequence_weight_cap: the largest such weight.
 
     Raises:
         ValueError: a field breaks ``0 <= dppo_mask_low``, ``dppo_mask_low <= dppo_mask_high`` (a
@@ -94,26 +93,34 @@ class IPOConfig:
     ratio_cap: float | None = None
     clip_low: float | None = None
     clip_high: float | None = None
+    sequence_rules: tuple[SequenceRule, ...] = ()
+    sequence_rule_when: SequenceRuleWhen = "always"
+    sequence_weight: SequenceWeight = None
+    sequence_weight_cap: float = math.inf
 
     # Of an instance; no fields. Bounds are made once, but for a config made in a compiled graph.
-    _made_bounds: ClassVar[dict[torch.dtype, dict[str, float]]] = {}
+    _made_bounds: ClassVar[dict[torch.dtype, dict[str, Any]]] = {}
     _has_rollout_rule: ClassVar[bool]
+    _judges_sequences: ClassVar[bool]
 
     def __post_init__(self) -> None:
         for name, words in _WORDS.items():
             if (value := getattr(self, name)) not in words:
-                raise ValueError(f"{name}: expected one of {', '.join(words)}, got {value!r}")
+                expected = ", ".join(map(str, words))
+                raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in _WORDS or (value is None and field.name in _RATIO_BOUNDS):
+            if field.name in (*_WORDS, "sequence_rules"):
+                continue
+            if value is None and field.name in _RATIO_BOUNDS:
                 continue
             if not is_number(value):
                 raise ValueError(f"{field.name}: expected a number, got {value!r}")
             value = to_float(field.name, value)
             object.__setattr__(self, field.name, value)
+            if field.name in _MAY_BE_INFINITE and value == math.inf:
+                continue
             if field.name not in _BOUNDS and not 0 <= value < math.inf:
-                if field.name == "clip_high" and value == math.inf:
-                    continue
                 raise ValueError(f"{field.name}: expected a finite number >= 0, got {value!r}")
             if field.name in (*_NUMBERS, *_RATIO_BOUNDS) and value > _LARGEST_NUMBER:
                 raise ValueError(
@@ -130,9 +137,14 @@ class IPOConfig:
                 f"dppo_mask_high: expected a number >= dppo_mask_low ({low!r}), got {high!r}"
             )
         self._check_policy_form()
-        object.__setattr__(self, "_has_rollout_rule", bool(self.rollout_min_ratio > 0))
+        object.__setattr__(self, "sequence_rules", checked_rules(self.sequence_rules))
+        self._check_sequence_weight()
+        has_rollout_rule = bool(self.rollout_min_ratio > 0)
+        object.__setattr__(self, "_has_rollout_rule", has_rollout_rule)
+        judges_sequences = has_rollout_rule or self.has_sequence_rule
+        object.__setattr__(self, "_judges_sequences", judges_sequences)
         if not torch.compiler.is_compiling():
-            bounds = {dtype: self._bounds(dtype, log_bound) for dtype in _LOG_RANGE}
+            bounds = {dtype: self._bounds(dtype, log_bound) for dtype in LOG_RANGE}
             object.__setattr__(self, "_made_bounds", bounds)
 
     @classmethod
@@ -148,31 +160,35 @@ class IPOConfig:
     @classmethod
     def icepop(
         cls,
-        low: float = 0.5,
+        low: float = 0.2,
         high: float = 5.0,
-        rollout_min_ratio: float = 1e-5,
+        rollout_min_ratio: float = 0.0,
         *,
         kl_tau: float = 0.0,
         **taus: Unpack[_AdvantageTaus],
     ) -> IPOConfig:
-        """IcePop (prime-rl #2401): a band on the ratio, no KL, and no token of a broken rollout.
+        """IcePop as prime-rl has it since 2026-09: a band on the ratio, no KL.
 
-        A sequence contributes nothing when the ratio of any of its active tokens is below
-        ``rollout_min_ratio``. ``taus`` are adv_tau and teacher_tau.
+        With ``rollout_min_ratio`` a sequence contributes nothing when the ratio of any of its
+        active tokens is below it. ``taus`` are adv_tau and teacher_tau.
         """
-        return cls(
-            low,
-            high,
-            mask_rule="ratio",
-            kl_tau=kl_tau,
-            kl_scope="kept",
-            rollout_min_ratio=rollout_min_ratio,
-            **taus,
-        )
+        return cls(low, high, rollout_min_ratio=rollout_min_ratio, kl_tau=kl_tau, **taus)
+
+    @classmethod
+    def icepop_2401(cls, **taus: Unpack[_AdvantageTaus]) -> IPOConfig:
+        """IcePop as prime-rl #2401 proposed it: a narrower band, no token of a broken rollout.
+
+        A ratio below 1e-5 drops its sequence. ``taus`` are adv_tau and teacher_tau.
+        """
+        return cls.icepop(0.5, 5.0, 1e-5, **taus)
 
     @classmethod
     def prob_diff(cls, threshold: float = 0.1, **taus: Unpack[_Taus]) -> IPOConfig:
-        """The IPO that prime-rl merged: drops where ``|d| > threshold``; all active pay the KL."""
+        """prime-rl's IPO until 2026-08: drops where ``|d| > threshold``; all active pay the KL.
+
+        ``d`` as for ``dppo``; since then it is ``ipo``. ``taus`` are adv_tau, kl_tau and
+        teacher_tau.
+        """
         return cls(threshold, threshold, mask_rule="prob_diff", kl_scope="active", **taus)
 
     @classmethod
@@ -263,13 +279,55 @@ class IPOConfig:
         return cls.cispo(0.0, cap, kl_tau=kl_tau, **taus)
 
     @classmethod
+    def geometric(
+        cls, low: float, high: float, *, kl_tau: float = 0.0, **taus: Unpack[_AdvantageTaus]
+    ) -> IPOConfig:
+        """Whole sequences kept by the geometric mean of their ratios, from ``low`` to ``high``.
+
+        Every token of a kept sequence pays ``-A r``; no KL. ``taus`` are adv_tau and teacher_tau.
+        """
+        rules: tuple[SequenceRule, ...] = (("mean_k1", low, high),)
+        return cls(mask_rule="none", sequence_rules=rules, kl_tau=kl_tau, **taus)
+
+    @classmethod
+    def sequence_tis(
+        cls, cap: float = 2.0, *, kl_tau: float = 0.0, **taus: Unpack[_AdvantageTaus]
+    ) -> IPOConfig:
+        """Truncated importance sampling of each sequence: ``-min(prod r, cap) A log pi``.
+
+        The product of a sequence's ratios, capped, is a constant weight of its tokens, verl's
+        default in bypass mode; no KL. ``taus`` are adv_tau and teacher_tau.
+        """
+        return cls(
+            mask_rule="none",
+            pg_form="reinforce",
+            sequence_weight="sum",
+            sequence_weight_cap=cap,
+            kl_tau=kl_tau,
+            **taus,
+        )
+
+    @classmethod
+    def from_prime_rl(cls, section: Mapping[str, Any], version: str | None = None) -> IPOConfig:
+        """The config of prime-rl's ``trainer.loss`` section.
+
+        Args:
+            section: its fields, such as ``{"type": "icepop", "ratio_high": 4.0}``.
+            version: whose fields they are: "2026-05" (the branch of pull request 2423), "2026-08",
+                or by default "2026-10", where the losses of September 2026 and later are.
+
+        Raises:
+            ValueError: a type or a field that the version does not have, such as ``custom``, a
+                value that the constructor refuses, or ``score_centering``, which is not covered.
+        """
+        constructor, arguments = constructor_and_arguments(_as_mapping("section", section), version)
+        make = getattr(cls, constructor) if constructor else cls
+        return cast(IPOConfig, make(**arguments))
+
+    @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> IPOConfig:
-        """The config of a ``trainer.loss`` section; an unknown field is a ValueError."""
-        if not isinstance(mapping, Mapping) and not hasattr(mapping, "keys"):
-            raise TypeError(
-                f"mapping: expected a mapping of fields such as a dict, got "
-                f"{type(mapping).__name__}; pass for instance {{'kl_tau': 0.001}}"
-            )
+        """The config with these fields; an unknown one is a ValueError."""
+        mapping = _as_mapping("mapping", mapping)
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in mapping.items():
             if name not in known:
@@ -283,6 +341,16 @@ class IPOConfig:
         """Whether a token can drop its whole sequence."""
         return self._has_rollout_rule
 
+    @property
+    def has_sequence_rule(self) -> bool:
+        """Whether statistics of a sequence can drop it or weigh it."""
+        return bool(self.sequence_rules) or self.sequence_weight is not None
+
+    @property
+    def judges_sequences(self) -> bool:
+        """Whether a token's loss depends on the others of its sequence."""
+        return self._judges_sequences
+
     def settings(self, dtype: torch.dtype, log: LogBound | None = None) -> LossSettings:
         """The settings as every operator takes them, in the compute dtype ``dtype``.
 
@@ -295,28 +363,40 @@ class IPOConfig:
         return LossSettings(
             mask_rule=get_args(MaskRule).index(self.mask_rule),
             kl_active=self.kl_scope == "active",
-            has_rollout_rule=self.has_rollout_rule,
+            judges_sequences=self.judges_sequences,
             pg_form=get_args(PolicyForm).index(self.pg_form),
+            only_negative=self.sequence_rule_when == "negative_advantage",
+            sequence_weight=_WORDS["sequence_weight"].index(self.sequence_weight),
+            sequence_weight_cap=float(self.sequence_weight_cap),
             **{name: float(getattr(self, name)) for name in _NUMBERS},
             **(self._bounds(dtype, log or log_bound) if made is None else made),
         )
 
-    def _bounds(self, dtype: torch.dtype, log: LogBound) -> dict[str, float]:
+    def _bounds(self, dtype: torch.dtype, log: LogBound) -> dict[str, Any]:
         """What rules and policy forms compare with, where a rule has no use for it anything."""
         low, high = self.dppo_mask_low, self.dppo_mask_high
-        smallest = _LOG_RANGE[dtype][0]
+        smallest = LOG_RANGE[dtype][0]
         if self.mask_rule == "ratio":
             low, high = log(low, dtype), log(high, dtype)
         else:
             # No min(): torch.compile (2.11) would make constants of bounds that change.
             low, high = (bound if bound < -smallest else -smallest for bound in (low, high))
-        rollout_low = log(self.rollout_min_ratio, dtype) if self.has_rollout_rule else smallest
+        rollout_low = log(self.rollout_min_ratio, dtype) if self.has_rollout_rule else -math.inf
         bounds = {"low": low, "high": high, "rollout_low": rollout_low}
-        return {**bounds, **self._policy_bounds(dtype, log)}
+        return {**bounds, **self._policy_bounds(dtype, log), **self._rules(dtype)}
+
+    def _rules(self, dtype: torch.dtype) -> dict[str, list[Any]]:
+        """Statistics and bounds of the sequence rules; of k1, logarithms of the ratios."""
+        rules = self.sequence_rules
+        return {
+            "sequence_statistics": [STATISTICS.index(name) for name, _, _ in rules],
+            "sequence_lows": [statistic_bound(name, low, dtype) for name, low, _ in rules],
+            "sequence_highs": [statistic_bound(name, high, dtype) for name, _, high in rules],
+        }
 
     def _policy_bounds(self, dtype: torch.dtype, log: LogBound) -> dict[str, float]:
         """Those of the policy form, as wide as ``dtype`` goes where it has none."""
-        smallest, largest_log = _LOG_RANGE[dtype]
+        smallest, largest_log = LOG_RANGE[dtype]
         largest = -smallest
         clip_high = self.clip_high if self.clip_high != math.inf else None
         is_bounded = self.pg_form == "reinforce" or (
@@ -326,6 +406,7 @@ class IPOConfig:
             "ratio_cap": largest if self.ratio_cap is None else self.ratio_cap,
             "clip_low": 0.0 if self.clip_low is None else self.clip_low,
             "clip_high": largest if clip_high is None else clip_high,
+            "log_ratio_cap": largest if self.ratio_cap is None else log(self.ratio_cap, dtype),
             "log_clip_low": smallest if self.clip_low is None else log(self.clip_low, dtype),
             "log_clip_high": largest_log if clip_high is None else log(clip_high, dtype),
             "largest_log_ratio": largest if is_bounded else largest_log,
@@ -353,11 +434,28 @@ class IPOConfig:
             return
         if not 0 < low <= 1:
             raise ValueError(f"clip_low: expected 0 < clip_low <= 1 for {form!r}, got {low!r}")
-        most = math.inf if cap is None else cap
-        if not (1 <= high <= most and high < math.inf):
-            bound = "a finite number" if cap is None else f"ratio_cap ({cap!r})"
+        if not 1 <= high < math.inf:
+            raise ValueError(f"clip_high: expected a finite number >= 1 for {form!r}, got {high!r}")
+        if cap is not None and not high <= cap:
+            raise ValueError(f"clip_high: expected at most ratio_cap ({cap!r}), got {high!r}")
+
+    def _check_sequence_weight(self) -> None:
+        weight, cap = self.sequence_weight, self.sequence_weight_cap
+        if weight is not None and self.pg_form != "reinforce":
             raise ValueError(
-                f"clip_high: expected at least 1 and at most {bound} for {form!r}, got {high!r}"
+                f"sequence_weight: expected None for pg_form={self.pg_form!r}, whose ratio would "
+                f"count twice, got {weight!r}; use pg_form='reinforce'"
+            )
+        if not cap > 0:
+            raise ValueError(f"sequence_weight_cap: expected a number > 0, got {cap!r}")
+        if weight is None and cap != math.inf:
+            raise ValueError(
+                f"sequence_weight_cap: expected inf without a sequence_weight, got {cap!r}"
+            )
+        if not self.sequence_rules and self.sequence_rule_when != "always":
+            raise ValueError(
+                "sequence_rule_when: expected 'always' without sequence_rules, got "
+                f"{self.sequence_rule_when!r}"
             )
 
     def log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
@@ -365,10 +463,21 @@ class IPOConfig:
         return log_bound(self.dppo_mask_low, dtype), log_bound(self.dppo_mask_high, dtype)
 
 
-_WORDS: dict[str, tuple[str, ...]] = {
+def _as_mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) and not hasattr(value, "keys"):
+        raise TypeError(
+            f"{name}: expected a mapping of fields such as a dict, got "
+            f"{type(value).__name__}; pass for instance {{'kl_tau': 0.001}}"
+        )
+    return cast(Mapping[str, Any], value)
+
+
+_WORDS: dict[str, tuple[Any, ...]] = {
     "mask_rule": get_args(MaskRule),
     "kl_scope": get_args(KLScope),
     "pg_form": get_args(PolicyForm),
+    "sequence_rule_when": get_args(SequenceRuleWhen),
+    "sequence_weight": get_args(SequenceWeight),
 }
 
 _RATIO_BOUNDS = ("ratio_cap", "clip_low", "clip_high")
@@ -385,12 +494,14 @@ _READ_BY = {**_NEEDED_BY, "ppo_clip": _RATIO_BOUNDS}
 _LARGEST_NUMBER = torch.finfo(torch.float32).max  # the loss may be computed in float32
 
 _BOUNDS = ("dppo_mask_low", "dppo_mask_high")  # of which the rule says what they may be
+_MAY_BE_INFINITE = ("clip_high", "sequence_weight_cap")
+_SEQUENCES = ("rollout_min_ratio", "sequence_rules", "sequence_weight_cap")
 
 # The fields that the operators take as they are.
 _NUMBERS = [
     field.name
     for field in dataclasses.fields(IPOConfig)
-    if field.name not in (*_BOUNDS, *_WORDS, *_RATIO_BOUNDS, "rollout_min_ratio")
+    if field.name not in (*_BOUNDS, *_WORDS, *_RATIO_BOUNDS, *_SEQUENCES)
 ]
 
 # What every operator of the loss takes of a config: the list of csrc/math/settings.h.
@@ -398,9 +509,9 @@ if TYPE_CHECKING:  # a type checker is told what is read by name: it cannot foll
 
     class LossSettings(tuple[float, ...]):
         teacher_tau: float
-        has_rollout_rule: bool
+        judges_sequences: bool
 
-        def __new__(cls, **settings: float) -> LossSettings: ...
+        def __new__(cls, **settings: Any) -> LossSettings: ...
 
 else:
     LossSettings = NamedTuple(
@@ -411,37 +522,19 @@ else:
             *((name, float) for name in _NUMBERS),
             ("mask_rule", int),  # index in MaskRule
             ("kl_active", bool),
-            ("has_rollout_rule", bool),
+            ("judges_sequences", bool),
             ("rollout_low", float),  # a logarithm, as bounds of the ratio are
             ("pg_form", int),  # index in PolicyForm
             *((name, float) for name in _RATIO_BOUNDS),
+            ("log_ratio_cap", float),
             ("log_clip_low", float),
             ("log_clip_high", float),
             ("largest_log_ratio", float),
+            ("sequence_statistics", list[int]),  # indices in SequenceStatistic
+            ("sequence_lows", list[float]),
+            ("sequence_highs", list[float]),
+            ("only_negative", bool),
+            ("sequence_weight", int),  # index in SequenceWeight
+            ("sequence_weight_cap", float),
         ],
     )
-
-# -max, and the largest number whose exp is finite. (The float32 nearest to log(max) overflows.)
-_LOG_RANGE = {
-    torch.float32: (-torch.finfo(torch.float32).max, 88.72283172607422),
-    torch.float64: (-torch.finfo(torch.float64).max, 709.782712893384),
-}
-
-
-def log_bound(ratio: float, dtype: torch.dtype) -> float:
-    """A bound on ``log r``, exactly representable in ``dtype`` (float32 or float64).
-
-    The logarithm is taken in fp64, rounded once to nearest and clamped so that no bound is
-    infinite and ``exp`` of none overflows (docs/math.md, "The band").
-    """
-    return _round_to(math.log(ratio) if ratio > 0 else -math.inf, dtype)
-
-
-def _round_to(value: float, dtype: torch.dtype) -> float:
-    smallest, largest = _LOG_RANGE[dtype]
-    value = min(max(value, smallest), largest)
-    if dtype == torch.float64:
-        return value
-    # To 24 bits, ties to even; plain arithmetic, which torch.compile can trace.
-    mantissa, exponent = math.frexp(value)
-    return math.ldexp(round(math.ldexp(mantissa, 24)), exponent - 24)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ipo_ext import _C
+from ipo_ext._numbers import is_number, to_float
 from ipo_ext._ops import checks, torch_internals
 from ipo_ext._ops.arguments import (
     HeadInputs,
@@ -29,7 +30,7 @@ from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_
 from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
 from ipo_ext._ops.from_logprobs import run_ipo_loss
 from ipo_ext._optional_tensors import OptionalTensors, refuse_unknown_names, spells_out_tensors
-from ipo_ext.config import IPOConfig, is_number, to_float
+from ipo_ext.config import IPOConfig
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
 
@@ -57,8 +58,8 @@ def ipo_loss(
     where x and r are finite and ``log(dppo_mask_low) <= x <= log(dppo_mask_high)``; a kept token
     pays ``w * (-A' * r + kl_tau * x**2)``, every other token exactly 0, whatever it holds. Source:
     PrimeIntellect-ai/prime-rl pull request 2423; docs/math.md derives it. Other rules of
-    ``config`` keep other tokens; a rollout rule takes one more launch, and a few small ones where
-    it takes the rows of ``[..., T]`` for sequences.
+    ``config`` keep other tokens; those on whole sequences take two more launches, and a few small
+    ones where they take the rows of ``[..., T]`` for sequences.
 
     Everything is computed in float64 if either log-probability is float64, else in float32.
 
@@ -106,7 +107,7 @@ def ipo_loss(
     checks.check_no_gradient(inputs)
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
     compute = checks.compute_dtype(trainer_logprobs, inference_logprobs)
-    if config.has_rollout_rule:
+    if config.judges_sequences:
         inputs = _with_sequences(inputs)
     settings = settings_of(config, compute)
     loss, *rows = with_torch_errors(
@@ -136,9 +137,9 @@ def ipo_loss_from_logits(
     place, and in most dtypes not even that for ``loss.backward()``. (With ``retain_graph=True`` it
     scales a copy, as large as the logits.) Rows that the loss mask leaves out are never read.
     Log-probabilities and the loss are computed in float64 for float64 logits, else in float32 (the
-    loss also in float64 for float64 ``inference_logprobs``). Under a rollout rule
-    (``config.rollout_min_ratio``) the gradient takes a pass of its own, after the log-probabilities
-    of all rows.
+    loss also in float64 for float64 ``inference_logprobs``). Where ``config``
+    judges whole sequences the gradient takes a pass of its own, after the log-probabilities of all
+    rows.
 
     Args:
         logits: ``[..., V]``, any floating dtype; the only input that receives a gradient. Slices
@@ -195,7 +196,7 @@ def ipo_loss_from_logits(
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
         _check_may_be_overwritten(logits)
-    if config.has_rollout_rule:
+    if config.judges_sequences:
         inputs = _with_sequences(inputs)
     scaling = LogitScaling(temperature, _softcap(softcap, logits))
     settings = settings_of(config, compute)
@@ -265,8 +266,8 @@ def ipo_loss_from_hidden(
     are gathered away; of the others a chunk of rows at a time becomes logits, log-probabilities,
     the gradient over the logits, and what that adds to the gradients of hidden states and weight:
     three matrix products and none for tokens that do not train. The gradients are made in forward,
-    only those that are needed, and handed over in backward (with ``retain_graph=True`` copies). A
-    rollout rule (``config.rollout_min_ratio``) must see all log-probabilities first: a fourth
+    only those that are needed, and handed over in backward (with ``retain_graph=True`` copies).
+    Where ``config`` judges whole sequences it must see all log-probabilities first: a fourth
     product, and without ``num_active`` a second count, so that only tokens that pay take part in
     the others.
 
@@ -323,7 +324,7 @@ def ipo_loss_from_hidden(
     checks.check_no_gradient(inputs, temperature)
     compute = checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
-    if config.has_rollout_rule:
+    if config.judges_sequences:
         inputs = _with_sequences(inputs)
     loss, logprobs, entropy, *rows = with_torch_errors(
         run_ipo_loss_from_hidden,
@@ -413,7 +414,7 @@ def _check_config(config: object) -> None:
 
 
 def _with_sequences(inputs: LossInputs) -> LossInputs:
-    """What a rollout rule takes for sequences without ``cu_seqlens``: the rows of ``[..., T]``."""
+    """What rules on sequences take for them without ``cu_seqlens``: the rows of ``[..., T]``."""
     mask = inputs.loss_mask
     if inputs.cu_seqlens is not None or mask.dim() < 2:
         return inputs
@@ -435,6 +436,9 @@ def _metrics(
         has_teacher=inputs.teacher_logprobs is not None,
         has_entropy=has_entropy,
         has_rollout_rule=config.has_rollout_rule,
+        has_sequence_rule=config.has_sequence_rule,
+        has_clip=config.clip_high is not None,
+        has_cap=config.ratio_cap is not None,
     )
     return metrics if inputs.cu_seqlens is cu_seqlens else metrics.total()
 

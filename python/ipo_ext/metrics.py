@@ -41,6 +41,9 @@ class IPOMetrics:
         has_teacher: bool = False,
         has_entropy: bool = False,
         has_rollout_rule: bool = False,
+        has_sequence_rule: bool = False,
+        has_clip: bool = False,
+        has_cap: bool = False,
     ) -> None:
         self.means = means
         self.sums = sums
@@ -48,6 +51,9 @@ class IPOMetrics:
         self.has_teacher = has_teacher
         self.has_entropy = has_entropy
         self.has_rollout_rule = has_rollout_rule
+        self.has_sequence_rule = has_sequence_rule
+        self.has_clip = has_clip
+        self.has_cap = has_cap
 
     def keys(self) -> KeysView[str]:
         return _ROWS[_optional(self)].keys()
@@ -122,7 +128,8 @@ class IPOMetrics:
             )
         if _optional(self) != _optional(other):
             raise ValueError(
-                "metrics: expected both or neither to have a teacher, an entropy, a rollout rule"
+                "metrics: expected both or neither to have each of "
+                f"{', '.join(_OPTIONAL_ROWS)}, got {_present(self)} and {_present(other)}"
             )
         self._check_sums()
         other._check_sums()
@@ -164,20 +171,31 @@ class IPOMetrics:
         return _unflatten((means, sums, extremes), _optional(self))
 
 
-# Metrics that are there only where the loss has seen what they measure, in the order of _optional.
-_OPTIONAL_ROWS = ("teacher_kl", "entropy", "rollout_dropped")
+# Metrics that are there only where the loss has what they measure, and the attribute that says so.
+_OPTIONAL_ROWS = {
+    "teacher_kl": "has_teacher",
+    "entropy": "has_entropy",
+    "rollout_dropped": "has_rollout_rule",
+    "sequence_dropped": "has_sequence_rule",
+    "is_clipped": "has_clip",
+    "ratio_capped": "has_cap",
+}
 _ROWS = {
     present: {
         name: row
         for row, name in enumerate(IPOMetrics.MEAN_ROWS)
-        if name not in _OPTIONAL_ROWS or present[_OPTIONAL_ROWS.index(name)]
+        if name not in _OPTIONAL_ROWS or present[list(_OPTIONAL_ROWS).index(name)]
     }
     for present in itertools.product((False, True), repeat=len(_OPTIONAL_ROWS))
 }
 
 
 def _optional(metrics: IPOMetrics) -> tuple[bool, ...]:
-    return metrics.has_teacher, metrics.has_entropy, metrics.has_rollout_rule
+    return tuple([getattr(metrics, name) for name in _OPTIONAL_ROWS.values()])
+
+
+def _present(metrics: IPOMetrics) -> str:
+    return ", ".join(name for name in _OPTIONAL_ROWS if name in metrics) or "none"
 
 
 # A pytree node: metrics pass through torch.compile and torch.export as an output.
@@ -186,13 +204,8 @@ def _flatten(metrics: IPOMetrics) -> tuple[list[torch.Tensor], tuple[bool, ...]]
 
 
 def _unflatten(leaves: Any, context: tuple[bool, ...]) -> IPOMetrics:
-    has_teacher, has_entropy, has_rollout_rule = context
-    return IPOMetrics(
-        *leaves,
-        has_teacher=has_teacher,
-        has_entropy=has_entropy,
-        has_rollout_rule=has_rollout_rule,
-    )
+    present: dict[str, Any] = dict(zip(_OPTIONAL_ROWS.values(), context, strict=True))
+    return IPOMetrics(*leaves, **present)
 
 
 torch_internals.register_pytree(IPOMetrics, _flatten, _unflatten, name="ipo_ext.IPOMetrics")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ipo_ext._precision import warn_if_rounded
+from ipo_ext._sequence_rules import SequenceRule
 from ipo_ext.config import IPOConfig
 from ipo_ext.output import IPOOutput
 
@@ -55,8 +56,12 @@ def ipo_loss(
         advantages,
     )
     rollout_dropped = rollout_rule(config, band_x, active, cu_seqlens)
-    keep = active & finite & ~dropped & ~rollout_dropped
-    pays_kl = keep if config.kl_scope == "kept" else active & finite & ~rollout_dropped
+    sequence_dropped, sequence_weight = sequence_rules(
+        config, band_x, advantages, active, cu_seqlens
+    )
+    spared = active & finite & ~rollout_dropped & ~sequence_dropped
+    keep = spared & ~dropped
+    pays_kl = keep if config.kl_scope == "kept" else spared
 
     # Replace what a dropped token holds before any arithmetic: torch.where after it would still
     # differentiate the branch that was not taken, and 0 * inf is NaN.
@@ -65,17 +70,18 @@ def ipo_loss(
 
     x = only(pays_kl, trainer_logprobs) - only(pays_kl, inference_logprobs)
     weight = only(pays_kl, loss_weights) if loss_weights is not None else pays_kl.to(dtype)
+    weight = weight * only(pays_kl, sequence_weight)
     pays_pg, pays_kl = keep & (weight != 0), pays_kl & (weight != 0)
-    advantage = torch.zeros_like(x)
-    if config.adv_tau != 0:
-        advantage = advantage + config.adv_tau * only(pays_pg, advantages)
-    if config.teacher_tau != 0:
-        assert teacher_logprobs is not None, "teacher_tau > 0 needs teacher_logprobs"
-        distance = only(pays_pg, teacher_logprobs) - only(pays_pg, trainer_logprobs)
-        advantage = advantage + config.teacher_tau * distance.detach()
+    advantage = _advantage(
+        config,
+        only(pays_pg, trainer_logprobs),
+        only(pays_pg, advantages),
+        None if teacher_logprobs is None else only(pays_pg, teacher_logprobs),
+    )
 
     policy, ratio = _policy_term(config, only(keep, x), only(keep, trainer_logprobs), advantage)
-    policy = _clipped(config, policy, advantage, band_x)
+    if config.pg_form == "ppo_clip":
+        policy = _clipped(config, policy, advantage, band_x)
     pg_loss = only(pays_pg, weight * policy)
     kl_loss = torch.zeros_like(pg_loss)
     if config.kl_tau != 0:
@@ -114,6 +120,16 @@ def ipo_loss(
             shares["teacher_kl"] = (distance, active)
         if config.rollout_min_ratio > 0:
             shares["rollout_dropped"] = (active & rollout_dropped, active)
+        if config.has_sequence_rule:
+            shares["sequence_dropped"] = (active & sequence_dropped, active)
+        if config.clip_high is not None:
+            too_high, too_low = _beyond_clip(
+                config, _advantage(config, trainer_logprobs, advantages, teacher_logprobs), band_x
+            )
+            shares["is_clipped"] = (counted & (too_high | too_low), active)
+        if config.ratio_cap is not None:
+            _, log_cap = _log_bounds(0.0, config.ratio_cap, band_x.dtype)
+            shares["ratio_capped"] = (counted & (band_x > log_cap), active)
         if entropy is not None:
             shares["entropy"] = (only(counted, entropy), active)
         measured = active & band_x.isfinite()
@@ -184,15 +200,41 @@ def _clipped(
     config: IPOConfig, policy: torch.Tensor, advantage: torch.Tensor, band_x: torch.Tensor
 ) -> torch.Tensor:
     """PPO's objective: constant beyond a bound in the direction in which the advantage pushes."""
-    if config.pg_form != "ppo_clip":
-        return policy
+    assert config.clip_low is not None
+    assert config.clip_high is not None
+    too_high, too_low = _beyond_clip(config, advantage, band_x)
+    policy = torch.where(too_high, -advantage * config.clip_high, policy)
+    return torch.where(too_low, -advantage * config.clip_low, policy)
+
+
+def _beyond_clip(
+    config: IPOConfig, advantage: torch.Tensor, band_x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per token, whether the policy form clips its ratio from above, and from below."""
     assert config.clip_low is not None
     assert config.clip_high is not None
     low, high = _log_bounds(config.clip_low, config.clip_high, band_x.dtype)
-    too_high = (advantage > 0) & (band_x > high)
-    too_low = (advantage < 0) & (band_x < low)
-    policy = torch.where(too_high, -advantage * config.clip_high, policy)
-    return torch.where(too_low, -advantage * config.clip_low, policy)
+    too_high, too_low = band_x > high, band_x < low
+    if config.pg_form == "cispo":
+        return too_high, too_low
+    return too_high & (advantage > 0), too_low & (advantage < 0)
+
+
+def _advantage(
+    config: IPOConfig,
+    trainer_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    teacher_logprobs: torch.Tensor | None,
+) -> torch.Tensor:
+    """Per token ``A'``, a constant."""
+    advantage = torch.zeros_like(advantages)
+    if config.adv_tau != 0:
+        advantage = advantage + config.adv_tau * advantages
+    if config.teacher_tau != 0:
+        assert teacher_logprobs is not None, "teacher_tau > 0 needs teacher_logprobs"
+        distance = teacher_logprobs - trainer_logprobs.detach()
+        advantage = advantage + config.teacher_tau * distance
+    return advantage
 
 
 def mask_rule(
@@ -212,11 +254,15 @@ def mask_rule(
         return nothing, nothing, nothing
     largest = _largest_log(x.dtype)
     low, high = config.dppo_mask_low, config.dppo_mask_high
-    p, q = (logprob.clamp(max=largest).exp() for logprob in (trainer_logprobs, inference_logprobs))
     if config.mask_rule == "kpop":
+        p, q = (
+            logprob.clamp(max=largest).exp() for logprob in (trainer_logprobs, inference_logprobs)
+        )
         dropped = torch.maximum(_binary_kl(p, q), _binary_kl(q, p)) > high
         return dropped, dropped & (x > 0), dropped & (x < 0)
-    too_high, too_low = p - q > high, p - q < -low
+    larger = torch.maximum(trainer_logprobs, inference_logprobs).clamp(max=largest).exp()
+    difference = x.sign() * larger * -torch.special.expm1(-x.abs())  # p - q without cancellation
+    too_high, too_low = difference > high, difference < -low
     if config.mask_rule == "dppo":
         too_high, too_low = too_high & (advantages > 0), too_low & (advantages <= 0)
         return too_high | too_low, too_high, too_low & (advantages < 0)
@@ -236,6 +282,74 @@ def rollout_rule(
     for part in _segments(cu_seqlens, x.numel()):
         dropped[part] = flat[part].any()
     return dropped.view(x.shape)
+
+
+def sequence_rules(
+    config: IPOConfig,
+    x: torch.Tensor,
+    advantages: torch.Tensor,
+    active: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per token, whether its sequence's verdict drops it, and the sequence's weight (float64)."""
+    dropped, weights = torch.zeros_like(active), torch.ones_like(x, dtype=torch.float64)
+    if not config.has_sequence_rule or not x.numel():
+        return dropped, weights
+    flat_x, flat_active = x.flatten(), active.flatten()
+    may_drop = active
+    if config.sequence_rule_when == "negative_advantage":
+        may_drop = active & (advantages < 0)
+    for part in _sequences(cu_seqlens, x):
+        of_sequence = flat_x[part][flat_active[part]]
+        if not of_sequence.numel():
+            continue
+        broken = any(_breaks(rule, of_sequence) for rule in config.sequence_rules)
+        dropped.view(-1)[part] = may_drop.flatten()[part] & broken
+        if config.sequence_weight is not None:
+            weight = _sequence_weight(config, of_sequence)
+            if weight is None:
+                dropped.view(-1)[part] = flat_active[part]
+            else:
+                weights.view(-1)[part] = weight
+    return dropped, weights
+
+
+def _sequences(cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> list[slice]:
+    """The tokens of each sequence; without ``cu_seqlens`` the rows of ``[..., T]``."""
+    if cu_seqlens is not None or x.dim() < 2:
+        return _segments(cu_seqlens, x.numel())
+    length = x.shape[-1]
+    return [slice(begin, begin + length) for begin in range(0, x.numel(), length)]
+
+
+def _breaks(rule: SequenceRule, x: torch.Tensor) -> bool:
+    """Whether the log-ratios ``[tokens]`` of a sequence break a rule."""
+    name, low, high = rule
+    reduction, estimator = name.split("_")
+    k3 = torch.where(x <= _largest_log(x.dtype), torch.special.expm1(x) - x, x * x * math.inf)
+    values = {"k1": x.double(), "k2": x.double() ** 2 / 2, "k3": k3.double()}[estimator]
+    if estimator == "k1":
+        low, high = (math.log(bound) if bound > 0 else -math.inf for bound in (low, high))
+        if reduction in ("min", "max"):
+            low, high = (torch.tensor(bound, dtype=x.dtype).item() for bound in (low, high))
+    if reduction in ("sum", "mean"):
+        value = values.sum() if reduction == "sum" else values.mean()
+        return not (value.isfinite() and low <= value <= high)
+    values = values[~values.isnan()]
+    if not values.numel():
+        return False
+    value = values.min() if reduction == "min" else values.max()
+    return not low <= value <= high
+
+
+def _sequence_weight(config: IPOConfig, x: torch.Tensor) -> float | None:
+    """None where the statistic is not finite or the weight overflows the dtype of ``x``."""
+    log_weight = (x.double().sum() if config.sequence_weight == "sum" else x.double().mean()).item()
+    if not math.isfinite(log_weight):
+        return None
+    weight = torch.tensor(log_weight, dtype=torch.float64).exp().item()
+    weight = min(weight, config.sequence_weight_cap)
+    return weight if weight <= torch.finfo(x.dtype).max else None
 
 
 def _binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 TAUS = ("adv_tau", "kl_tau", "teacher_tau")
 FIELDS = ("dppo_mask_low", "dppo_mask_high", *TAUS)
 POLICY = ("pg_form", "ratio_cap", "clip_low", "clip_high")
+SEQUENCES = ("sequence_rules", "sequence_rule_when", "sequence_weight", "sequence_weight_cap")
 
 # ---------------------------------------------------------------------------------------------
 # Validation
@@ -50,6 +51,10 @@ def test_defaults_are_upstreams() -> None:
         "ratio_cap": None,
         "clip_low": None,
         "clip_high": None,
+        "sequence_rules": (),
+        "sequence_rule_when": "always",
+        "sequence_weight": None,
+        "sequence_weight_cap": math.inf,
     }
 
 
@@ -123,7 +128,8 @@ def test_it_is_frozen_hashable_and_copies() -> None:
 def test_the_operators_are_given_the_taus_and_what_is_made_of_the_rest(config: IPOConfig) -> None:
     settings = config.settings(torch.float32)
     kinds = {name: type(value) for name, value in settings._asdict().items()}
-    assert kinds == typing.get_type_hints(type(settings))
+    hints = typing.get_type_hints(type(settings))
+    assert kinds == {name: typing.get_origin(hint) or hint for name, hint in hints.items()}
     for tau in TAUS:
         assert getattr(settings, tau) == getattr(config, tau)
     assert (settings.low, settings.high) == config.log_bounds(torch.float32)
@@ -138,7 +144,8 @@ def test_from_mapping_takes_a_section() -> None:
 def test_from_mapping_refuses_an_unknown_field() -> None:
     with pytest.raises(ValueError, match="ipo_threshold") as caught:
         IPOConfig.from_mapping({"kl_tau": 0.1, "ipo_threshold": 0.3})
-    expected = ", ".join([*FIELDS, "mask_rule", "kl_scope", "rollout_min_ratio", *POLICY])
+    rules = ("mask_rule", "kl_scope", "rollout_min_ratio")
+    expected = ", ".join([*FIELDS, *rules, *POLICY, *SEQUENCES])
     assert str(caught.value) == (
         f"ipo_threshold: expected one of the fields {expected}, got ipo_threshold=0.3"
     )
@@ -232,3 +239,62 @@ def test_a_wider_band_has_wider_bounds(dtype: torch.dtype) -> None:
     ratios = [0.0, 1e-320, 1e-30, 0.5, math.nextafter(0.5, 1), 1.0, 2.0, 1e30, 1e39, math.inf]
     highs = [IPOConfig(0.0, ratio).log_bounds(dtype)[1] for ratio in ratios]
     assert highs == sorted(highs)
+
+
+# ---------------------------------------------------------------------------------------------
+# prime-rl's sections
+
+
+@pytest.mark.parametrize(
+    ("section", "version", "config"),
+    [
+        ({}, None, IPOConfig.ipo()),
+        ({"type": "ipo", "eps": 0.2, "max_importance_ratio": 9, "score_centering": False}, None,
+         IPOConfig.ipo(0.2, 9.0)),
+        ({"type": "ppo", "adv_tau": 2}, None, IPOConfig.ppo(adv_tau=2.0)),
+        ({"type": "icepop", "ratio_high": 4}, "2026-10", IPOConfig(0.2, 4.0, kl_tau=0.0)),
+        ({"type": "ppo", "ratio_low": 0.7}, None, IPOConfig.ppo(0.7)),
+        ({"type": "cispo"}, None, IPOConfig.cispo(0.0, 5.0)),
+        ({"type": "default"}, "2026-08", IPOConfig.dppo(0.2, 0.2)),
+        ({"type": "ipo", "ipo_threshold": 0.3, "kl_tau": 0}, "2026-08",
+         IPOConfig.prob_diff(0.3, kl_tau=0.0)),
+        ({"dppo_mask_high": 3.0, "teacher_tau": 0.5}, "2026-05",
+         IPOConfig(dppo_mask_high=3.0, teacher_tau=0.5)),
+    ],
+)  # fmt: skip
+def test_a_section_of_prime_rl_carries_over(
+    section: dict[str, object], version: str | None, config: IPOConfig
+) -> None:
+    assert IPOConfig.from_prime_rl(section, version) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "version", "message"),
+    [
+        ({"type": "custom"}, None,
+         "type: expected one of ipo, icepop, ppo, cispo in a section of 2026-10, got 'custom'"),
+        ({"type": "default"}, None,
+         "type: expected one of ipo, icepop, ppo, cispo in a section of 2026-10, got 'default'; "
+         "sections of version '2026-05', '2026-08' have it"),
+        ({"ipo_threshold": 0.1}, None,
+         "ipo_threshold: expected one of eps, adv_tau, max_importance_ratio for type='ipo' in a "
+         "section of 2026-10, got ipo_threshold=0.1; sections of version '2026-08' have it"),
+        ({"beta": 1}, "2026-05",
+         "beta: expected one of dppo_mask_low, dppo_mask_high, adv_tau, kl_tau, teacher_tau for "
+         "type='default' in a section of 2026-05, got beta=1"),
+        ({"score_centering": True}, None,
+         "score_centering: expected False, got True: the term is not covered"),
+        ({}, "2025-01", "version: expected one of 2026-05, 2026-08, 2026-10, got '2025-01'"),
+    ],
+)  # fmt: skip
+def test_what_a_section_may_not_hold_is_named(
+    section: dict[str, object], version: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        IPOConfig.from_prime_rl(section, version)
+    assert str(caught.value) == message
+
+
+def test_a_section_is_a_mapping() -> None:
+    with pytest.raises(TypeError, match="section: expected a mapping of fields such as a dict"):
+        IPOConfig.from_prime_rl("ipo")

@@ -14,7 +14,7 @@ import ipo_ext
 from ipo_ext import _C
 from ipo_ext.__main__ import main
 from ipo_ext._ops import library
-from ipo_ext.config import MaskRule
+from ipo_ext.config import MaskRule, PolicyForm
 from ipo_ext.diagnostics import info, verify
 from tests.support.backends import Backend
 
@@ -108,19 +108,23 @@ def test_all_is_well(backend: Backend) -> None:
 
 def test_every_rule_and_every_shape_of_rows_is_verified() -> None:
     assert {kind.config.mask_rule for kind in verify.INPUTS} == set(get_args(MaskRule))
+    assert {kind.config.pg_form for kind in verify.INPUTS} == set(get_args(PolicyForm))
     assert any(kind.config.has_rollout_rule for kind in verify.INPUTS)
+    assert any(kind.config.sequence_weight for kind in verify.INPUTS)
     assert any(kind.inplace for kind in verify.INPUTS)
     ends = (16_384, 32_768, 65_536, 163_840, 2**18)  # kClusterShapes
     for begin, end in zip((0, *ends), ends, strict=False):
         assert any(begin < kind.columns <= end and kind.only_gpus for kind in verify.INPUTS)
 
 
-def test_a_rollout_rule_drops_the_last_sequence_that_is_verified() -> None:
-    kinds = [kind for kind in verify.INPUTS if kind.config.has_rollout_rule]
+def test_rules_drop_the_last_sequence_that_is_verified() -> None:
+    rules = {"rollout rule": "rollout_dropped", "sequence rule": "sequence_dropped"}
+    kinds = [kind for kind in verify.INPUTS if kind.name in rules]
+    assert len(kinds) == len(rules)
     for kind in kinds:
         logprobs = -torch.rand(kind.rows)
         constants = verify.constants_of_loss(kind, logprobs, torch.Generator().manual_seed(0))
-        dropped = ipo_ext.ipo_loss(logprobs, **constants).metrics["rollout_dropped"]
+        dropped = ipo_ext.ipo_loss(logprobs, **constants).metrics[rules[kind.name]]
         assert dropped.tolist() == [0, 0, 1]
 
 

@@ -149,6 +149,7 @@ struct Loss {
     args.loss_mask = inputs.back().as<uint8_t>();
     args.normalizer.value = 17;
     args.params = settings();
+    args.sequence_rules = sequence_rules();
     args.segments = {nullptr, 1, tokens, 0};
     if (packed && coin()) {
       args.segments.cu_seqlens = ends.data();
@@ -166,9 +167,19 @@ struct Loss {
     if (coin()) return params;
     params.mask_rule = static_cast<MaskRule>(below(static_cast<int>(MaskRule::kCount)));
     params.kl_active = coin();
-    params.has_rollout_rule = coin();
+    params.judges_sequences = coin();
     params.rollout_low = -2;
     return params;
+  }
+
+  static math::SequenceRules sequence_rules() {
+    math::SequenceRules rules = {};
+    rules.count = below(3);
+    for (int i = 0; i < rules.count; ++i) rules.rules[i] = {below(math::kNumStatistics), -1, 0.5};
+    rules.only_negative = coin();
+    rules.weight = static_cast<math::SequenceWeight>(below(3));
+    rules.weight_cap = 2;
+    return rules;
   }
 };
 
@@ -257,7 +268,7 @@ struct Rows {
       args.temperatures = {inputs.back().as(), DType::kFloat32};
     }
     if (args.mode == LogitsMode::kLoss) {
-      loss.args.params.has_rollout_rule = false;
+      loss.args.params.judges_sequences = false;
       args.loss = loss.args;
       args.active = loss.args.loss_mask;
     }

@@ -37,7 +37,9 @@ def tests_in(file: str) -> Callable[..., tuple[str, ...]]:
 from_logprobs = tests_in("loss/test_from_logprobs.py")
 properties = tests_in("loss/test_properties.py")
 mask_rules = tests_in("loss/test_mask_rules.py")
+policy_forms = tests_in("loss/test_policy_forms.py")
 rollout_rule = tests_in("loss/test_rollout_rule.py")
+sequence_rules = tests_in("loss/test_sequence_rules.py")
 from_logits = tests_in("loss/test_from_logits.py")
 logits_paths = tests_in("loss/test_logits_paths.py")
 scale = tests_in("loss/test_scale.py")
@@ -63,10 +65,12 @@ TILES = "kernels/cuda/ipo_loss/tiles.cuh"
 TOKENS = "kernels/cuda/ipo_loss/tokens.cuh"
 LOSS_SEGMENTS = "kernels/cuda/ipo_loss/segments.cuh"
 FINISH = "kernels/cuda/ipo_loss/finish.cuh"
+SEQUENCES = "kernels/cuda/ipo_loss/sequences.cuh"
 REDUCE = "kernels/cuda/common/reduce.cuh"
 SEGMENTS = "kernels/segments.h"
 LOSS = "math/token_loss.h"
 RULES = "math/mask_rules.h"
+SEQUENCE_RULES = "math/sequence_rules.h"
 METRICS = "math/metrics.h"
 LOGITS = "kernels/cuda/logits/kernels.cuh"
 PASSES = "kernels/cuda/logits/passes.cuh"
@@ -268,31 +272,59 @@ MUTATIONS = (
     ),
     Mutation(
         "rollout-by-any-token",
-        RULES,
-        "active & (log_ratio < low)",
-        "log_ratio < low",
+        SEQUENCE_RULES,
+        "smaller(select<T>(active, values[k], sequence.smallest[k])",
+        "smaller(values[k]",
         rollout_rule("test_an_inactive_token_drops_nothing", "test_any_case"),
     ),
     Mutation(
-        "rollout-of-one-thread",
-        TILES,
-        "storage.drops_sequence = true;",
-        "storage.drops_sequence |= threadIdx.x == 0;",
+        "sequences-of-one-lane",
+        SEQUENCES,
+        "return warp_reduce(sums, MergeSequences());",
+        "return sums;",
         rollout_rule("test_only_the_broken_sequences_are_dropped"),
     ),
     Mutation(
-        "rollout-flags-of-a-few",
-        LOSS_SEGMENTS,
-        "slot += kThreads)\n    dropped",
-        "slot += end)\n    dropped",
+        "sequences-of-a-few-slots",
+        SEQUENCES,
+        "slot < end; slot += kWarpSize)",
+        "slot < end; slot += end)",
         rollout_rule("test_a_long_sequence_is_dropped_whole"),
     ),
     Mutation(
-        "rollout-loss-twice",
+        "clips-counted-by-one-warp",
         TILES,
-        "storage.loss += loss_of_span(workspace.slots[slot]);\n        begin",
-        "begin = begin;\n        begin",
-        rollout_rule("test_equals_the_reference"),
+        "other < kWarps; ++other) total = merge",
+        "other < 1; ++other) total = merge",
+        policy_forms("test_bounded_ratios_are_counted"),
+    ),
+    Mutation(
+        "clips-of-a-few-slots",
+        FINISH,
+        "return warp_reduce(bounded, MergeBoundCounts());",
+        "return bounded;",
+        policy_forms("test_bounded_ratios_are_counted"),
+    ),
+    Mutation(
+        "positive-advantages-dropped-too",
+        LOSS,
+        "kept = Lanes<T>::and_not(kept, token.advantage < E(0));",
+        "kept = Mask<T>{};",
+        sequence_rules("test_equals_the_reference"),
+    ),
+    Mutation(
+        "broken-sums-pass",
+        SEQUENCE_RULES,
+        "return !(within && is_finite(value));",
+        "return !within;",
+        sequence_rules("test_what_is_not_finite"),
+    ),
+    Mutation(
+        "weight-of-a-dropped-sequence",
+        SEQUENCE_RULES,
+        "if (!drops_all) verdict.weight = weight;",
+        "verdict.weight = weight;",
+        sequence_rules("test_a_weight_that_overflows_drops_its_sequence"),
     ),
     Mutation(
         "rollout-pays-its-kl",

@@ -206,6 +206,138 @@ def test_compute_component_loss_drops_tokens_of_weight_zero() -> None:
     torch.testing.assert_close(metrics["is_masked"], expected_metrics["is_masked"])
 
 
+class BuiltInConfig:
+    """A section of one of upstream's own losses, a pydantic model there."""
+
+    def __init__(self, **section: object) -> None:
+        self.section = section
+        self.type = section["type"]
+
+    def model_dump(self) -> dict[str, object]:
+        return self.section
+
+
+def test_built_in_losses_become_ours() -> None:
+    found = prime_rl.setup_rl_loss_fn(BuiltInConfig(type="icepop", ratio_low=0.3, adv_tau=1.0))
+    assert found.config == IPOConfig.icepop(0.3)
+    assert prime_rl.setup_rl_loss_fn(CustomLossConfig()) == prime_rl.setup_loss_fn(
+        CustomLossConfig()
+    )
+    with pytest.raises(ValueError, match="score_centering: expected False, got True"):
+        prime_rl.setup_rl_loss_fn(BuiltInConfig(type="ipo", score_centering=True))
+
+
+def test_upstream_since_september_calls_loss() -> None:
+    batch = micro_batch()
+    inputs = LaterLossInputs(ref_logprobs=None, **batch)
+    loss_fn = prime_rl.setup_rl_loss_fn(CustomLossConfig())
+    assert torch.equal(loss_fn.loss(inputs).loss, loss_fn(inputs).loss)
+
+
+def components() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A micro-batch in float64, reference log-probabilities included, and three weight streams."""
+    batch = {
+        name: tensor.detach().double() if tensor.is_floating_point() else tensor
+        for name, tensor in micro_batch().items()
+    }
+    tokens = sum(LENGTHS)
+    batch["trainer_logprobs"].requires_grad_()
+    batch["ref_logprobs"] = -3 * torch.rand(tokens, dtype=torch.float64)
+    streams = torch.rand(3, tokens, dtype=torch.float64) * (torch.rand(3, tokens) < 0.6)
+    return batch, dict(zip(("rl_weights", "ce_weights", "ref_kl_weights"), streams, strict=True))
+
+
+SCALES = {"rl_scale": 3.0, "ce_scale": 5.0, "ref_kl_scale": 7.0}
+
+
+def component_loss(
+    batch: dict[str, torch.Tensor], streams: dict[str, torch.Tensor], **options: object
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return prime_rl.compute_component_loss(
+        **{name: split(tensor) for name, tensor in batch.items()},
+        **{name: split(stream) for name, stream in streams.items()},
+        **SCALES,
+        rl_loss_fn=prime_rl.SequenceLoss(IPOConfig.ipo()),
+        **options,
+    )
+
+
+def eager_components(
+    batch: dict[str, torch.Tensor], streams: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The three formulas, token by token."""
+    trainer, inference, ref, advantages = (
+        batch[name]
+        for name in ("trainer_logprobs", "inference_logprobs", "ref_logprobs", "advantages")
+    )
+    p, q = trainer.detach().exp(), inference.exp()
+    ratio = (trainer - inference).exp()  # no cap is near
+    rl_weights, ce_weights, ref_kl_weights = streams.values()
+    rl = batch["loss_mask"] & (rl_weights != 0) & ((p - q).abs() <= 0.3)
+    ce, ref_kl = ce_weights != 0, ref_kl_weights != 0
+    kept = ref_kl & (p - q >= -0.2)
+    distance = (ref - trainer).detach()
+    loss = -(rl_weights * advantages * ratio)[rl].sum() / SCALES["rl_scale"]
+    loss = loss - (ce_weights * trainer)[ce].sum() / SCALES["ce_scale"]
+    loss = loss - (ref_kl_weights * distance * ratio)[kept].sum() / SCALES["ref_kl_scale"]
+    x = trainer.detach() - inference
+    mismatch = torch.expm1(x) - x
+    metrics = {
+        "nll": -trainer.detach()[ce].mean(),
+        "ref_kl": distance[ref_kl].mean(),
+        "ref_kl/is_masked": 1 - kept.sum() / ref_kl.sum(),
+        "ref_kl/masked_mismatch_kl": mismatch[ref_kl & ~kept].mean().nan_to_num(),
+        "ref_kl/unmasked_mismatch_kl": mismatch[kept].mean(),
+    }
+    return loss, {name: float(value) for name, value in metrics.items()}
+
+
+def test_three_components_are_their_formulas() -> None:
+    for _ in range(20):
+        batch, streams = components()
+        expected, expected_metrics = eager_components(batch, streams)
+        loss, metrics = component_loss(batch, streams)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        ours, theirs = gradient(loss, batch), gradient(expected, batch)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        for name, value in expected_metrics.items():
+            assert metrics[name].shape == (1,)
+            assert float(metrics[name]) == pytest.approx(value, rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.parametrize("stream", ["rl_weights", "ce_weights", "ref_kl_weights"])
+def test_what_a_token_outside_a_component_holds_reaches_it_not(stream: str) -> None:
+    batch, streams = components()
+    outside = streams[stream] == 0
+    streams = {
+        name: values if name == stream else torch.zeros_like(values)
+        for name, values in streams.items()
+    }
+    clean, _ = component_loss(batch, streams)
+    for name in ("inference_logprobs", "ref_logprobs", "advantages"):
+        batch[name] = torch.where(outside, torch.nan, batch[name])
+    spoiled, metrics = component_loss(batch, streams)
+    assert torch.equal(spoiled, clean)
+    assert gradient(spoiled, batch).isfinite().all()
+    assert all(values.isfinite().all() for values in metrics.values())
+
+
+def test_a_step_without_tokens_of_a_component_is_0() -> None:
+    batch, streams = components()
+    nothing = {name: torch.zeros_like(values) for name, values in streams.items()}
+    loss, metrics = prime_rl.compute_component_loss(
+        **{name: split(tensor) for name, tensor in batch.items()},
+        **{name: split(stream) for name, stream in nothing.items()},
+        rl_scale=1.0,
+        ce_scale=0.0,
+        ref_kl_scale=torch.zeros(()),
+        rl_loss_fn=prime_rl.SequenceLoss(IPOConfig.ipo()),
+    )
+    assert float(loss.detach()) == 0
+    assert not gradient(loss, batch).any()
+    assert float(metrics["nll"]) == float(metrics["ref_kl"]) == 0
+
+
 def test_a_micro_batch_without_loss_tokens_runs_backward() -> None:
     batch = micro_batch()
     batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
@@ -228,14 +360,23 @@ def test_what_is_not_this_loss_is_refused() -> None:
         prime_rl.compute_loss(
             **batch, teacher_logprobs=None, loss_fn=loss_fn, loss_scale=1, sft_loss=True
         )
-    for name in ("ce_weights", "ref_kl_weights"):
-        with pytest.raises(ValueError, match=f"{name}: expected None"):
+    with pytest.raises(ValueError, match="ref_logprobs: expected a tensor for each sequence"):
+        prime_rl.compute_component_loss(
+            **batch,
+            **{**weights, "ref_kl_weights": batch["advantages"]},
+            **scales,
+            ref_logprobs=None,
+            rl_loss_fn=loss_fn,
+        )
+    for name in ("trainer_mask_logprobs", "inference_mask_logprobs"):
+        with pytest.raises(ValueError, match=f"{name}: expected None, got 3 sequences: score"):
             prime_rl.compute_component_loss(
                 **batch,
-                **{**weights, name: batch["advantages"]},
+                **weights,
                 **scales,
                 ref_logprobs=None,
                 rl_loss_fn=loss_fn,
+                **{name: batch["advantages"]},
             )
     with pytest.raises(TypeError, match=r"loss_fn: expected what .*setup_loss_fn returns"):
         prime_rl.compute_loss(**batch, teacher_logprobs=None, loss_fn=print, loss_scale=1)

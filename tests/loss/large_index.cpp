@@ -19,13 +19,16 @@
 
 #define IPO_EXT_CPU_ARCH baseline
 #include "kernels/cpu/ipo_loss_simd.cpp"
+#include "kernels/cpu/sequence_simd.cpp"
 #if defined(__x86_64__)
 #undef IPO_EXT_CPU_ARCH
 #define IPO_EXT_CPU_ARCH x86_64_v3
 #include "kernels/cpu/ipo_loss_simd.cpp"
+#include "kernels/cpu/sequence_simd.cpp"
 #undef IPO_EXT_CPU_ARCH
 #define IPO_EXT_CPU_ARCH x86_64_v4
 #include "kernels/cpu/ipo_loss_simd.cpp"
+#include "kernels/cpu/sequence_simd.cpp"
 #endif
 
 namespace {
@@ -73,9 +76,9 @@ struct Batch {
   std::vector<double> sums, extremes;
   std::vector<E> means;
   E loss = 0;
-  IpoLossArgs args;
+  IpoLossArgs args = {};
 
-  Batch(int64_t base, int shift)
+  Batch(int64_t base, int shift, bool weighed)
       : tokens(base + kTail),
         trainer((tokens + shift) * sizeof(E)),
         inference((tokens + shift) * sizeof(E)),
@@ -93,6 +96,12 @@ struct Batch {
     args.gradient = gradient.template as<E>() + shift;
     args.params = {std::log(0.2),          std::log(5.0), 1,    1e-3, 0, 1,
                    math::MaskRule::kRatio, false,         false};
+    if (weighed) {  // by the mean of the log-ratios, which are the tail's alone
+      args.params.judges_sequences = true;
+      args.params.rollout_low = -std::numeric_limits<double>::infinity();
+      args.sequence_rules.weight = math::SequenceWeight::kMean;
+      args.sequence_rules.weight_cap = 100;
+    }
     args.segments = {nullptr, 1, tokens, 0};
     args.loss = &loss;
     args.means = means.data();
@@ -118,10 +127,17 @@ struct OnCpu {
   }
 };
 
-template <typename E, int kCount>
+template <math::Rules kRules, typename E, int kCount>
 __global__ void last_tile(const IpoLossArgs args) {
   blockIdx.x = static_cast<unsigned>(args.segments.num_tiles() - 1);
-  cuda::ipo_loss_tiles<math::Rules::kDefault, E, kCount>(args);
+  cuda::ipo_loss_tiles<kRules, E, kCount>(args);
+}
+
+template <typename E>
+__global__ void last_sequence_tiles(const IpoLossArgs args) {
+  const int64_t tiles = cuda::judged_segments(args.segments).num_tiles();
+  blockIdx.x = static_cast<unsigned>(cuda::blocks_of_warps(tiles) - 1);
+  cuda::ipo_loss_sum_sequences<E>(args);
 }
 
 struct OnCuda {
@@ -129,8 +145,14 @@ struct OnCuda {
   template <typename E, int kCount>
   static void run(IpoLossArgs args) {
     args.segments = cuda::with_tiles(args.segments);
-    cuda::launch(last_tile<E, kCount>, 1, cuda::kThreads, sizeof(cuda::TileStorage<E>), nullptr,
-                 args);
+    const bool judged = args.params.judges_sequences;
+    if (judged) {
+      cuda::launch(last_sequence_tiles<E>, 1, cuda::kThreads, 0, nullptr, args);
+      cuda::launch(cuda::ipo_loss_judge_sequences<E>, 1, cuda::kThreads, 0, nullptr, args);
+    }
+    cuda::launch(judged ? last_tile<math::Rules::kAny, E, kCount>
+                        : last_tile<math::Rules::kDefault, E, kCount>,
+                 1, cuda::kThreads, sizeof(cuda::TileStorage<E>), nullptr, args);
     cuda::launch(cuda::ipo_loss_finish<E>, 2, cuda::kThreads, sizeof(cuda::FinishStorage), nullptr,
                  args);
   }
@@ -150,8 +172,8 @@ bool check(bool condition, const char* name, const char* what) {
 
 // The batch must give what its last tokens alone give.
 template <typename Backend, typename E, int kCount>
-bool same_as_alone(const char* name, int shift) {
-  Batch<E> large(kBase, shift), alone(0, shift);
+bool same_as_alone(const char* name, int shift, bool weighed = false) {
+  Batch<E> large(kBase, shift, weighed), alone(0, shift, weighed);
   run<Backend, E, kCount>(large);
   run<Backend, E, kCount>(alone);
   bool ok = check(std::memcmp(large.tail(), alone.tail(), kTail * sizeof(E)) == 0, name,
@@ -185,6 +207,8 @@ int main() {
   ok &= same_as_alone<OnCuda, float, 4>("cuda float, vectors", 0);
   ok &= same_as_alone<OnCuda, float, 1>("cuda float", 1);
   ok &= same_as_alone<OnCuda, double, 2>("cuda double, vectors", 0);
+  ok &= same_as_alone<OnCpu, float, 0>("cpu float, weighed", 0, true);
+  ok &= same_as_alone<OnCuda, float, 4>("cuda float, vectors, weighed", 0, true);
   ok &= check(most_resident_bytes() < kMostResident, "memory", "the sparse tensors were touched");
   std::printf("%zu MiB resident at most\n", most_resident_bytes() >> 20);
   return ok ? 0 : 1;

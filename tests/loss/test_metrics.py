@@ -175,7 +175,7 @@ def test_what_cannot_be_added_is_refused(backend: Backend) -> None:
         ValueError, match=r"expected equal segments to add, got shapes .* total\(\)"
     ):
         packed + whole
-    with pytest.raises(ValueError, match="expected both or neither to have a teacher"):
+    with pytest.raises(ValueError, match="expected both or neither to have each of teacher_kl"):
         whole + metrics_of(make(backend, teacher=True))
     with pytest.raises(TypeError, match="unsupported operand"):
         whole + 1

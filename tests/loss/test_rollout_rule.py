@@ -30,7 +30,7 @@ from tests.support.logprobs import (
 from tests.support.operators import call_operator, opcheck
 from tests.support.schedules import torch_threads
 
-ICEPOP = IPOConfig.icepop(rollout_min_ratio=1e-3)
+ICEPOP = IPOConfig.icepop(0.5, rollout_min_ratio=1e-3)
 CONFIGS = {
     "icepop": ICEPOP,
     "with-kl-and-teacher": dataclasses.replace(ICEPOP, kl_tau=0.1, teacher_tau=0.3),
@@ -343,7 +343,7 @@ def test_rows_of_a_chunk_know_no_rollouts(backend: Backend) -> None:
     case = head_case(torch.float32, backend.device).from_logits()
     case = case.map_tokens(lambda tensor: tensor.flatten(0, 1))
     fault = torch.zeros(1, dtype=torch.int32, device=backend.device)
-    with pytest.raises(RuntimeError, match="has_rollout_rule: expected False, got True"):
+    with pytest.raises(RuntimeError, match="judges_sequences: expected False, got True"):
         call_operator(
             "chunk_logprobs_and_gradient", case, fault=fault, gradient=None, row_scales=None
         )
@@ -356,12 +356,16 @@ def test_metrics_combine_only_with_their_like(backend: Backend) -> None:
     assert "rollout_dropped" in with_rule
     assert "rollout_dropped" not in without
     assert "rollout_dropped" in with_rule + with_rule
-    with pytest.raises(ValueError, match="a rollout rule"):
+    with pytest.raises(
+        ValueError,
+        match=r"have each of teacher_kl, entropy, rollout_dropped, .* got rollout_dropped and",
+    ):
         with_rule + without
 
 
 def test_icepop_is_a_band_without_a_kl() -> None:
-    assert IPOConfig.icepop() == IPOConfig(0.5, 5.0, kl_tau=0.0, rollout_min_ratio=1e-5)
+    assert IPOConfig.icepop() == IPOConfig(0.2, 5.0, kl_tau=0.0)
+    assert IPOConfig.icepop_2401() == IPOConfig(0.5, 5.0, kl_tau=0.0, rollout_min_ratio=1e-5)
     assert IPOConfig.icepop(0.1, 2.0, 1e-3, kl_tau=0.2, adv_tau=0.5) == IPOConfig(
         0.1, 2.0, adv_tau=0.5, kl_tau=0.2, rollout_min_ratio=1e-3
     )

@@ -1,6 +1,7 @@
 // The loss from log-probabilities on the CPU: fixed tiles in parallel, then their sums in order, so
 // that the result does not depend on the number of threads. Threads take fixed groups of tiles; a
-// segment that lies in one group is finished with it, the others at the end.
+// segment that lies in one group is finished with it, the others at the end. Where sequences are
+// judged, their log-ratios are read first.
 #include "kernels/ipo_loss.h"
 
 #include <algorithm>
@@ -19,7 +20,9 @@ constexpr int64_t kGroupSize = kTilesPerGroup * kTileSize;
 
 template <typename E>
 using SpanSums = TileSums<E> (*)(const IpoLossArgs&, const math::LossParams<E>&, int64_t begin,
-                                 int64_t end, bool& drops_sequence);
+                                 int64_t end, math::BoundCounts<E>& bounded);
+template <typename E>
+using SequenceSpanSums = math::SequenceSums<E> (*)(const IpoLossArgs&, int64_t begin, int64_t end);
 
 template <math::Rules kRules, typename E>
 SpanSums<E> best_span_sums();
@@ -31,6 +34,17 @@ SpanSums<E> best_span_sums();
   }
 IPO_EXT_SPAN_SUMS(IPO_EXT_CHOOSE_SPAN_SUMS)
 #undef IPO_EXT_CHOOSE_SPAN_SUMS
+
+template <typename E>
+SequenceSpanSums<E> best_sequence_sums();
+#define IPO_EXT_CHOOSE_SEQUENCE_SUMS(name, E)                     \
+  template <>                                                     \
+  SequenceSpanSums<E> best_sequence_sums<E>() {                   \
+    static const SequenceSpanSums<E> best = IPO_EXT_CHOOSE(name); \
+    return best;                                                  \
+  }
+IPO_EXT_SEQUENCE_SUMS(IPO_EXT_CHOOSE_SEQUENCE_SUMS)
+#undef IPO_EXT_CHOOSE_SEQUENCE_SUMS
 
 // Returns how many segments begin before `token`.
 int64_t segments_before(const Segments& segments, int64_t token) {
@@ -56,62 +70,68 @@ int64_t group_of_segment(const Segments& segments, int64_t s) {
   return fits ? group : -1;
 }
 
-// Sums a tile's spans. With params.rollout_dropped the tile is run a second time, for the spans of
-// dropped sequences.
+// Calls visit(segment, begin, end) for every span of a tile.
+template <typename Visit>
+void for_each_span(const Segments& segments, int64_t tile, const Visit& visit) {
+  int64_t begin = tile * segments.tile_size;
+  const int64_t tile_end = std::min(begin + segments.tile_size, segments.tokens);
+  for (int64_t segment = segment_of(segments, begin); begin < tile_end; ++segment) {
+    const int64_t end = std::min(segments.begin(segment + 1), tile_end);
+    if (end <= begin) continue;
+    visit(segment, begin, end);
+    begin = end;
+  }
+}
+
 template <typename E>
-void run_tile(const IpoLossArgs& args, const math::LossParams<E>& params, int64_t tile) {
-  const Segments& segments = args.segments;
+void run_tile(const IpoLossArgs& args, math::LossParams<E> params, int64_t tile) {
   const SpanSums<E> span_sums = params.rules() == math::Rules::kDefault
                                     ? best_span_sums<math::Rules::kDefault, E>()
                                     : best_span_sums<math::Rules::kAny, E>();
   const Workspace<E> workspace(args);
-  const int64_t tile_begin = tile * segments.tile_size;
-  const int64_t tile_end = std::min(tile_begin + segments.tile_size, segments.tokens);
-
   double loss = 0;
-  int64_t begin = tile_begin;
-  for (int64_t segment = segment_of(segments, tile_begin); begin < tile_end; ++segment) {
-    const int64_t end = std::min(segments.begin(segment + 1), tile_end);
-    if (end <= begin) continue;
+  for_each_span(args.segments, tile, [&](int64_t segment, int64_t begin, int64_t end) {
     const int64_t slot = Segments::slot(tile, segment);
-    if (!params.rollout_dropped || workspace.rollout_flags[slot]) {
-      bool drops_sequence = params.rollout_dropped;
-      workspace.slots[slot] = span_sums(args, params, begin, end, drops_sequence);
-      if (params.has_rollout_rule) workspace.rollout_flags[slot] = drops_sequence;
-    }
+    if (params.judges_sequences) params.sequence = workspace.verdicts[segment];
+    math::BoundCounts<E> bounded = {};
+    workspace.slots[slot] = span_sums(args, params, begin, end, bounded);
+    if (params.rules() == math::Rules::kAny) workspace.bound_counts[slot] = bounded;
     loss += loss_of_span(workspace.slots[slot]);
-    begin = end;
-  }
+  });
   workspace.tile_losses[tile] = loss;
 }
 
 template <typename E>
-bool rollout_is_dropped(const Workspace<E>& workspace, const Segments& segments, int64_t s) {
-  const bool* flags = workspace.rollout_flags;
-  return std::any_of(flags + segments.first_slot(s), flags + segments.end_slot(s),
-                     [](bool flag) { return flag; });
+void sum_sequences_of_tile(const IpoLossArgs& args, int64_t tile) {
+  const Workspace<E> workspace(args);
+  for_each_span(args.segments, tile, [&](int64_t segment, int64_t begin, int64_t end) {
+    workspace.sequence_slots[Segments::slot(tile, segment)] =
+        best_sequence_sums<E>()(args, begin, end);
+  });
 }
 
-// Takes the flags from the spans that drop their sequence to all spans of it.
 template <typename E>
-void spread_rollout_flags(const IpoLossArgs& args) {
+math::SequenceVerdict verdict_on(const IpoLossArgs& args, int64_t s) {
   const Workspace<E> workspace(args);
-  for (int64_t s = 0; s < args.segments.count; ++s) {
-    const bool dropped = rollout_is_dropped(workspace, args.segments, s);
-    std::fill(workspace.rollout_flags + args.segments.first_slot(s),
-              workspace.rollout_flags + args.segments.end_slot(s), dropped);
-  }
+  auto sequence = math::empty_sequence_sums<E>();
+  for (int64_t slot = args.segments.first_slot(s); slot < args.segments.end_slot(s); ++slot)
+    sequence = math::merge(sequence, workspace.sequence_slots[slot]);
+  return math::judge(sequence, args.sequence_rules, args.params.rollout_low);
 }
 
 template <typename E>
 void finish_segment(const IpoLossArgs& args, int64_t s) {
   const Workspace<E> workspace(args);
+  const bool is_default = args.params.rules() == math::Rules::kDefault;
   SegmentSums total = math::empty_segment_sums();
+  math::BoundCounts<E> bounded = {};
   for (int64_t slot = args.segments.first_slot(s); slot < args.segments.end_slot(s); ++slot) {
     total = math::merge(total, math::to_segment_sums(workspace.slots[slot]));
+    if (!is_default) bounded = math::merge(bounded, workspace.bound_counts[slot]);
   }
-  if (args.params.has_rollout_rule && rollout_is_dropped(workspace, args.segments, s))
-    math::mark_dropped_rollout(total);
+  const bool judged = args.params.judges_sequences;
+  const auto verdict = judged ? workspace.verdicts[s] : math::SequenceVerdict{};
+  math::set_segment_rows(total, verdict, bounded);
   store_segment<E>(args, total, s);
 }
 
@@ -121,30 +141,31 @@ void run_group(const IpoLossArgs& args, const math::LossParams<E>& params, int64
   const int64_t first_tile = group * kTilesPerGroup;
   const int64_t end_tile = std::min(first_tile + kTilesPerGroup, segments.num_tiles());
   for (int64_t tile = first_tile; tile < end_tile; ++tile) run_tile<E>(args, params, tile);
-
-  if (params.has_rollout_rule && !params.rollout_dropped) return;  // sums are not final
   int64_t s = segments_before(segments, group * kGroupSize);
   for (; s < segments.count && group_of_segment(segments, s) == group; ++s) {
     finish_segment<E>(args, s);
   }
 }
 
+// Makes the verdicts, which the tokens' loss asks for: a pass of its own over the log-ratios.
+template <typename E>
+void judge_sequences(const IpoLossArgs& args, const ParallelFor& parallel_for) {
+  parallel_for(args.segments.num_tiles(), kTilesPerGroup, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) sum_sequences_of_tile<E>(args, tile);
+  });
+  const Workspace<E> workspace(args);
+  for (int64_t s = 0; s < args.segments.count; ++s) workspace.verdicts[s] = verdict_on<E>(args, s);
+}
+
 template <typename E>
 void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
-  math::LossParams<E> params = params_for<E>(args);
+  const math::LossParams<E> params = params_for<E>(args);
   const int64_t tiles = args.segments.num_tiles();
-  const auto run_groups = [&] {
-    const int64_t groups = (tiles + kTilesPerGroup - 1) / kTilesPerGroup;
-    parallel_for(groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group) run_group<E>(args, params, group);
-    });
-  };
-  run_groups();
-  if (params.has_rollout_rule) {
-    spread_rollout_flags<E>(args);
-    params.rollout_dropped = true;
-    run_groups();
-  }
+  if (params.judges_sequences) judge_sequences<E>(args, parallel_for);
+  const int64_t groups = (tiles + kTilesPerGroup - 1) / kTilesPerGroup;
+  parallel_for(groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) run_group<E>(args, params, group);
+  });
 
   const Workspace<E> workspace(args);
   double loss = 0;
@@ -162,7 +183,7 @@ size_t workspace_bytes(const IpoLossArgs& args) {
   Segments segments = args.segments;
   segments.tile_size = kTileSize;
   return dispatch_compute(args.compute_dtype, [&](auto compute) {
-    return Workspace<TypeOf<decltype(compute)>>::bytes(args, segments);
+    return Workspace<TypeOf<decltype(compute)>>::bytes(args, segments, segments);
   });
 }
 

@@ -3,16 +3,12 @@
 // ipo_loss.cpp; ragged tails run the same vector code, padded with inactive tokens.
 #include "kernels/cpu/ipo_loss_simd.h"
 
-#include <type_traits>
-
-#include "kernels/cpu/simd_memory.h"
+#include "kernels/cpu/token_chunks.h"
 
 namespace ipo_ext::cpu::IPO_EXT_CPU_ARCH {
 namespace {
 
 using namespace ipo_ext::math;
-
-constexpr int64_t kChunk = 1024;  // tokens staged at once; a multiple of every vector's lanes
 
 #define IPO_EXT_POINTER(member, ...) const E* member;
 #define IPO_EXT_STAGED(member, ...) alignas(64) E member[kChunk];
@@ -41,55 +37,6 @@ struct Staging {
   alignas(64) uint8_t active[64];
 };
 
-// What stands for an absent tensor.
-template <typename E>
-struct Constant {
-  alignas(64) E values[kChunk];
-  constexpr explicit Constant(E value) : values() {
-    for (E& each : values) each = value;
-  }
-};
-template <typename E, int kValue>
-constexpr Constant<E> kConstant(kValue);
-
-template <typename E>
-constexpr int64_t kLanes = kLanesOf<Vector<E>>;
-
-template <typename E>
-inline __attribute__((always_inline)) bool is_ragged(int64_t count) {
-  return count % kLanes<E> != 0;
-}
-
-// Returns the tokens of the next chunk: as many whole vectors as there are, then the ragged tail.
-template <typename E>
-inline __attribute__((always_inline)) int64_t chunk_tokens(int64_t left) {
-  if (left >= kChunk) return kChunk;
-  return left < kLanes<E> ? left : left - left % kLanes<E>;
-}
-
-template <typename E, typename Stored>
-inline __attribute__((always_inline)) void convert_tokens(const void* data, int64_t begin,
-                                                          int64_t count, E* out) {
-  const Stored* tokens = static_cast<const Stored*>(data) + begin;
-  for (int64_t i = 0; i < count; ++i) out[i] = convert<E>(tokens[i]);
-  for (int64_t i = count; i < count + kLanes<E> && is_ragged<E>(i); ++i) out[i] = 0;
-}
-
-// Returns tokens [begin, begin + count) as E, padded to whole vectors.
-template <typename E>
-inline __attribute__((always_inline)) const E* stage(TokenInput input, const Constant<E>& absent,
-                                                     int64_t begin, int64_t count, E* staged) {
-  if (input.data == nullptr) return absent.values;
-  return dispatch_floating(input.dtype, [&](auto stored) -> const E* {
-    using Stored = TypeOf<decltype(stored)>;
-    if constexpr (std::is_same_v<Stored, E>) {
-      if (!is_ragged<E>(count)) return static_cast<const E*>(input.data) + begin;
-    }
-    convert_tokens<E, Stored>(input.data, begin, count, staged);
-    return staged;
-  });
-}
-
 template <typename E>
 inline __attribute__((always_inline)) Chunk<E> stage_chunk(const IpoLossArgs& args, int64_t begin,
                                                            int64_t count, Staging<E>& staging) {
@@ -97,14 +44,8 @@ inline __attribute__((always_inline)) Chunk<E> stage_chunk(const IpoLossArgs& ar
   IPO_EXT_STAGE_OPTIONAL(trainer_logprob, trainer_logprobs, 0)
   IPO_EXT_TOKEN_INPUTS(IPO_EXT_STAGE_REQUIRED, IPO_EXT_STAGE_OPTIONAL)
   IPO_EXT_STAGE_OPTIONAL(entropy, entropy, 0)
-  chunk.active = args.loss_mask + begin;
+  chunk.active = stage_mask<E>(args.loss_mask, begin, count, staging.active);
   chunk.gradient = static_cast<E*>(args.gradient) + begin;
-  if (is_ragged<E>(count)) {
-    for (int64_t i = 0; i < kLanes<E>; ++i) {
-      staging.active[i] = i < count && args.loss_mask[begin + i] != 0;
-    }
-    chunk.active = staging.active;
-  }
   if (is_ragged<E>(count) || args.gradient == nullptr) chunk.gradient = staging.gradient;
   return chunk;
 }
@@ -123,7 +64,7 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int6
                                                      const LossParams<E>& shared_params,
                                                      const TokenExtras& has,
                                                      TileSums<Vector<E>>& tile,
-                                                     Mask<Vector<E>>& drop_sequence) {
+                                                     BoundCounts<Vector<E>>& bounded) {
   using T = Vector<E>;
   // These are copies: the gradient's stores could change the caller's, and every token would reload
   // them.
@@ -148,8 +89,7 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int6
         token_loss<kRules, T>(token, {load<T>(ratios + i), load<T>(mismatches + i)}, params);
     store(chunk.gradient + i, loss.gradient);
     add_token(sums, token, loss, has);
-    if constexpr (kRules == Rules::kAny)
-      drop_sequence |= drops_rollout<T>(token.active, loss.log_ratio, params.rollout_low);
+    if constexpr (kRules == Rules::kAny) add_token(bounded, loss);
   }
   copy_sums(sums, tile);
 }
@@ -175,21 +115,24 @@ template <Rules kRules, typename E>
 inline __attribute__((always_inline)) TileSums<E> span_sums(const IpoLossArgs& args,
                                                             const LossParams<E>& params,
                                                             int64_t begin, int64_t end,
-                                                            bool& drops_sequence) {
+                                                            BoundCounts<E>& bounded) {
   Staging<E> staging;
   TileSums<Vector<E>> tile = empty_tile_sums<Vector<E>>();
-  Mask<Vector<E>> drop_sequence = {};
+  BoundCounts<Vector<E>> bounded_lanes = {};
   const TokenExtras has = extras_of(args);
   for (int64_t first = begin; first < end;) {
     const int64_t count = chunk_tokens<E>(end - first);
     const Chunk<E> chunk = stage_chunk<E>(args, first, count, staging);
-    add_chunk<kRules, E>(chunk, count, params, has, tile, drop_sequence);
+    add_chunk<kRules, E>(chunk, count, params, has, tile, bounded_lanes);
     if (args.gradient != nullptr && chunk.gradient == staging.gradient) {
       memcpy(static_cast<E*>(args.gradient) + first, staging.gradient, count * sizeof(E));
     }
     first += count;
   }
-  for (int lane = 0; lane < kLanes<E>; ++lane) drops_sequence |= drop_sequence[lane] != 0;
+  for (int lane = 0; lane < kLanes<E>; ++lane) {
+    bounded.clipped += static_cast<uint32_t>(bounded_lanes.clipped[lane]);
+    bounded.capped += static_cast<uint32_t>(bounded_lanes.capped[lane]);
+  }
   return merge_lanes<E>(tile);
 }
 
@@ -197,8 +140,8 @@ inline __attribute__((always_inline)) TileSums<E> span_sums(const IpoLossArgs& a
 
 #define IPO_EXT_DEFINE_SPAN_SUMS(name, kRules, E)                                       \
   TileSums<E> name(const IpoLossArgs& args, const LossParams<E>& params, int64_t begin, \
-                   int64_t end, bool& drops_sequence) {                                 \
-    return span_sums<kRules, E>(args, params, begin, end, drops_sequence);              \
+                   int64_t end, BoundCounts<E>& bounded) {                              \
+    return span_sums<kRules, E>(args, params, begin, end, bounded);                     \
   }
 IPO_EXT_SPAN_SUMS(IPO_EXT_DEFINE_SPAN_SUMS)
 #undef IPO_EXT_DEFINE_SPAN_SUMS

@@ -13,17 +13,26 @@ namespace ipo_ext::cpu {
   X(piece_sums_any_rule_f32, math::Rules::kAny, float) \
   X(piece_sums_any_rule_f64, math::Rules::kAny, double)
 
-// Each writes the gradients of tokens [begin, end) and returns their sums. It sets drops_sequence
-// if a rollout rule drops their sequence by one of them.
+// The name and the compute dtype of what sums sequences.
+#define IPO_EXT_SEQUENCE_SUMS(X) \
+  X(sequence_sums_f32, float)    \
+  X(sequence_sums_f64, double)
+
+// Each writes the gradients of tokens [begin, end), returns their sums and adds to `bounded`.
 #define IPO_EXT_DECLARE_SPAN_SUMS(name, kRules, E)                                   \
   math::TileSums<E> name(const IpoLossArgs& args, const math::LossParams<E>& params, \
-                         int64_t begin, int64_t end, bool& drops_sequence);
-#define IPO_EXT_DECLARE_ARCH(arch)             \
-  namespace arch {                             \
-  IPO_EXT_SPAN_SUMS(IPO_EXT_DECLARE_SPAN_SUMS) \
+                         int64_t begin, int64_t end, math::BoundCounts<E>& bounded);
+// Each returns what the rules on sequences look at of tokens [begin, end).
+#define IPO_EXT_DECLARE_SEQUENCE_SUMS(name, E) \
+  math::SequenceSums<E> name(const IpoLossArgs& args, int64_t begin, int64_t end);
+#define IPO_EXT_DECLARE_ARCH(arch)                     \
+  namespace arch {                                     \
+  IPO_EXT_SPAN_SUMS(IPO_EXT_DECLARE_SPAN_SUMS)         \
+  IPO_EXT_SEQUENCE_SUMS(IPO_EXT_DECLARE_SEQUENCE_SUMS) \
   }
 IPO_EXT_CPU_ARCHS(IPO_EXT_DECLARE_ARCH)
 #undef IPO_EXT_DECLARE_ARCH
+#undef IPO_EXT_DECLARE_SEQUENCE_SUMS
 #undef IPO_EXT_DECLARE_SPAN_SUMS
 
 }  // namespace ipo_ext::cpu

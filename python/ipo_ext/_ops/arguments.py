@@ -314,6 +314,8 @@ _SCHEMA_TYPES: dict[Any, str] = {
     bool: "bool",
     int: "int",
     float: "float",
+    list[int]: "int[]",
+    list[float]: "float[]",
     SymInt: "SymInt",
     SymInt | None: "SymInt?",
 }

@@ -13,10 +13,11 @@ from typing import Any, cast
 
 import torch
 
+from ipo_ext._numbers import log_bound
 from ipo_ext._ops import library
 from ipo_ext._ops.arguments import OPERATORS, by_name, schema_fields
 from ipo_ext._ops.torch_internals import below_autograd, compiler_knows, schema_of
-from ipo_ext.config import IPOConfig, LossSettings, log_bound
+from ipo_ext.config import IPOConfig, LossSettings
 
 _SUFFIX = "_with_number_tensors"
 

@@ -49,8 +49,8 @@ def _ipo_loss_from_hidden(
         head.weight.shape[0],
         head.labels.numel() if num_active is None else num_active,
     )
-    whole = arguments.settings.has_rollout_rule
-    make = _loss_of_whole_rollouts if whole else _loss_in_one_pass
+    whole = arguments.settings.judges_sequences
+    make = _loss_of_judged_sequences if whole else _loss_in_one_pass
     results = make(ops, arguments, fault)
     return results._replace(
         logprobs=results.logprobs.view(shape), entropy=results.entropy.view(shape)
@@ -95,10 +95,10 @@ def _loss_in_one_pass(
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients.finished())
 
 
-def _loss_of_whole_rollouts(
+def _loss_of_judged_sequences(
     ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor
 ) -> IPOLossFromHiddenResults:
-    """A rollout rule needs all log-probabilities of a sequence before any gradient.
+    """A verdict needs all log-probabilities of a sequence before any gradient.
 
     So the logits are made twice, the second time for tokens that pay; without ``num_active`` each
     time reads a count back.

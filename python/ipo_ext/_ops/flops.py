@@ -44,13 +44,13 @@ def _count(active: torch.Tensor) -> int:
 def _of_loss(arguments: IPOLossFromHiddenArguments) -> int:
     """Logits, and the gradients that were asked for.
 
-    Under a rollout rule logits are made twice. The second time and for the gradients all active
-    rows are counted, an upper bound where ``num_active`` is None: dropped rows take no part.
+    Where sequences are judged logits are made twice. The second time and for the gradients all
+    active rows are counted, an upper bound where ``num_active`` is None: dropped rows take no part.
     """
     mask, num_active = arguments.inputs.loss_mask, arguments.num_active
     rows = _count(mask) if num_active is None else min(num_active, mask.numel())
     gradients = sum(arguments.needs_grad)
-    again = arguments.settings.has_rollout_rule and gradients > 0
+    again = arguments.settings.judges_sequences and gradients > 0
     return (1 + again + gradients) * _product(rows, arguments.head)
 
 

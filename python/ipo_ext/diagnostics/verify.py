@@ -61,7 +61,19 @@ INPUTS = (
         for rule in get_args(MaskRule)
         if rule != ipo_ext.IPOConfig().mask_rule
     ),
-    Input("icepop", rows=67, columns=131, config=ipo_ext.IPOConfig.icepop(rollout_min_ratio=2e-3)),
+    *(
+        Input(name, rows=67, columns=131, config=config)
+        for name, config in {
+            "capped": ipo_ext.IPOConfig(mask_rule="none", pg_form="capped", ratio_cap=2.0),
+            "ppo": ipo_ext.IPOConfig.ppo(max_importance_ratio=9.0),
+            "cispo": ipo_ext.IPOConfig.cispo(0.5, 2.0),
+            "rollout rule": ipo_ext.IPOConfig.icepop(rollout_min_ratio=2e-3),
+            "sequence rule": ipo_ext.IPOConfig(sequence_rules=(("max_k2", 0.0, 20.0),)),
+            "sequence weight": ipo_ext.IPOConfig(
+                mask_rule="none", pg_form="reinforce", sequence_weight="mean"
+            ),
+        }.items()
+    ),
     # One for each shape in which a GPU shares rows (csrc/kernels/cuda/logits/plan.h).
     Input("16,003 columns", rows=160, columns=16_003, only_gpus=True),
     Input("32,003 columns", rows=80, columns=32_003, only_gpus=True),
@@ -130,8 +142,8 @@ def constants_of_loss(kind: Input, logprobs: torch.Tensor, generator: torch.Gene
             : len(inference[1::7])
         ]
         advantages[~loss_mask] = math.nan
-    if kind.config.has_rollout_rule:
-        inference[-1:] = logprobs[-1:] + 9  # drops the last sequence
+    if kind.config.judges_sequences:
+        inference[-1:] = logprobs[-1:] + 9  # drops the last sequence, if a rule does
         loss_mask[-1:] = True
     third = kind.rows // 3
     return {
@@ -264,8 +276,8 @@ def totals(
     """The metrics of all sequences together."""
     if isinstance(output.metrics, ipo_ext.IPOMetrics):
         whole: Any = output.metrics.total()
-    elif arguments["config"].has_rollout_rule:
-        whole = {}  # without segments all tokens would be one rollout
+    elif arguments["config"].judges_sequences:
+        whole = {}  # without segments all tokens would be one sequence
     else:
         whole = function(**{**arguments, "cu_seqlens": None}).metrics
     return {f"total {name}": value for name, value in whole.items()}

@@ -17,6 +17,7 @@ from torch import nn
 
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss, linear_token_logprobs
+from ipo_ext.integrations._prime_rl_components import cross_entropy, distillation
 from ipo_ext.output import IPOOutput
 
 Sequences = Sequence[torch.Tensor]  # one [tokens] of each packed sequence
@@ -37,11 +38,17 @@ class LossInputs(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SequenceLoss:
-    """The loss of one packed sequence, as upstream calls it: the sum over its tokens."""
+    """The loss of one packed sequence, as upstream calls it: the sum over its tokens.
+
+    Both ways: until 2026-08 the object itself is called, since then its ``loss``.
+    """
 
     config: IPOConfig
 
     def __call__(self, inputs: LossInputs) -> IPOOutput:
+        return self.loss(inputs)
+
+    def loss(self, inputs: LossInputs) -> IPOOutput:
         _refuse_unknown_inputs(inputs)
         return ipo_loss(
             inputs.trainer_logprobs,
@@ -69,7 +76,7 @@ def loss_fn(inputs: LossInputs, **settings: Any) -> IPOOutput:
 
 
 def setup_loss_fn(loss_config: Any) -> SequenceLoss:
-    """Upstream's ``setup_loss_fn`` (later ``setup_rl_loss_fn``) for a custom section naming ours.
+    """Upstream's ``setup_loss_fn``, until 2026-08, for a custom section naming ours.
 
     Args:
         loss_config: ``trainer.loss``, with ``type = "custom"`` and an ``import_path`` of
@@ -83,6 +90,18 @@ def setup_loss_fn(loss_config: Any) -> SequenceLoss:
             f"type = {getattr(loss_config, 'type', None)!r} with import_path = {found!r}"
         )
     return SequenceLoss(IPOConfig.from_mapping(loss_config.kwargs))
+
+
+def setup_rl_loss_fn(loss_config: Any) -> SequenceLoss:
+    """Upstream's ``setup_rl_loss_fn``, since 2026-09: a custom section naming ours, or a built-in.
+
+    Args:
+        loss_config: ``trainer.loss``, a pydantic model. One of upstream's own losses becomes ours
+            of the same formula, by ``IPOConfig.from_prime_rl``.
+    """
+    if getattr(loss_config, "type", None) == "custom":
+        return setup_loss_fn(loss_config)
+    return SequenceLoss(IPOConfig.from_prime_rl(loss_config.model_dump()))
 
 
 def compute_loss(
@@ -144,21 +163,39 @@ def compute_component_loss(
     rl_scale: float | torch.Tensor,
     ce_scale: float | torch.Tensor,
     ref_kl_scale: float | torch.Tensor,
+    trainer_mask_logprobs: Sequences | None = None,
+    inference_mask_logprobs: Sequences | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """``compute_loss`` under the signature of the versions whose loss has three components.
+    """``compute_loss`` of the versions whose loss has three components, a launch for each.
 
-    A token whose ``rl_weights`` is 0 takes no part. A sequence without such tokens has metrics of
-    0, where upstream leaves it out: to know that would synchronise.
+    rl is ``rl_loss_fn``'s on the loss mask, ce the cross-entropy and ref_kl the distillation from
+    the reference model on the tokens of their own weights, whatever the loss mask says. Each is the
+    sum over its tokens, times their weights, divided by its scale. A token whose weight is 0 takes
+    no part, and what it holds reaches nothing.
+
+    Returns:
+        The sum of the components, and the metrics: of rl, ``[sequences]``, 0 for a sequence without
+        tokens (upstream leaves it out: to know that would synchronise); ``nll``, ``ref_kl``,
+        ``ref_kl/is_masked``, ``ref_kl/masked_mismatch_kl`` and ``ref_kl/unmasked_mismatch_kl``,
+        ``[1]``, means over the component's tokens.
 
     Raises:
-        ValueError: ``ce_weights`` or ``ref_kl_weights`` are given. Their losses are upstream's.
+        ValueError: ``ref_kl_weights`` without ``ref_logprobs``, or the log-probabilities of a
+            sampling mask, which score centering alone reads.
     """
-    for name, weights in (("ce_weights", ce_weights), ("ref_kl_weights", ref_kl_weights)):
-        if weights is not None:
+    for name, logprobs in (
+        ("trainer_mask_logprobs", trainer_mask_logprobs),
+        ("inference_mask_logprobs", inference_mask_logprobs),
+    ):
+        if logprobs is not None:
             raise ValueError(
-                f"{name}: expected None, got {len(weights)} sequences: that component is not this "
-                'loss; use upstream\'s compute_loss with trainer.loss type = "custom" instead'
+                f"{name}: expected None, got {len(logprobs)} sequences: score centering is not "
+                "covered; switch score_centering off in trainer.loss"
             )
+    if ref_kl_weights is not None and ref_logprobs is None:
+        raise ValueError(
+            "ref_logprobs: expected a tensor for each sequence, got None; ref_kl_weights need it"
+        )
     _refuse_unequal_lengths(
         trainer_logprobs,
         inference_logprobs=inference_logprobs,
@@ -166,8 +203,10 @@ def compute_component_loss(
         advantages=advantages,
         loss_mask=loss_mask,
         rl_weights=rl_weights,
+        ce_weights=ce_weights,
+        ref_kl_weights=ref_kl_weights,
     )
-    return _packed_loss(
+    loss, metrics = _packed_loss(
         trainer_logprobs,
         inference_logprobs,
         ref_logprobs,
@@ -177,6 +216,20 @@ def compute_component_loss(
         rl_loss_fn,
         rl_scale,
     )
+    trainer = torch.cat(list(trainer_logprobs))
+    if ce_weights is not None:
+        ce = cross_entropy(trainer, torch.cat(list(ce_weights)), ce_scale)
+        loss = loss + ce.loss
+        metrics["nll"] = ce.metrics["teacher_kl"][None]
+    if ref_kl_weights is not None and ref_logprobs is not None:
+        weights = torch.cat(list(ref_kl_weights))
+        inference, ref = torch.cat(list(inference_logprobs)), torch.cat(list(ref_logprobs))
+        ref_kl = distillation(trainer, inference, ref, weights, ref_kl_scale)
+        loss = loss + ref_kl.loss
+        metrics["ref_kl"] = ref_kl.metrics["teacher_kl"][None]
+        for name in ("is_masked", "masked_mismatch_kl", "unmasked_mismatch_kl"):
+            metrics[f"ref_kl/{name}"] = ref_kl.metrics[name][None]
+    return loss, metrics
 
 
 class FusedOutputLinear(nn.Linear):

@@ -77,15 +77,32 @@ struct SegmentStorage {
   Fractions fractions;
 };
 
+// Returns how many tokens of a segment the policy form bounds, valid in lane 0. All lanes of one
+// warp must call.
+template <typename E>
+__device__ __forceinline__ BoundCounts<E> bound_counts_of(const IpoLossArgs& args,
+                                                          const SegmentSlots& slots) {
+  const Workspace<E> workspace(args);
+  BoundCounts<E> bounded = {};
+  if (args.params.rules() == Rules::kDefault) return bounded;
+  for (int64_t slot = slots.begin + threadIdx.x % kWarpSize; slot < slots.end; slot += kWarpSize)
+    bounded = merge(bounded, workspace.bound_counts[slot]);
+  return warp_reduce(bounded, MergeBoundCounts());
+}
+
 // Stores what is in storage.sums, and its means. All lanes of one warp must call.
 template <typename E>
-__device__ __forceinline__ void store_by_lanes(const IpoLossArgs& args, int64_t segment,
-                                               bool dropped, SegmentStorage& storage) {
+__device__ __forceinline__ void store_by_lanes(const IpoLossArgs& args, const SegmentSlots& slots,
+                                               SegmentStorage& storage) {
   const int lane = threadIdx.x % kWarpSize;
+  const int64_t segment = slots.segment;
   const int64_t segments = args.segments.count;
+  const BoundCounts<E> bounded = bound_counts_of<E>(args, slots);
   __syncwarp();
   if (lane == 0) {
-    if (dropped) mark_dropped_rollout(storage.sums);
+    const bool judged = args.params.judges_sequences;
+    const auto verdict = judged ? Workspace<E>(args).verdicts[segment] : SequenceVerdict{};
+    set_segment_rows(storage.sums, verdict, bounded);
     storage.fractions = mean_fractions(storage.sums);
   }
   __syncwarp();
@@ -112,14 +129,8 @@ __device__ __forceinline__ void finish_short_segment(const IpoLossArgs& args,
     merged = merge_tiles<kAtOnce>(merged, workspace.slots + slot, lane,
                                   [&](int i) { return slot + i < slots.end; });
   }
-  bool dropped = false;
-  if (args.params.has_rollout_rule) {
-    for (int64_t slot = slots.begin + lane; slot < slots.end; slot += kWarpSize)
-      dropped |= workspace.rollout_flags[slot];
-    dropped = __any_sync(kFullWarp, dropped);
-  }
   store_row(merged, lane, storage.sums);
-  store_by_lanes<E>(args, slots.segment, dropped, storage);
+  store_by_lanes<E>(args, slots, storage);
 }
 
 // Finishes a segment of many slots. All threads of the block must call.
@@ -133,10 +144,8 @@ __device__ __forceinline__ void finish_long_segment(
     sums = merge(sums, to_segment_sums(workspace.slots[slot]));
   }
   sums = block_reduce<kThreads>(sums, MergeSegments(), reduction);
-  const bool dropped =
-      args.params.has_rollout_rule && rollout_is_dropped(workspace, args.segments, slots.segment);
   if (threadIdx.x == 0) storage.sums = sums;
-  if (threadIdx.x < kWarpSize) store_by_lanes<E>(args, slots.segment, dropped, storage);
+  if (threadIdx.x < kWarpSize) store_by_lanes<E>(args, slots, storage);
 }
 
 // Returns how many segments a block has: one, so that long ones do not wait for each other, until

@@ -1,8 +1,10 @@
 // Launches the loss from log-probabilities: gradients and sums in one pass over the tokens, then
-// one small launch for the loss and the metrics of every packed sequence. There are no atomics, no
+// one small launch for the loss and the metrics of every packed sequence; where sequences are
+// judged, after a pass over the log-ratios that says which tokens pay. There are no atomics, no
 // synchronisation with the host and no memory but the caller's; results are bitwise equal run to
 // run on any GPU, because tiles depend on the number of tokens alone.
 #include "kernels/cuda/ipo_loss/finish.cuh"
+#include "kernels/cuda/ipo_loss/sequences.cuh"
 #include "kernels/cuda/ipo_loss/tiles.cuh"
 #include "kernels/ipo_loss.h"
 
@@ -51,6 +53,20 @@ auto tiles_kernel(const IpoLossArgs& args) {
                             : ipo_loss_tiles<kRules, E, 1>;
 }
 
+int64_t blocks_of_warps(int64_t warps) { return (warps + kWarpsOfBlock - 1) / kWarpsOfBlock; }
+
+// Launches nothing where no sequence is judged.
+template <typename E>
+cudaError_t launch_verdicts(const IpoLossArgs& args, cudaStream_t stream) {
+  if (!args.params.judges_sequences) return cudaSuccess;
+  const int64_t tiles = judged_segments(args.segments).num_tiles();
+  const cudaError_t error =
+      launch(ipo_loss_sum_sequences<E>, blocks_of_warps(tiles), kThreads, 0, stream, args);
+  if (error != cudaSuccess) return error;
+  return launch(ipo_loss_judge_sequences<E>, blocks_of_warps(args.segments.count), kThreads, 0,
+                stream, args);
+}
+
 template <typename E>
 cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
   static const bool may_overlap = supports_pdl(ipo_loss_finish<E>);
@@ -62,12 +78,9 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
     const auto kernel = args.params.rules() == Rules::kDefault
                             ? tiles_kernel<Rules::kDefault, E>(args)
                             : tiles_kernel<Rules::kAny, E>(args);
-    cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, args);
-    if (error == cudaSuccess && args.params.has_rollout_rule) {
-      IpoLossArgs again = args;
-      again.params.rollout_dropped = true;
-      error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, again);
-    }
+    cudaError_t error = launch_verdicts<E>(args, stream);
+    if (error == cudaSuccess)
+      error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, args);
     if (error != cudaSuccess) return error;
   }
   const int64_t per_block = segments_per_block(args.segments.count);
@@ -82,7 +95,7 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
 size_t workspace_bytes(const IpoLossArgs& args) {
   const Segments segments = with_tiles(args.segments);
   return dispatch_compute(args.compute_dtype, [&](auto compute) {
-    return Workspace<TypeOf<decltype(compute)>>::bytes(args, segments);
+    return Workspace<TypeOf<decltype(compute)>>::bytes(args, segments, judged_segments(segments));
   });
 }
 

@@ -1,5 +1,4 @@
-// Answers what the two launches ask of the packed sequences: which segment a tile's first token
-// belongs to, and whether a rollout rule drops a segment.
+// Answers which of the packed sequences a tile's first token belongs to.
 #pragma once
 
 #include "kernels/cuda/common/platform.cuh"
@@ -35,16 +34,18 @@ __device__ __forceinline__ int64_t block_segment_of(const Segments& segments, in
   return first;
 }
 
-// Returns whether any span of the segment holds a token that drops it, to all threads of the block,
-// all of which must call.
-template <typename E>
-__device__ __forceinline__ bool rollout_is_dropped(const Workspace<E>& workspace,
-                                                   const Segments& segments, int64_t segment) {
-  bool dropped = false;
-  const int64_t end = segments.end_slot(segment);
-  for (int64_t slot = segments.first_slot(segment) + threadIdx.x; slot < end; slot += kThreads)
-    dropped |= workspace.rollout_flags[slot];
-  return __syncthreads_or(dropped);
+// The same by one thread on its own, which searches in halves.
+__device__ __forceinline__ int64_t segment_of(const Segments& segments, int64_t token) {
+  int64_t low = 0, high = segments.count;  // how many begin at or before the token
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (segments.begin(middle) <= token) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low > 0 ? low - 1 : 0;
 }
 
 }  // namespace ipo_ext::cuda

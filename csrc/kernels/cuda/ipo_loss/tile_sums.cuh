@@ -162,4 +162,12 @@ __device__ __forceinline__ void warp_reduce_to(const math::TileSums<E>& sums,
   if (lane == kWarpSize / 2) tile.log_ratio_max = -smallest;
 }
 
+struct MergeBoundCounts {
+  template <typename E>
+  __device__ __forceinline__ math::BoundCounts<E> operator()(const math::BoundCounts<E>& a,
+                                                             const math::BoundCounts<E>& b) const {
+    return math::merge(a, b);
+  }
+};
+
 }  // namespace ipo_ext::cuda

@@ -16,8 +16,8 @@ namespace ipo_ext::cuda {
 template <typename E>
 struct TileStorage {
   TileSums<E> warps[kThreads / kWarpSize];
-  bool holds[kThreads / kWarpSize];  // whether a warp has tokens of the span
-  bool drops_sequence;               // whether a token of the span does
+  bool holds[kThreads / kWarpSize];              // whether a warp has tokens of the span
+  BoundCounts<E> bounded[kThreads / kWarpSize];  // under other rules than the default alone
   double loss;  // of the tile; only the first thread adds to it, which frees registers of all
 };
 
@@ -37,7 +37,7 @@ template <Rules kRules, typename E, int kCount>
 __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const LossParams<E>& params,
                                                const TokenVector<E, kCount>& vector,
                                                int64_t tile_begin, int index, const Span& span,
-                                               TileSums<E>& sums, TileStorage<E>& storage) {
+                                               TileSums<E>& sums, BoundCounts<E>& bounded) {
   E gradients[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -45,10 +45,7 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
     token.active &= span.has(index + i);
     const TokenLoss<E> loss = token_loss<kRules>(token, params);
     add_token(sums, token, loss, extras_of(args));
-    if constexpr (kRules == Rules::kAny) {
-      if (drops_rollout(token.active, loss.log_ratio, params.rollout_low))
-        storage.drops_sequence = true;
-    }
+    if constexpr (kRules == Rules::kAny) add_token(bounded, loss);
     gradients[i] = loss.gradient;
   }
   if (args.gradient == nullptr) return;
@@ -67,26 +64,31 @@ template <Rules kRules, typename E>
 __device__ __forceinline__ void process_last_tokens(const IpoLossArgs& args,
                                                     const LossParams<E>& params, int64_t tile_begin,
                                                     int index, const Span& span, TileSums<E>& sums,
-                                                    TileStorage<E>& storage) {
+                                                    BoundCounts<E>& bounded) {
   for (int i = index < span.begin ? span.begin : index; i < span.end; ++i) {
     TokenVector<E, 1> token;
     token.load(args, tile_begin + i);
     token.widen(args);
-    process_tokens<kRules>(args, params, token, tile_begin, i, span, sums, storage);
+    process_tokens<kRules>(args, params, token, tile_begin, i, span, sums, bounded);
   }
 }
 
 // Merges the warps' sums of a span into its slot, and adds its loss to the tile's. All threads
 // must call; `storage` may be used again at once.
-template <typename E>
-__device__ __forceinline__ void finish_span(const TileSums<E>& sums, bool warp_holds,
-                                            TileStorage<E>& storage, TileSums<E>& slot) {
+template <Rules kRules, typename E>
+__device__ __forceinline__ void finish_span(const TileSums<E>& sums, const BoundCounts<E>& bounded,
+                                            bool warp_holds, TileStorage<E>& storage,
+                                            const Workspace<E>& workspace, int64_t slot) {
   constexpr int kAtOnce = 4;  // more would take registers from the tokens
   constexpr int kWarps = kThreads / kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   if (warp_holds) warp_reduce_to(sums, storage.warps[warp]);
   if (lane == 0) storage.holds[warp] = warp_holds;
+  if constexpr (kRules == Rules::kAny) {
+    const BoundCounts<E> of_warp = warp_reduce(bounded, MergeBoundCounts());
+    if (lane == 0) storage.bounded[warp] = of_warp;
+  }
   __syncthreads();
   if (warp == 0) {
     double merged = empty_row(lane);
@@ -95,10 +97,15 @@ __device__ __forceinline__ void finish_span(const TileSums<E>& sums, bool warp_h
       merged = merge_tiles<kAtOnce>(merged, storage.warps + first, lane,
                                     [&](int i) { return storage.holds[first + i]; });
     }
-    store_row(merged, lane, slot);
+    store_row(merged, lane, workspace.slots[slot]);
     const double loss =
         __shfl_sync(kFullWarp, merged, sum::pg_loss) + __shfl_sync(kFullWarp, merged, sum::kl_loss);
     if (lane == 0) storage.loss += loss;
+    if (kRules == Rules::kAny && lane == 0) {
+      BoundCounts<E> total = {};
+      for (int other = 0; other < kWarps; ++other) total = merge(total, storage.bounded[other]);
+      workspace.bound_counts[slot] = total;
+    }
   }
   __syncthreads();  // before the next use of storage
 }
@@ -114,15 +121,13 @@ constexpr int kBlocksPerMultiprocessor = kRules == Rules::kAny && sizeof(E) == 8
 
 // Each block has one tile, each of whose spans it sums to the span's slot. A thread has a vector of
 // kCount neighbouring tokens of every kThreads * kCount, so at most one where four fit a load and
-// there are up to 2^21 tokens; it loads them before it knows their segment. A rollout rule launches
-// this a second time, for the spans of sequences that the first time has found to be dropped.
+// there are up to 2^21 tokens; it loads them before it knows their segment.
 template <Rules kRules, typename E, int kCount>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kRules, E>)
     ipo_loss_tiles(const IpoLossArgs args) {
   constexpr int kRound = kThreads * kCount;
   TileStorage<E>& storage = shared_storage<TileStorage<E>>();
   const Segments& segments = args.segments;
-  const bool again = kRules == Rules::kAny && args.params.rollout_dropped;
   pdl_trigger();
 
   const int64_t tile = blockIdx.x;
@@ -138,12 +143,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kRules, E>)
     const int index = round + thread_index;
     if (index + kCount <= size) vector.load(args, tile_begin + index);
   };
-  bool loaded = !again;
-  if (loaded) load_round(0);
-  const LossParams<E> params = params_for<E>(args);
+  load_round(0);
+  bool loaded = true;
+  LossParams<E> params = params_for<E>(args);
   const Workspace<E> workspace(args);
   int64_t segment = block_segment_of(segments, tile_begin, probed);
-  if (loaded) vector.widen(args);
+  vector.widen(args);
 
   if (threadIdx.x == 0) storage.loss = 0;
   int begin = 0;
@@ -153,20 +158,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kRules, E>)
     if (end <= begin) continue;
     const int64_t slot = Segments::slot(tile, segment);
     if constexpr (kRules == Rules::kAny) {
-      if (again && !rollout_is_dropped(workspace, segments, segment)) {
-        if (threadIdx.x == 0) storage.loss += loss_of_span(workspace.slots[slot]);
-        begin = end;
-        continue;
-      }
+      if (params.judges_sequences) params.sequence = workspace.verdicts[segment];
     }
 
     const Span span = {begin, end};
     TileSums<E> sums = empty_tile_sums<E>();
+    BoundCounts<E> bounded = {};
     bool warp_holds = false;
-    if constexpr (kRules == Rules::kAny) {
-      if (threadIdx.x == 0) storage.drops_sequence = false;
-      __syncthreads();
-    }
     for (int round = begin - begin % kRound; round < end; round += kRound) {
       if (!loaded) {
         load_round(round);
@@ -179,14 +177,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kRules, E>)
       warp_holds = true;
       if (kCount == 1 || index + kCount <= size) {
         if (span.meets(index, kCount))
-          process_tokens<kRules>(args, params, vector, tile_begin, index, span, sums, storage);
+          process_tokens<kRules>(args, params, vector, tile_begin, index, span, sums, bounded);
       } else {
-        process_last_tokens<kRules>(args, params, tile_begin, index, span, sums, storage);
+        process_last_tokens<kRules>(args, params, tile_begin, index, span, sums, bounded);
       }
     }
-    finish_span(sums, warp_holds, storage, workspace.slots[slot]);
-    if (kRules == Rules::kAny && threadIdx.x == 0 && params.has_rollout_rule && !again)
-      workspace.rollout_flags[slot] = storage.drops_sequence;
+    finish_span<kRules>(sums, bounded, warp_holds, storage, workspace, slot);
     begin = end;
   }
   if (threadIdx.x == 0) workspace.tile_losses[tile] = storage.loss;

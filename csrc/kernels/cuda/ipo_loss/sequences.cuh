@@ -1,0 +1,87 @@
+// The two launches before the first where sequences are judged: what the rules look at, from the
+// log-ratios of all tokens, then the verdict on every sequence.
+#pragma once
+
+#include "kernels/cuda/common/reduce.cuh"
+#include "kernels/cuda/ipo_loss/segments.cuh"
+
+namespace ipo_ext::cuda {
+
+using namespace ipo_ext::math;
+
+constexpr int kWarpsOfBlock = kThreads / kWarpSize;
+
+// A warp sums a tile on its own, without a barrier. The tiles depend on the number of tokens alone,
+// and there are so few that a warp can merge all of them.
+IPO_HOST_DEVICE Segments judged_segments(Segments segments) {
+  constexpr int64_t kSmallest = 512;
+  constexpr int64_t kTiles = 8192;
+  segments.tile_size = kSmallest;
+  while (segments.tile_size * kTiles < segments.tokens) segments.tile_size *= 2;
+  return segments;
+}
+
+struct MergeSequences {
+  template <typename E>
+  __device__ __forceinline__ SequenceSums<E> operator()(const SequenceSums<E>& a,
+                                                        const SequenceSums<E>& b) const {
+    return merge(a, b);
+  }
+};
+
+// Sums tokens [begin, end), of which each lane of the warp has every 32nd. Valid in lane 0; all
+// lanes must call.
+template <typename E>
+__device__ __forceinline__ SequenceSums<E> sum_span(const IpoLossArgs& args, int64_t begin,
+                                                    int64_t end, bool wants_k3) {
+  SequenceSums<E> sums = empty_sequence_sums<E>();
+  const bool wants_advantage = args.sequence_rules.only_negative;
+#pragma unroll 2
+  for (int64_t i = begin + threadIdx.x % kWarpSize; i < end; i += kWarpSize) {
+    const E x =
+        load_token<E>(args.trainer_logprobs, i, 0) - load_token<E>(args.inference_logprobs, i, 0);
+    const E advantage = wants_advantage ? load_token<E>(args.advantages, i, 0) : E(0);
+    add_to_sequence<E>(sums, x, advantage, args.loss_mask[i] != 0, wants_k3);
+  }
+  return warp_reduce(sums, MergeSequences());
+}
+
+template <typename E>
+__global__ void __launch_bounds__(kThreads) ipo_loss_sum_sequences(const IpoLossArgs args) {
+  const Segments segments = judged_segments(args.segments);
+  const Workspace<E> workspace(args);
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarpSize;
+  if (tile >= segments.num_tiles()) return;
+  const bool wants_k3 = args.sequence_rules.read_k3();
+  int64_t begin = tile * segments.tile_size;
+  const int64_t left = segments.tokens - begin;
+  const int64_t tile_end = begin + (left < segments.tile_size ? left : segments.tile_size);
+  for (int64_t segment = segment_of(segments, begin); begin < tile_end && segment < segments.count;
+       ++segment) {
+    const int64_t segment_end = segments.begin(segment + 1);
+    const int64_t end = segment_end < tile_end ? segment_end : tile_end;
+    if (end <= begin) continue;
+    const SequenceSums<E> sums = sum_span<E>(args, begin, end, wants_k3);
+    if (threadIdx.x % kWarpSize == 0)
+      workspace.sequence_slots[Segments::slot(tile, segment)] = sums;
+    begin = end;
+  }
+}
+
+// A warp judges a sequence.
+template <typename E>
+__global__ void __launch_bounds__(kThreads) ipo_loss_judge_sequences(const IpoLossArgs args) {
+  const Segments segments = judged_segments(args.segments);
+  const Workspace<E> workspace(args);
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarpSize;
+  if (s >= segments.count) return;
+  SequenceSums<E> sums = empty_sequence_sums<E>();
+  const int64_t end = segments.end_slot(s);
+  for (int64_t slot = segments.first_slot(s) + lane; slot < end; slot += kWarpSize)
+    sums = merge(sums, workspace.sequence_slots[slot]);
+  sums = warp_reduce(sums, MergeSequences());
+  if (lane == 0) workspace.verdicts[s] = judge(sums, args.sequence_rules, args.params.rollout_low);
+}
+
+}  // namespace ipo_ext::cuda

@@ -1,0 +1,200 @@
+// Judges whole sequences: what is summed over a sequence's active tokens, the statistics that rules
+// compare with bounds, and the verdict, by which a sequence is dropped or weighed.
+#pragma once
+
+#include <limits>
+
+#include "math/exponential.h"
+#include "math/lanes.h"
+
+namespace ipo_ext::math {
+
+// The estimators of a token's mismatch KL, of its log-ratio x: k1 = x, k2 = x^2 / 2, k3 = r - 1 - x
+// (http://joschu.net/blog/kl-approx.html).
+namespace estimator {
+enum Row : int { k1, k2, k3, kNumRows };
+}
+namespace reduction {
+enum Row : int { sum, mean, max, min, kNumRows };
+}
+
+// Reductions of an estimator over a sequence, numbered estimator * kNumRows + reduction: the order
+// of Python's config.SequenceStatistic.
+constexpr int kNumStatistics = estimator::kNumRows * reduction::kNumRows;
+
+// Of x: what the weight of a sequence is the exponential of.
+enum class SequenceWeight : int32_t { kNone, kSum, kMean, kCount };
+
+// A sequence is dropped where the statistic leaves [low, high].
+struct SequenceRule {
+  int statistic;
+  double low, high;
+
+  IPO_HOST_DEVICE estimator::Row estimator() const {
+    return static_cast<estimator::Row>(statistic / reduction::kNumRows);
+  }
+  IPO_HOST_DEVICE reduction::Row reduction() const {
+    return static_cast<reduction::Row>(statistic % reduction::kNumRows);
+  }
+};
+
+struct SequenceRules {
+  SequenceRule rules[kNumStatistics];
+  int count;
+  bool only_negative;  // what breaks one loses its tokens of negative advantage, not all
+  SequenceWeight weight;
+  double weight_cap;
+
+  IPO_HOST_DEVICE bool read_k3() const {
+    bool found = false;
+    for (int i = 0; i < count; ++i) found |= rules[i].estimator() == estimator::k3;
+    return found;
+  }
+};
+
+// What is known of a sequence's active tokens. T is a scalar or, while a SIMD loop runs, a vector.
+template <typename T>
+struct SequenceSums {
+  Wide<T> sums[estimator::kNumRows];  // of k1, 2 k2 and k3
+  T smallest[estimator::kNumRows];  // of x, |x| and k3 where none of them is NaN; +inf over nothing
+  T largest[estimator::kNumRows];   // likewise; -inf over nothing
+  typename Lanes<T>::Count active;
+  typename Lanes<T>::Count negative;  // active tokens of negative advantage
+};
+
+template <typename T>
+IPO_HOST_DEVICE SequenceSums<T> empty_sequence_sums() {
+  SequenceSums<T> empty = {};
+  for (int k = 0; k < estimator::kNumRows; ++k) {
+    empty.smallest[k] = splat<T>(std::numeric_limits<Element<T>>::infinity());
+    empty.largest[k] = splat<T>(-std::numeric_limits<Element<T>>::infinity());
+  }
+  return empty;
+}
+
+// Returns r - 1 - x: infinite where r overflows or x is infinite, NaN where x is.
+template <typename T>
+IPO_HOST_DEVICE T measured_k3(T x) {
+  using E = Element<T>;
+  const Mask<T> finite = (x >= -std::numeric_limits<E>::max()) & (x <= kMaxLog<E>);
+  return select<T>(finite, exponential(x).exp_minus_1_minus_x,
+                   x * x * std::numeric_limits<E>::infinity());
+}
+
+// Adds a token; k3, which takes an exponential, only where it is wanted.
+template <typename T>
+IPO_HOST_DEVICE void add_to_sequence(SequenceSums<T>& sequence, T x, T advantage, Mask<T> active,
+                                     bool wants_k3) {
+  using E = Element<T>;
+  using L = Lanes<T>;
+  const T values[] = {x, larger(x, -x), wants_k3 ? measured_k3(x) : T{}};
+  for (int k = 0; k < estimator::kNumRows; ++k) {
+    const Wide<T> value = L::widen(select<T>(active, values[k], T{}));
+    sequence.sums[k] += k == estimator::k2 ? value * value : value;
+    sequence.smallest[k] =
+        smaller(select<T>(active, values[k], sequence.smallest[k]), sequence.smallest[k]);
+    sequence.largest[k] =
+        larger(select<T>(active, values[k], sequence.largest[k]), sequence.largest[k]);
+  }
+  sequence.active += L::ones(active);
+  sequence.negative += L::ones(active & (advantage < E(0)));
+}
+
+template <typename E>
+IPO_HOST_DEVICE SequenceSums<E> merge(SequenceSums<E> a, const SequenceSums<E>& b) {
+  for (int k = 0; k < estimator::kNumRows; ++k) {
+    a.sums[k] += b.sums[k];
+    a.smallest[k] = smaller(a.smallest[k], b.smallest[k]);
+    a.largest[k] = larger(a.largest[k], b.largest[k]);
+  }
+  a.active += b.active;
+  a.negative += b.negative;
+  return a;
+}
+
+IPO_HOST_DEVICE bool is_finite(double value) {
+  return value >= -std::numeric_limits<double>::max() &&
+         value <= std::numeric_limits<double>::max();
+}
+
+// Returns rows[k] by selection: an index would move all rows from registers to memory.
+template <typename V>
+IPO_HOST_DEVICE double row_of(const V (&rows)[estimator::kNumRows], estimator::Row k) {
+  const double first = rows[estimator::k1], second = rows[estimator::k2];
+  return k == estimator::k1 ? first : k == estimator::k2 ? second : double(rows[estimator::k3]);
+}
+
+template <typename E>
+IPO_HOST_DEVICE double statistic_of(const SequenceSums<E>& sequence, estimator::Row k,
+                                    reduction::Row reduction) {
+  const double half = k == estimator::k2 ? 0.5 : 1;
+  if (reduction == reduction::min || reduction == reduction::max) {
+    const double extreme =
+        reduction == reduction::min ? row_of(sequence.smallest, k) : row_of(sequence.largest, k);
+    return k == estimator::k2 ? half * extreme * extreme : extreme;
+  }
+  const double sum = half * row_of(sequence.sums, k);
+  return reduction == reduction::mean ? sum / sequence.active : sum;
+}
+
+// A sum or a mean that is not finite breaks every rule. The smallest and the largest pass over NaN,
+// and where there is nothing else no rule is broken.
+template <typename E>
+IPO_HOST_DEVICE bool breaks(const SequenceRule& rule, const SequenceSums<E>& sequence) {
+  const estimator::Row k = rule.estimator();
+  const reduction::Row reduction = rule.reduction();
+  const double value = statistic_of(sequence, k, reduction);
+  const bool within = value >= rule.low && value <= rule.high;
+  if (reduction == reduction::sum || reduction == reduction::mean)
+    return !(within && is_finite(value));
+  return row_of(sequence.smallest, k) <= row_of(sequence.largest, k) && !within;
+}
+
+// Returns the weight of a sequence's tokens, NaN where there is none: the statistic is not finite,
+// or E does not hold its exponential.
+template <typename E>
+IPO_HOST_DEVICE double sequence_weight(const SequenceSums<E>& sequence,
+                                       const SequenceRules& rules) {
+  const double log_weight =
+      statistic_of(sequence, estimator::k1,
+                   rules.weight == SequenceWeight::kSum ? reduction::sum : reduction::mean);
+  const double uncapped = log_weight > kMaxLog<double> ? std::numeric_limits<double>::infinity()
+                                                       : exponential(log_weight).exp;
+  const double weight = smaller(uncapped, rules.weight_cap);
+  const bool exists = is_finite(log_weight) && weight <= std::numeric_limits<E>::max();
+  return exists ? weight : std::numeric_limits<double>::quiet_NaN();
+}
+
+// What becomes of a sequence.
+struct SequenceVerdict {
+  double weight = 1;          // of all its tokens
+  double dropped_tokens = 0;  // active ones that a rule or the weight drops, the rollout rule aside
+  bool rollout_dropped = false;
+  bool drops_all = false;
+  bool drops_negative = false;  // the tokens of negative advantage
+};
+
+// `rollout_low` is the log-ratio below which one active token drops its sequence.
+template <typename E>
+IPO_HOST_DEVICE SequenceVerdict judge(const SequenceSums<E>& sequence, const SequenceRules& rules,
+                                      double rollout_low) {
+  SequenceVerdict verdict;
+  if (sequence.active == 0) return verdict;
+  bool broken = false;
+  for (int i = 0; i < rules.count; ++i) broken |= breaks(rules.rules[i], sequence);
+  bool drops_all = broken && !rules.only_negative;
+  if (rules.weight != SequenceWeight::kNone) {
+    const double weight = sequence_weight(sequence, rules);
+    drops_all |= weight != weight;
+    if (!drops_all) verdict.weight = weight;
+  }
+  verdict.drops_negative = broken && rules.only_negative;
+  verdict.dropped_tokens = drops_all                ? sequence.active
+                           : verdict.drops_negative ? sequence.negative
+                                                    : 0;
+  verdict.rollout_dropped = sequence.smallest[estimator::k1] < rollout_low;
+  verdict.drops_all = drops_all | verdict.rollout_dropped;
+  return verdict;
+}
+
+}  // namespace ipo_ext::math

@@ -1,0 +1,66 @@
+"""prime-rl's other two components, cross-entropy and distillation, as settings of the same loss."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ipo_ext.config import IPOConfig
+from ipo_ext.functional import ipo_loss
+from ipo_ext.output import IPOOutput
+
+# -w logprob, the cross-entropy: REINFORCE of an advantage of 1.
+_CE = IPOConfig(mask_rule="none", pg_form="reinforce", kl_tau=0.0)
+# -w (ref - trainer) min(r, 1e4), the difference a constant; dropped where p - q < -0.2.
+_REF_KL = IPOConfig(
+    0.2,
+    math.inf,
+    mask_rule="prob_diff",
+    pg_form="capped",
+    ratio_cap=1e4,
+    adv_tau=0.0,
+    teacher_tau=1.0,
+    kl_tau=0.0,
+)
+
+
+def cross_entropy(
+    trainer: torch.Tensor, weights: torch.Tensor, scale: float | torch.Tensor
+) -> IPOOutput:
+    """Its ``teacher_kl``, of a teacher that is certain, is the mean of -logprob."""
+    constant = trainer.detach()
+    return ipo_loss(
+        trainer,
+        constant,
+        torch.ones_like(constant),
+        weights != 0,
+        teacher_logprobs=torch.zeros_like(constant),
+        loss_weights=weights,
+        normalizer=_as_tensor(scale, trainer),
+        config=_CE,
+    )
+
+
+def distillation(
+    trainer: torch.Tensor,
+    inference: torch.Tensor,
+    ref: torch.Tensor,
+    weights: torch.Tensor,
+    scale: float | torch.Tensor,
+) -> IPOOutput:
+    return ipo_loss(
+        trainer,
+        inference,
+        torch.zeros_like(inference),
+        weights != 0,
+        teacher_logprobs=ref,
+        loss_weights=weights,
+        normalizer=_as_tensor(scale, trainer),
+        config=_REF_KL,
+    )
+
+
+def _as_tensor(scale: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A scale of 0, of a step without tokens of the component, is a loss of 0."""
+    return torch.as_tensor(scale, dtype=torch.float64).to(like.device, non_blocking=True)
