@@ -1,4 +1,4 @@
-"""Draws docs/rules.png: each rule's loss and gradient against the log-ratio, both signs of A."""
+"""Draws docs/rules.png: loss and gradient of mask rules and policy terms, both signs of A."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ PROBABILITY = 0.3  # the token's, under the policy that sampled it
 KL_TAU = 0.05  # larger than the default, to be seen
 RULES = {
     "ratio band (default)": IPOConfig(kl_tau=KL_TAU),
-    "icepop_2401()": IPOConfig.icepop_2401(),
+    "icepop(0.5, 2)": IPOConfig.icepop(0.5, 2),
     "dppo(0.2, 0.2)": IPOConfig.dppo(kl_tau=KL_TAU),
     "prob_diff(0.1)": IPOConfig.prob_diff(kl_tau=KL_TAU),
     "kpop(0.1)": IPOConfig.kpop(0.1, kl_tau=KL_TAU),
+    "ipo(0.3)": IPOConfig.ipo(0.3),
+    "ppo(0.8, 1.2)": IPOConfig.ppo(0.8, 1.2),
+    "cispo(0.5, 2)": IPOConfig.cispo(0.5, 2),
 }
+COLUMNS = 4
 LOSS, GRADIENT, GREY = "#0072B2", "#D55E00", "#6b6b6b"  # Okabe and Ito's palette
 
 
@@ -47,18 +51,21 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, grid = plt.subplots(2, len(RULES), figsize=(14, 5.6), dpi=120, sharex=True, sharey=True)
-    for column, (name, config) in enumerate(RULES.items()):
-        for row, advantage in enumerate((1.0, -1.0)):
-            _panel(grid[row][column], *curves(config, advantage))
+    rows = 2 * len(RULES) // COLUMNS  # a pair for each row of rules
+    size = (13, 2.5 * rows)
+    figure, grid = plt.subplots(rows, COLUMNS, figsize=size, dpi=110, sharex=True, sharey=True)
+    for place, (name, config) in enumerate(RULES.items()):
+        row, column = 2 * (place // COLUMNS), place % COLUMNS
+        for below, advantage in enumerate((1.0, -1.0)):
+            _panel(grid[row + below][column], *curves(config, advantage))
             if column == 0:
-                grid[row][0].set_ylabel(f"A = {advantage:+g}")
-        grid[0][column].set_title(name, fontsize=11)
-        grid[1][column].set_xlabel("log-ratio x")
+                grid[row + below][0].set_ylabel(f"A = {advantage:+g}")
+        grid[row][column].set_title(name, fontsize=11)
+        grid[-1][column].set_xlabel("log-ratio x")
     grid[0][0].legend(loc="upper left", frameon=False, fontsize=9)
     figure.suptitle(
         f"One token that was sampled with probability {PROBABILITY:g}: its loss, and the gradient "
-        f"by its log-probability (kl_tau = {KL_TAU:g}; icepop has no KL)",
+        f"by its log-probability (kl_tau = {KL_TAU:g}; icepop, ipo, ppo and cispo have no KL)",
         fontsize=12,
     )
     figure.tight_layout()

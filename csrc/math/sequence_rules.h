@@ -45,9 +45,9 @@ struct SequenceRules {
   SequenceWeight weight;
   double weight_cap;
 
-  IPO_HOST_DEVICE bool read_k3() const {
+  IPO_HOST_DEVICE bool read(estimator::Row k) const {
     bool found = false;
-    for (int i = 0; i < count; ++i) found |= rules[i].estimator() == estimator::k3;
+    for (int i = 0; i < count; ++i) found |= rules[i].estimator() == k;
     return found;
   }
 };
@@ -81,23 +81,33 @@ IPO_HOST_DEVICE T measured_k3(T x) {
                    x * x * std::numeric_limits<E>::infinity());
 }
 
-// Adds a token; k3, which takes an exponential, only where it is wanted.
+template <typename T>
+IPO_HOST_DEVICE void add_estimate(SequenceSums<T>& sequence, estimator::Row k, T value,
+                                  Mask<T> active) {
+  const Wide<T> wide = Lanes<T>::widen(select<T>(active, value, T{}));
+  sequence.sums[k] += k == estimator::k2 ? wide * wide : wide;
+  sequence.smallest[k] =
+      smaller(select<T>(active, value, sequence.smallest[k]), sequence.smallest[k]);
+  sequence.largest[k] = larger(select<T>(active, value, sequence.largest[k]), sequence.largest[k]);
+}
+
+// What is wanted beside k1 and the number of active tokens; nothing else is summed.
+struct WantedSums {
+  bool k2, k3, negative;
+};
+
+IPO_HOST_DEVICE WantedSums wanted_by(const SequenceRules& rules) {
+  return {rules.read(estimator::k2), rules.read(estimator::k3), rules.only_negative};
+}
+
 template <typename T>
 IPO_HOST_DEVICE void add_to_sequence(SequenceSums<T>& sequence, T x, T advantage, Mask<T> active,
-                                     bool wants_k3) {
-  using E = Element<T>;
-  using L = Lanes<T>;
-  const T values[] = {x, larger(x, -x), wants_k3 ? measured_k3(x) : T{}};
-  for (int k = 0; k < estimator::kNumRows; ++k) {
-    const Wide<T> value = L::widen(select<T>(active, values[k], T{}));
-    sequence.sums[k] += k == estimator::k2 ? value * value : value;
-    sequence.smallest[k] =
-        smaller(select<T>(active, values[k], sequence.smallest[k]), sequence.smallest[k]);
-    sequence.largest[k] =
-        larger(select<T>(active, values[k], sequence.largest[k]), sequence.largest[k]);
-  }
-  sequence.active += L::ones(active);
-  sequence.negative += L::ones(active & (advantage < E(0)));
+                                     const WantedSums& wanted) {
+  add_estimate(sequence, estimator::k1, x, active);
+  if (wanted.k2) add_estimate(sequence, estimator::k2, larger(x, -x), active);
+  if (wanted.k3) add_estimate(sequence, estimator::k3, measured_k3(x), active);
+  sequence.active += Lanes<T>::ones(active);
+  if (wanted.negative) sequence.negative += Lanes<T>::ones(active & (advantage < Element<T>(0)));
 }
 
 template <typename E>

@@ -123,6 +123,9 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
                          ? select<T>(pays_kl, derivative * params.inv_normalizer, poison)
                          : T{};
 
+  const Mask<T> counted = token.active & finite;
+  const Mask<T> clipped = counted & pg.clipped;
+  const Mask<T> capped = counted & pg.capped;
   return {token.active,
           kept,
           finite,
@@ -134,8 +137,8 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
           select<T>(kept, pg_loss, T{}),
           select<T>(pays_kl, kl_loss, T{}),
           gradient,
-          token.active & finite & pg.clipped,
-          token.active & finite & pg.capped};
+          clipped,
+          capped};
 }
 
 template <Rules kRules, typename T>

@@ -19,7 +19,7 @@ struct SequenceStaging {
 
 template <typename E>
 inline __attribute__((always_inline)) void add_chunk(const IpoLossArgs& args, int64_t begin,
-                                                     int64_t count, bool wants_k3,
+                                                     int64_t count, const WantedSums& wanted,
                                                      SequenceStaging<E>& staging,
                                                      SequenceSums<Vector<E>>& sequence) {
   using T = Vector<E>;
@@ -31,7 +31,7 @@ inline __attribute__((always_inline)) void add_chunk(const IpoLossArgs& args, in
   const uint8_t* active = stage_mask<E>(args.loss_mask, begin, count, staging.active);
   for (int64_t i = 0; i < count; i += kLanes<E>) {
     add_to_sequence<T>(sequence, load<T>(trainer + i) - load<T>(inference + i),
-                       load<T>(advantage + i), load_mask<T>(active + i), wants_k3);
+                       load<T>(advantage + i), load_mask<T>(active + i), wanted);
   }
 }
 
@@ -61,10 +61,10 @@ inline __attribute__((always_inline)) SequenceSums<E> sequence_sums(const IpoLos
                                                                     int64_t begin, int64_t end) {
   SequenceStaging<E> staging;
   auto sequence = empty_sequence_sums<Vector<E>>();
-  const bool wants_k3 = args.sequence_rules.read_k3();
+  const WantedSums wanted = wanted_by(args.sequence_rules);
   for (int64_t first = begin; first < end;) {
     const int64_t count = chunk_tokens<E>(end - first);
-    add_chunk<E>(args, first, count, wants_k3, staging, sequence);
+    add_chunk<E>(args, first, count, wanted, staging, sequence);
     first += count;
   }
   return merge_lanes<E>(sequence);

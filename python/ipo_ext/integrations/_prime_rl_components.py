@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 
+from ipo_ext._prime_rl_sections import NEWEST
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
 from ipo_ext.output import IPOOutput
@@ -23,6 +25,13 @@ _REF_KL = IPOConfig(
     teacher_tau=1.0,
     kl_tau=0.0,
 )
+# Until 2026-08 without the cap, and every token paid 1e-3 x^2.
+_REF_KL_OF_VERSION = {
+    NEWEST: _REF_KL,
+    "2026-08": dataclasses.replace(
+        _REF_KL, pg_form="ratio", ratio_cap=None, kl_tau=1e-3, kl_scope="active"
+    ),
+}
 
 
 def cross_entropy(
@@ -48,7 +57,12 @@ def distillation(
     ref: torch.Tensor,
     weights: torch.Tensor,
     scale: float | torch.Tensor,
+    version: str,
 ) -> IPOOutput:
+    if version not in _REF_KL_OF_VERSION:
+        raise ValueError(
+            f"version: expected one of {', '.join(_REF_KL_OF_VERSION)}, got {version!r}"
+        )
     return ipo_loss(
         trainer,
         inference,
@@ -57,7 +71,7 @@ def distillation(
         teacher_logprobs=ref,
         loss_weights=weights,
         normalizer=_as_tensor(scale, trainer),
-        config=_REF_KL,
+        config=_REF_KL_OF_VERSION[version],
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ipo_ext._prime_rl_sections import NEWEST
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss, linear_token_logprobs
 from ipo_ext.integrations._prime_rl_components import cross_entropy, distillation
@@ -92,16 +93,17 @@ def setup_loss_fn(loss_config: Any) -> SequenceLoss:
     return SequenceLoss(IPOConfig.from_mapping(loss_config.kwargs))
 
 
-def setup_rl_loss_fn(loss_config: Any) -> SequenceLoss:
+def setup_rl_loss_fn(loss_config: Any, version: str = NEWEST) -> SequenceLoss:
     """Upstream's ``setup_rl_loss_fn``, since 2026-09: a custom section naming ours, or a built-in.
 
     Args:
         loss_config: ``trainer.loss``, a pydantic model. One of upstream's own losses becomes ours
             of the same formula, by ``IPOConfig.from_prime_rl``.
+        version: of prime-rl, as there.
     """
     if getattr(loss_config, "type", None) == "custom":
         return setup_loss_fn(loss_config)
-    return SequenceLoss(IPOConfig.from_prime_rl(loss_config.model_dump()))
+    return SequenceLoss(IPOConfig.from_prime_rl(loss_config.model_dump(), version))
 
 
 def compute_loss(
@@ -165,6 +167,7 @@ def compute_component_loss(
     ref_kl_scale: float | torch.Tensor,
     trainer_mask_logprobs: Sequences | None = None,
     inference_mask_logprobs: Sequences | None = None,
+    version: str = NEWEST,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """``compute_loss`` of the versions whose loss has three components, a launch for each.
 
@@ -172,6 +175,10 @@ def compute_component_loss(
     the reference model on the tokens of their own weights, whatever the loss mask says. Each is the
     sum over its tokens, times their weights, divided by its scale. A token whose weight is 0 takes
     no part, and what it holds reaches nothing.
+
+    Args:
+        version: "2026-08" for prime-rl until then, whose ref_kl also has the squared log-ratio and
+            no cap; ``functools.partial(compute_component_loss, version="2026-08")``.
 
     Returns:
         The sum of the components, and the metrics: of rl, ``[sequences]``, 0 for a sequence without
@@ -224,7 +231,7 @@ def compute_component_loss(
     if ref_kl_weights is not None and ref_logprobs is not None:
         weights = torch.cat(list(ref_kl_weights))
         inference, ref = torch.cat(list(inference_logprobs)), torch.cat(list(ref_logprobs))
-        ref_kl = distillation(trainer, inference, ref, weights, ref_kl_scale)
+        ref_kl = distillation(trainer, inference, ref, weights, ref_kl_scale, version)
         loss = loss + ref_kl.loss
         metrics["ref_kl"] = ref_kl.metrics["teacher_kl"][None]
         for name in ("is_masked", "masked_mismatch_kl", "unmasked_mismatch_kl"):

@@ -31,28 +31,42 @@ struct MergeSequences {
 
 // Sums tokens [begin, end), of which each lane of the warp has every 32nd. Valid in lane 0; all
 // lanes must call.
-template <typename E>
-__device__ __forceinline__ SequenceSums<E> sum_span(const IpoLossArgs& args, int64_t begin,
-                                                    int64_t end, bool wants_k3) {
+template <typename E, typename Trainer, typename Inference>
+__device__ __forceinline__ SequenceSums<E> sum_span_of(const IpoLossArgs& args, int64_t begin,
+                                                       int64_t end) {
+  const auto* trainer = static_cast<const Trainer*>(args.trainer_logprobs.data) + begin;
+  const auto* inference = static_cast<const Inference*>(args.inference_logprobs.data) + begin;
+  const uint8_t* mask = args.loss_mask + begin;
+  const WantedSums wanted = wanted_by(args.sequence_rules);
+  const int count = static_cast<int>(end - begin);
   SequenceSums<E> sums = empty_sequence_sums<E>();
-  const bool wants_advantage = args.sequence_rules.only_negative;
-#pragma unroll 2
-  for (int64_t i = begin + threadIdx.x % kWarpSize; i < end; i += kWarpSize) {
-    const E x =
-        load_token<E>(args.trainer_logprobs, i, 0) - load_token<E>(args.inference_logprobs, i, 0);
-    const E advantage = wants_advantage ? load_token<E>(args.advantages, i, 0) : E(0);
-    add_to_sequence<E>(sums, x, advantage, args.loss_mask[i] != 0, wants_k3);
+#pragma unroll 4
+  for (int i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
+    const E x = convert<E>(trainer[i]) - convert<E>(inference[i]);
+    const E advantage = wanted.negative ? load_token<E>(args.advantages, begin + i, 0) : E(0);
+    add_to_sequence<E>(sums, x, advantage, mask[i] != 0, wanted);
   }
   return warp_reduce(sums, MergeSequences());
 }
 
+// The same of inputs of any dtypes, which no token has to ask for.
 template <typename E>
-__global__ void __launch_bounds__(kThreads) ipo_loss_sum_sequences(const IpoLossArgs args) {
+__device__ __forceinline__ SequenceSums<E> sum_span(const IpoLossArgs& args, int64_t begin,
+                                                    int64_t end) {
+  return dispatch_floating(args.trainer_logprobs.dtype, [&](auto trainer) {
+    return dispatch_floating(args.inference_logprobs.dtype, [&](auto inference) {
+      return sum_span_of<E, TypeOf<decltype(trainer)>, TypeOf<decltype(inference)>>(args, begin,
+                                                                                    end);
+    });
+  });
+}
+
+template <typename E>
+__global__ void __launch_bounds__(kThreads, 2) ipo_loss_sum_sequences(const IpoLossArgs args) {
   const Segments segments = judged_segments(args.segments);
   const Workspace<E> workspace(args);
   const int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarpSize;
   if (tile >= segments.num_tiles()) return;
-  const bool wants_k3 = args.sequence_rules.read_k3();
   int64_t begin = tile * segments.tile_size;
   const int64_t left = segments.tokens - begin;
   const int64_t tile_end = begin + (left < segments.tile_size ? left : segments.tile_size);
@@ -61,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) ipo_loss_sum_sequences(const IpoLoss
     const int64_t segment_end = segments.begin(segment + 1);
     const int64_t end = segment_end < tile_end ? segment_end : tile_end;
     if (end <= begin) continue;
-    const SequenceSums<E> sums = sum_span<E>(args, begin, end, wants_k3);
+    const SequenceSums<E> sums = sum_span<E>(args, begin, end);
     if (threadIdx.x % kWarpSize == 0)
       workspace.sequence_slots[Segments::slot(tile, segment)] = sums;
     begin = end;
