@@ -532,6 +532,52 @@ def test_masks_as_floats_and_truth_values_train_as_integers_do() -> None:
     assert losses(int) == losses(float) == losses(bool)
 
 
+def test_logprobs_of_whole_numbers_train_as_floats() -> None:
+    """A sampler's certain token has 0, which JSON hands over without its point."""
+
+    def losses(kind: type) -> list[float]:
+        def certain(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+            out = rollout(prompts, trainer)
+            out["logprobs"][0] = [kind(-2) for _ in out["logprobs"][0]]
+            return out
+
+        torch.manual_seed(0)
+        trainer = trainer_of(rollout_func=certain, ipo_config=BAND)
+        trainer.train()
+        return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+    assert losses(int) == losses(float)
+
+
+@pytest.mark.parametrize("value", ["-1.5", True])
+def test_logprobs_that_are_no_numbers_raise(value: object) -> None:
+    def careless(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        out = rollout(prompts, trainer)
+        out["logprobs"][1][0] = value
+        return out
+
+    with pytest.raises(TypeError, match=r"logprobs\[1\]: expected a number for each token"):
+        trainer_of(rollout_func=careless).train()
+
+
+@pytest.mark.parametrize("loss_type", AVERAGES)
+@pytest.mark.parametrize("nothing", ["masked", "not a log-probability"])
+def test_a_micro_batch_that_trains_nothing_runs_backward(loss_type: str, nothing: str) -> None:
+    def empty(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        out = rollout(prompts, trainer)
+        name, value = ("env_mask", 0) if nothing == "masked" else ("logprobs", math.nan)
+        out[name] = [[value for _ in row] for row in out[name]]
+        return out
+
+    def check(model, inputs, loss, gradients) -> None:
+        assert loss.item() == 0
+        assert not any(gradient.any() for gradient in gradients)
+
+    trainer = trainer_of(rollout_func=empty, ipo_config=BAND, loss_type=loss_type, max_steps=1)
+    assert train_with(trainer, check) == 2
+    assert trainer.state.log_history[0]["ipo/nonfinite"] == (0 if nothing == "masked" else 1)
+
+
 def test_a_teacher_raises() -> None:
     with pytest.raises(ValueError, match=r"ipo_config.teacher_tau: expected 0, got 0\.5"):
         trainer_of(ipo_config=IPOConfig(teacher_tau=0.5))
