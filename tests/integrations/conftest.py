@@ -17,7 +17,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is, and stands for 
 
 torch.set_num_threads(1)  # models this small are slower with more
 
-HOSTS = ("deepspeed", "lightning", "transformers", "trl", "verl")
+HOSTS = ("deepspeed", "lightning", "openrlhf", "swift", "transformers", "trl", "verl")
 collect_ignore = [f"test_{host}.py" for host in HOSTS if importlib.util.find_spec(host) is None]
 
 

@@ -399,6 +399,106 @@ def test_lists_of_unequal_lengths_are_refused_by_name(name: str) -> None:
             )
 
 
+def packed_loss(**columns) -> torch.Tensor:
+    """The loss of a packed micro-batch in which some fields of all are other than usual."""
+    batch = {field: split(tensor) for field, tensor in micro_batch().items()}
+    fields = {**batch, "teacher_logprobs": None, "loss_scale": 3, **columns}
+    return prime_rl.compute_loss(**fields, loss_fn=prime_rl.SequenceLoss(IPOConfig()))[0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (torch.zeros(1, 5), ValueError, r"expected shape \[tokens\], got \[1, 5\]"),
+        (torch.zeros(()), ValueError, r"expected shape \[tokens\], got \[\]"),
+        ([0.0] * 5, TypeError, r"expected a tensor \[tokens\], got list"),
+    ],
+)
+@pytest.mark.parametrize("name", ["trainer_logprobs", "advantages"])
+def test_a_sequence_that_is_no_row_of_tokens_is_refused(name, tokens, error, message) -> None:
+    with pytest.raises(error, match=rf"{name}\[0\]: {message}"):
+        packed_loss(**{name: [tokens, *split(torch.zeros(sum(LENGTHS)))[1:]]})
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_of_tokens_is_refused_by_name(scale: float) -> None:
+    with pytest.raises(ValueError, match="loss_scale: expected a number of tokens > 0"):
+        packed_loss(loss_scale=scale)
+    batch = {field: split(tensor) for field, tensor in micro_batch().items()}
+    with pytest.raises(ValueError, match="rl_scale: expected a number of tokens > 0"):
+        prime_rl.compute_component_loss(
+            **batch,
+            ref_logprobs=None,
+            rl_weights=None,
+            ce_weights=None,
+            ref_kl_weights=None,
+            rl_loss_fn=prime_rl.SequenceLoss(IPOConfig()),
+            rl_scale=scale,
+            ce_scale=1,
+            ref_kl_scale=1,
+        )
+
+
+def test_a_rank_without_tokens_runs_backward() -> None:
+    trainer = torch.empty(0, requires_grad=True)
+    nothing = {
+        "trainer_logprobs": [trainer],
+        "inference_logprobs": [torch.empty(0)],
+        "advantages": [torch.empty(0)],
+        "loss_mask": [torch.empty(0, dtype=torch.bool)],
+    }
+    loss = packed_loss(**nothing)
+    loss.backward()
+    assert loss.item() == 0
+    assert trainer.grad.shape == (0,)
+
+
+def test_an_empty_sequence_among_others_changes_nothing() -> None:
+    columns = {name: split(tensor) for name, tensor in micro_batch().items()}
+    with_empty = {name: [row[0], row[0][:0], *row[1:]] for name, row in columns.items()}
+    assert packed_loss(**with_empty).item() == packed_loss(**columns).item()
+
+
+@pytest.mark.parametrize("garbage", [0.0, float("nan"), float("-inf"), 1e30])
+def test_padding_of_any_kind_outside_of_the_mask_changes_no_bit(garbage: float) -> None:
+    batch = micro_batch()
+    weights = torch.rand(sum(LENGTHS))
+    padded = {
+        name: torch.where(batch["loss_mask"], tensor, garbage)
+        for name, tensor in {**batch, "rl_weights": weights}.items()
+        if name != "loss_mask"
+    }
+
+    def gradient_of(fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        trainer = fields["trainer_logprobs"].detach().requires_grad_()
+        loss, _ = prime_rl.compute_component_loss(
+            **{name: split(tensor) for name, tensor in fields.items() if name in batch}
+            | {"trainer_logprobs": split(trainer), "loss_mask": split(batch["loss_mask"])},
+            rl_weights=split(fields["rl_weights"]),
+            ref_logprobs=None,
+            ce_weights=None,
+            ref_kl_weights=None,
+            rl_loss_fn=prime_rl.SequenceLoss(IPOConfig()),
+            rl_scale=3,
+            ce_scale=1,
+            ref_kl_scale=1,
+        )
+        return loss, torch.autograd.grad(loss, trainer)[0]
+
+    for ours, expected in zip(
+        gradient_of(padded), gradient_of({**batch, "rl_weights": weights}), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["teacher_logprobs", "ref_logprobs"])
+def test_a_teacher_of_another_shape_is_refused_by_upstreams_name(name: str) -> None:
+    kind = LossInputs if name == "teacher_logprobs" else LaterLossInputs
+    inputs = kind(**micro_batch(), **{name: torch.zeros(3)})
+    with pytest.raises(ValueError, match=rf"^{name}: expected shape \[15\] like trainer_logprobs"):
+        prime_rl.loss_fn(inputs, teacher_tau=0.1)
+
+
 def test_no_sequence_at_all_is_refused() -> None:
     names = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
     with pytest.raises(ValueError, match="trainer_logprobs: expected at least one sequence"):

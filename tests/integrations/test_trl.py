@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import math
 import os
 import socket
@@ -18,12 +20,16 @@ import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import GRPOConfig, GRPOTrainer
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, packing
+from trl.experimental.async_grpo import async_grpo_trainer as async_module
 from trl.generation.vllm_generation import extract_logprobs
 from trl.trainer import grpo_trainer
 
 from ipo_ext import IPOConfig
 from ipo_ext.integrations.trl import IPOTrainer
+from ipo_ext.integrations.trl_async import AsyncIPOTrainer
 from tests.docs.page_blocks import blocks_of_host
+from tests.integrations import async_rollouts
 from tests.integrations.eager import token_losses
 
 SYMBOLS = ["<pad>", "<eos>", *"0123456789+="]
@@ -300,26 +306,30 @@ def trained(ranks: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]
     return trainer.model.state_dict(), trainer.state.log_history[:2]
 
 
-def train_on_a_rank(rank: int, ranks: int, port: int, result: str) -> None:
+def train_on_a_rank(rank: int, ranks: int, port: int, result: str, train: Callable) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    outcome = trained(ranks)
+    outcome = train(ranks)
     if rank == 0:
         torch.save(outcome, result)
 
 
-def test_two_ranks_train_as_one(tmp_path) -> None:
+def assert_two_ranks_train_as_one(train: Callable, folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    result = str(tmp_path / "two.pt")
-    torch.multiprocessing.spawn(train_on_a_rank, (2, port, result), nprocs=2)
-    (weights, logs), (expected, expected_logs) = torch.load(result), trained(1)
+    result = str(folder / "two.pt")
+    torch.multiprocessing.spawn(train_on_a_rank, (2, port, result, train), nprocs=2)
+    (weights, logs), (expected, expected_logs) = torch.load(result), train(1)
     torch.testing.assert_close(weights, expected)
     for log, expected_log in zip(logs, expected_logs, strict=True):
         assert 0 < log["ipo/is_masked"] < 1
         for name in (name for name in log if name.startswith("ipo/")):
             assert log[name] == pytest.approx(expected_log[name], rel=1e-4, abs=1e-6), name
+
+
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    assert_two_ranks_train_as_one(trained, tmp_path)
 
 
 def test_evaluates() -> None:
@@ -522,6 +532,52 @@ def test_masks_as_floats_and_truth_values_train_as_integers_do() -> None:
     assert losses(int) == losses(float) == losses(bool)
 
 
+def test_logprobs_of_whole_numbers_train_as_floats() -> None:
+    """A sampler's certain token has 0, which JSON hands over without its point."""
+
+    def losses(kind: type) -> list[float]:
+        def certain(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+            out = rollout(prompts, trainer)
+            out["logprobs"][0] = [kind(-2) for _ in out["logprobs"][0]]
+            return out
+
+        torch.manual_seed(0)
+        trainer = trainer_of(rollout_func=certain, ipo_config=BAND)
+        trainer.train()
+        return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+    assert losses(int) == losses(float)
+
+
+@pytest.mark.parametrize("value", ["-1.5", True])
+def test_logprobs_that_are_no_numbers_raise(value: object) -> None:
+    def careless(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        out = rollout(prompts, trainer)
+        out["logprobs"][1][0] = value
+        return out
+
+    with pytest.raises(TypeError, match=r"logprobs\[1\]: expected a number for each token"):
+        trainer_of(rollout_func=careless).train()
+
+
+@pytest.mark.parametrize("loss_type", AVERAGES)
+@pytest.mark.parametrize("nothing", ["masked", "not a log-probability"])
+def test_a_micro_batch_that_trains_nothing_runs_backward(loss_type: str, nothing: str) -> None:
+    def empty(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        out = rollout(prompts, trainer)
+        name, value = ("env_mask", 0) if nothing == "masked" else ("logprobs", math.nan)
+        out[name] = [[value for _ in row] for row in out[name]]
+        return out
+
+    def check(model, inputs, loss, gradients) -> None:
+        assert loss.item() == 0
+        assert not any(gradient.any() for gradient in gradients)
+
+    trainer = trainer_of(rollout_func=empty, ipo_config=BAND, loss_type=loss_type, max_steps=1)
+    assert train_with(trainer, check) == 2
+    assert trainer.state.log_history[0]["ipo/nonfinite"] == (0 if nothing == "masked" else 1)
+
+
 def test_a_teacher_raises() -> None:
     with pytest.raises(ValueError, match=r"ipo_config.teacher_tau: expected 0, got 0\.5"):
         trainer_of(ipo_config=IPOConfig(teacher_tau=0.5))
@@ -538,7 +594,289 @@ def test_the_guide_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr(trl, "GRPOConfig", tiny)
     monkeypatch.setattr(grpo_trainer, "VLLMGeneration", Engine)
     names = {"model": str(tmp_path / "model"), "reward_funcs": rewards, "data": PROMPTS}
-    (block,) = blocks_of_host("trl")
+    block, _ = blocks_of_host("trl")
     block.run(names)
     logs = names["trainer"].state.log_history
     assert sum("ipo/is_masked" in log for log in logs) == TINY["max_steps"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The asynchronous trainer: its queue, its packing and its loop, without vLLM and FlashAttention
+
+
+def stand_in(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(packing, "_flash_attn", lambda: async_rollouts.kernels)
+    patch.setattr(async_module, "VLLMClient", async_rollouts.Server)
+    patch.setattr(async_module, "get_peak_flops_per_device", lambda *_: None)  # asks CUDA
+
+
+@pytest.fixture
+def saved_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> str:
+    stand_in(monkeypatch)
+    policy(experts=getattr(request, "param", False)).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def rollout_samples(count: int, version: int = 1) -> list:
+    """Pairs that share a prompt; an environment's token within, one without a log-probability."""
+    samples = []
+    for i in range(count):
+        generator = torch.Generator().manual_seed(i // 2)
+        prompt = torch.randint(2, len(SYMBOLS), (3,), generator=generator).tolist()
+        length = 2 + i % 4
+        logprobs = (-1.5 - 2 * torch.rand(length)).tolist()
+        logprobs[1] = math.nan if i == 3 else logprobs[1]
+        samples.append(
+            async_rollouts.sample(
+                prompt,
+                torch.randint(2, len(SYMBOLS), (length,)).tolist(),
+                logprobs=logprobs,
+                mask=[int(n != 2) for n in range(length)],
+                advantage=1.0 - 0.7 * (i % 3),
+                group=i // 2,
+                version=version,
+            )
+        )
+    return samples
+
+
+def async_trainer_of(
+    model: str,
+    samples: list,
+    kind: type[AsyncGRPOTrainer] = AsyncIPOTrainer,
+    ipo_config: IPOConfig | None = None,
+    worker: object = None,
+    **options: object,
+) -> AsyncGRPOTrainer:
+    sizes = {name: value for name, value in TINY.items() if "eval" not in name}
+    return kind(
+        model,
+        rewards,
+        args=AsyncGRPOConfig(**sizes | {"token_budget": 0} | options),
+        train_dataset=PROMPTS,
+        rollout_worker=worker or async_rollouts.Worker(samples),
+        weight_transfer=async_rollouts.NoTransfer(),
+        **({"ipo_config": ipo_config} if ipo_config else {}),
+    )
+
+
+def train_async(trainer: AsyncGRPOTrainer, check: Callable) -> int:
+    """Trains while ``check(samples, loss, gradients)`` sees every micro-batch."""
+    compute, checked, packed = trainer.compute_loss, [], []
+    pack = async_module.DataCollatorForRollout.torch_call
+
+    def packing_what(collator, examples):
+        packed.append([s for row in examples[0] for s in row.samples])
+        return pack(collator, examples)
+
+    def checking(model, inputs, **others):
+        loss = compute(model, inputs, **others)
+        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        check(packed[len(checked)], loss, gradients)
+        checked.append(loss.item())
+        return loss
+
+    trainer.compute_loss = checking
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(async_module.DataCollatorForRollout, "torch_call", packing_what)
+        trainer.train()
+    return len(checked)
+
+
+def unpacked_terms(model: torch.nn.Module, samples: list) -> list[tuple[torch.Tensor, ...]]:
+    """Of each sample alone: log-probabilities, the engine's, advantages and the mask."""
+    terms = []
+    for item in samples:
+        tokens = torch.as_tensor(item["input_ids"])
+        logits = model(tokens[None]).logits[0, :-1] / 0.7
+        logprobs = logits.log_softmax(-1).gather(-1, tokens[1:, None]).squeeze(-1)
+        mask = torch.as_tensor(item["completion_mask"])[1:].bool()
+        sampled = torch.as_tensor(item["old_log_probs"])[1:].double()
+        terms.append((logprobs, sampled, torch.tensor(item["advantage"]).double(), mask))
+    return terms
+
+
+@pytest.mark.parametrize("token_budget", [0, 40], ids=["by count", "by tokens"])
+@pytest.mark.parametrize("rollout_min_ratio", [0.0, 0.3])
+def test_asynchronous_training_equals_eager(
+    saved_policy: str, token_budget: int, rollout_min_ratio: float
+) -> None:
+    config = IPOConfig(
+        dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.1, rollout_min_ratio=rollout_min_ratio
+    )
+    trainer = async_trainer_of(
+        saved_policy,
+        rollout_samples(60),
+        ipo_config=config,
+        token_budget=token_budget,
+        temperature=0.7,
+    )
+    twin = transformers.Qwen2ForCausalLM.from_pretrained(saved_policy).double()
+    shares = []
+
+    def check(samples: list, loss: torch.Tensor, gradients: tuple) -> None:
+        twin.load_state_dict(trainer.model.state_dict())
+        losses, tokens = [], 0
+        for logprobs, sampled, advantage, mask in unpacked_terms(twin, samples):
+            x = (logprobs - sampled).detach()
+            broken = (mask & (x < math.log(config.rollout_min_ratio or 1e-300))).any()
+            kept = mask & ~broken
+            losses.append(token_losses(logprobs, sampled, advantage, kept, config))
+            tokens += int(mask.sum())
+            shares.append((losses[-1] == 0)[mask].double().mean().item())
+        expected = torch.cat(losses).sum() / tokens / 2
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+        for ours, theirs in zip(
+            gradients, torch.autograd.grad(expected, list(twin.parameters())), strict=True
+        ):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+
+    assert train_async(trainer, check) == 6
+    assert 0 < sum(shares) / len(shares) < 1, "some tokens are to be dropped, and some kept"
+
+
+@pytest.mark.parametrize("saved_policy", [False, True], ids=["dense", "experts"], indirect=True)
+def test_asynchronously_without_a_band_on_policy_it_is_trls_own_loss(saved_policy: str) -> None:
+    """On policy TRL clips nothing: all that is left is its averaging and the experts' balance."""
+    twin = transformers.AutoModelForCausalLM.from_pretrained(saved_policy)
+    samples = rollout_samples(16)
+    for item in samples:
+        with torch.no_grad():
+            ((logprobs, *_),) = unpacked_terms(twin, [dataclasses.asdict(item)])
+        item.old_log_probs[1:] = logprobs.numpy()
+    losses = {}
+    for kind, options in ((AsyncIPOTrainer, {"ipo_config": NO_BAND}), (AsyncGRPOTrainer, {})):
+        trainer = async_trainer_of(
+            saved_policy, samples, kind, max_steps=1, temperature=0.7, **options
+        )
+        seen = losses.setdefault(kind, [])
+        train_async(trainer, lambda _, *outcome, seen=seen: seen.append(outcome))
+    for ours, theirs in zip(*losses.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_asynchronously_stale_samples_are_dropped_and_metrics_logged(saved_policy: str) -> None:
+    samples = rollout_samples(40)
+    for item in samples[::5]:
+        item.model_version = -9  # further behind than max_staleness
+    trainer = async_trainer_of(saved_policy, samples, ipo_config=BAND)
+    kept = []
+    train_async(trainer, lambda *_: kept.append(trainer._ipo_metrics))
+    logs = [log for log in trainer.state.log_history if "ipo/is_masked" in log]
+    assert len(logs) == 3
+    assert logs[0]["sample/dropped_stale_total"] > 0
+    for log, metrics in zip(logs, kept[1::2], strict=True):
+        for name, value in metrics.items():
+            assert log[f"ipo/{name}"] == pytest.approx(value.item()), name
+        assert {"entropy", "perf/fwd_bwd_s", "batch/groups_per_step"} <= set(log)
+        assert not {"ratio", "clip_ratio/low_mean"} & set(log)
+    assert trainer.rollout_worker.versions == [1, 2, 3, 4]
+
+
+def test_an_asynchronous_row_without_trained_tokens_runs_backward(saved_policy: str) -> None:
+    """TRL's own trainer raises there, of the largest of no sample."""
+    samples = rollout_samples(16)
+    for item in samples:
+        item.completion_mask[:] = 0
+    trainer = async_trainer_of(saved_policy, samples, max_steps=1)
+
+    def check(_: list, loss: torch.Tensor, gradients: tuple) -> None:
+        assert loss.item() == 0
+        assert not any(gradient.any() for gradient in gradients)
+
+    assert train_async(trainer, check) == 2
+
+
+def trained_asynchronously(
+    model: str, ranks: int
+) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch)
+        trainer = async_trainer_of(
+            model,
+            rollout_samples(48),
+            ipo_config=BAND,
+            per_device_train_batch_size=8 // ranks,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=1.0,
+        )
+        trainer.train()
+    return trainer.model.state_dict(), trainer.state.log_history[:2]
+
+
+def test_two_ranks_train_asynchronously_as_one(saved_policy: str, tmp_path: Path) -> None:
+    train = functools.partial(trained_asynchronously, saved_policy)
+    assert_two_ranks_train_as_one(train, tmp_path)
+
+
+def test_the_guide_trains_asynchronously(
+    saved_policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Worker(async_rollouts.Worker):
+        def __init__(self, **_: object) -> None:
+            super().__init__(rollout_samples(60))
+            self._loop_kwargs: dict[str, object] = {}
+
+    def tiny(**options: object) -> AsyncGRPOConfig:
+        sizes = {name: value for name, value in TINY.items() if "eval" not in name}
+        return AsyncGRPOConfig(**options | sizes | {"token_budget": 0})
+
+    monkeypatch.setattr(trl.experimental.async_grpo, "AsyncGRPOConfig", tiny)
+    monkeypatch.setattr(async_module, "AsyncRolloutWorker", Worker)
+    monkeypatch.setattr(
+        async_module, "WeightTransferClient", lambda **_: async_rollouts.NoTransfer()
+    )
+    names = {"model": saved_policy, "reward_funcs": rewards, "data": PROMPTS}
+    _, block = blocks_of_host("trl")
+    block.run(names)
+    logs = names["trainer"].state.log_history
+    assert sum("ipo/is_masked" in log for log in logs) == TINY["max_steps"]
+
+
+@pytest.mark.parametrize(("option", "value"), [("epsilon", 0.3), ("epsilon_high", 0.28)])
+def test_asynchronously_bounds_of_trl_raise(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{option}: expected the default .*, got {value}"):
+        async_trainer_of("no/such/model", [], **{option: value})
+
+
+def test_asynchronously_what_bends_the_ratio_is_named(saved_policy: str) -> None:
+    with pytest.warns(UserWarning, match=r"^top_p=0\.9: completions are drawn from another"):
+        async_trainer_of(saved_policy, [], top_p=0.9)
+
+
+def test_asynchronously_a_teacher_raises() -> None:
+    with pytest.raises(ValueError, match=r"ipo_config\.teacher_tau: expected 0, got 0\.5"):
+        async_trainer_of("no/such/model", [], ipo_config=IPOConfig(teacher_tau=0.5))
+
+
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_asynchronously_the_servers_logprobs_are_checked_before_training(
+    saved_policy: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_rollouts.Server, "logprobs_mode", mode)
+    worker = object.__new__(async_module.AsyncRolloutWorker)  # TRL's, without its process
+    worker.rollout_buffer = None
+    trainer = async_trainer_of(saved_policy, [], worker=worker)
+    if mode == "processed_logprobs":
+        trainer.get_train_dataloader()
+    else:
+        with pytest.raises(ValueError, match="expected processed_logprobs, got raw_logprobs"):
+            trainer.get_train_dataloader()
+
+
+def test_every_option_of_the_asynchronous_trainer_is_accounted_for() -> None:
+    """A new option that its loss reads is honoured or refused here before it is released."""
+    import inspect
+
+    from ipo_ext.integrations import _trl_options as options
+
+    source = inspect.getsource(AsyncGRPOTrainer.compute_loss)
+    read = {name for name in AsyncGRPOConfig.__dataclass_fields__ if f"self.{name}" in source}
+    read |= {name for name in AsyncGRPOConfig.__dataclass_fields__ if f"args.{name}" in source}
+    assert "epsilon" in read
+    assert read <= {"router_aux_loss_coef"} | set(options.NOT_HONOURED)

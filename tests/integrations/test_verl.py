@@ -296,8 +296,38 @@ def test_a_mask_of_numbers_and_garbage_outside_of_it_change_nothing() -> None:
     expected = called_with(tensors)
     for kind in (torch.float32, torch.int64):
         assert called_with(tensors | {"response_mask": mask.to(kind)}) == expected
-    garbage = torch.where(mask, tensors["old_log_prob"], torch.nan)
-    assert called_with(tensors | {"old_log_prob": garbage}) == expected
+    weights = {"rollout_is_weights": torch.ones(mask.shape)}
+    for name in ("old_log_prob", "log_prob", "advantages", "rollout_is_weights"):
+        for garbage in (torch.nan, 0.0, -torch.inf, 1e30):
+            other = torch.where(mask, (tensors | weights)[name], garbage)
+            assert called_with(tensors | {name: other}) == expected, (name, garbage)
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, torch.nan])
+def test_a_mask_that_is_neither_0_nor_1_is_refused(value: float) -> None:
+    tensors = verls_tensors()
+    mask = torch.where(tensors["response_mask"], 1, value)
+    with pytest.raises(ValueError, match="response_mask: expected 0 or 1 for each token, got"):
+        called_with(tensors | {"response_mask": mask})
+
+
+@pytest.mark.parametrize(
+    "name", ["log_prob", "old_log_prob", "advantages", "response_mask", "rollout_is_weights"]
+)
+def test_what_is_no_floating_tensor_is_refused_by_verls_name(name: str) -> None:
+    tensors = verls_tensors()
+    with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got list"):
+        called_with(tensors | {name: [0.0]})
+    if name != "response_mask":
+        whole = torch.zeros(tensors["log_prob"].shape, dtype=torch.int64)
+        with pytest.raises(
+            TypeError, match=rf"^{name}: expected a floating dtype, got torch\.int64"
+        ):
+            called_with(tensors | {name: whole})
+    if name != "log_prob":
+        differentiable = torch.zeros(tensors["log_prob"].shape, requires_grad=True)
+        with pytest.raises(ValueError, match=f"^{name}: expected a tensor that does not require"):
+            called_with(tensors | {name: differentiable})
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -401,6 +401,19 @@ def test_permuting_tokens_permutes_gradients(backend, dtypes):
     assert_sums_close(permuted.metrics, result.metrics, case)
 
 
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("padding", [1, 2000])
+def test_more_padding_changes_no_gradient_and_no_sum(backend, dtypes, padding):
+    case = nasty_case(1001, dtypes=DTYPES[dtypes], teacher=True, weights=True).to(backend.device)
+    padded = evaluate(
+        case.map_tokens(lambda tensor: torch.cat([tensor, tensor.new_zeros(padding)]))
+    )
+    result = evaluate(case)
+    assert same_bits(padded.gradient[:1001], result.gradient)
+    assert not padded.gradient[1001:].any()
+    assert_sums_close(padded.metrics, result.metrics, case)
+
+
 @pytest.mark.parametrize("segments", [None, "at-tiles"])
 @pytest.mark.parametrize("dtypes", ["fp32", "fp64"])
 def test_same_bits_whatever_the_schedule(backend, dtypes, segments):

@@ -35,15 +35,20 @@ NOT_HONOURED = {
 }
 
 
+def refuse_other_losses(args: Any) -> None:
+    """Raises ``ValueError`` for an option of another loss, of those that the config has."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if field.name in NOT_HONOURED and value != field.default:
+            raise ValueError(
+                f"{field.name}: expected the default {field.default!r}, got {value!r}: "
+                f"{NOT_HONOURED[field.name]}"
+            )
+
+
 def refuse_what_is_not_honoured(args: GRPOConfig) -> None:
     """Raises ``ValueError`` for an option that this loss would ignore or contradict."""
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    for name, why in NOT_HONOURED.items():
-        value = getattr(args, name)
-        if value != defaults[name]:
-            raise ValueError(
-                f"{name}: expected the default {defaults[name]!r}, got {value!r}: {why}"
-            )
+    refuse_other_losses(args)
     if args.loss_type not in _AVERAGES:
         raise ValueError(
             f"loss_type: expected how to average, one of {', '.join(_AVERAGES)}, got "
@@ -94,9 +99,10 @@ _CHANGES_NO_DISTRIBUTION = {  # where a completion ends, what comes with it
 }
 
 
-def warn_of_what_bends_the_ratio(args: GRPOConfig) -> None:
+def warn_of_what_bends_the_ratio(args: Any) -> None:
     """Names what makes the sampler's distribution another than the one that is trained."""
-    given = {name: getattr(args, name) for name in _SAMPLING} | (args.generation_kwargs or {})
+    given = {name: getattr(args, name, None) for name in _SAMPLING}
+    given |= getattr(args, "generation_kwargs", None) or {}
     bent = [
         f"{name}={value!r}"
         for name, value in given.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ def checked(rollout_func: Callable[..., Rollouts]) -> Callable[..., Rollouts]:
         rollouts = rollout_func(*args, **kwargs)
         if "completion_ids" in rollouts:  # else TRL itself says what is missing
             _refuse_malformed(rollouts)
+        if rollouts.get("logprobs") is not None:
+            rows = enumerate(rollouts["logprobs"])
+            rollouts = {**rollouts, "logprobs": [_as_floats(row, values) for row, values in rows]}
         return rollouts
 
     return checked_rollout_func
@@ -43,6 +47,18 @@ def _refuse_malformed(rollouts: Rollouts) -> None:
                     f"rollout_func's env_mask[{row}]: expected 0 or 1 for each token, got "
                     f"{value!r}: a mask is no weight"
                 )
+
+
+def _as_floats(row: int, values: Sequence[Any]) -> Sequence[Any]:
+    """The same values; of whole numbers alone, which JSON may make of 0.0, TRL takes the dtype."""
+    for value in values:
+        if isinstance(value, (str, bytes, bool)):
+            raise TypeError(
+                f"rollout_func's logprobs[{row}]: expected a number for each token, or None where "
+                f"it is not known, got {value!r}"
+            )
+    whole = all(isinstance(value, numbers.Integral) for value in values)
+    return [float(value) for value in values] if whole else values
 
 
 def _refuse_unequal_lengths(name: str, rows: Rows, completions: Rows, padding: str) -> None:

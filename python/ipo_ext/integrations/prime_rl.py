@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -56,7 +57,7 @@ class SequenceLoss:
             inputs.inference_logprobs,
             inputs.advantages,
             inputs.loss_mask,
-            teacher_logprobs=_first_present(inputs, _TEACHER),
+            teacher_logprobs=_teacher(inputs),
             loss_weights=getattr(inputs, "loss_weights", None),
             config=self.config,
         )
@@ -140,6 +141,7 @@ def compute_loss(
         advantages=advantages,
         loss_mask=loss_mask,
     )
+    _refuse_other_scales("loss_scale", loss_scale)
     return _packed_loss(
         trainer_logprobs,
         inference_logprobs,
@@ -213,6 +215,7 @@ def compute_component_loss(
         ce_weights=ce_weights,
         ref_kl_weights=ref_kl_weights,
     )
+    _refuse_other_scales("rl_scale", rl_scale)
     loss, metrics = _packed_loss(
         trainer_logprobs,
         inference_logprobs,
@@ -310,9 +313,17 @@ def _refuse_unknown_inputs(inputs: LossInputs) -> None:
             )
 
 
-def _first_present(inputs: LossInputs, names: tuple[str, ...]) -> torch.Tensor | None:
-    values = (getattr(inputs, name, None) for name in names)
-    return next((value for value in values if value is not None), None)
+def _teacher(inputs: LossInputs) -> torch.Tensor | None:
+    for name in _TEACHER:
+        teacher = getattr(inputs, name, None)
+        if teacher is not None and teacher.shape != inputs.trainer_logprobs.shape:
+            raise ValueError(
+                f"{name}: expected shape {list(inputs.trainer_logprobs.shape)} like "
+                f"trainer_logprobs, got {list(teacher.shape)}"
+            )
+        if teacher is not None:
+            return teacher
+    return None
 
 
 def _packed_loss(
@@ -348,16 +359,31 @@ def _packed_loss(
 
 def _refuse_unequal_lengths(trainer_logprobs: Sequences, **others: Sequences | None) -> None:
     """Packed one after another, fields of unequal lengths would be read at each other's tokens."""
-    expected = [len(tokens) for tokens in trainer_logprobs]
+    expected = _lengths("trainer_logprobs", trainer_logprobs)
     if not expected:
         raise ValueError("trainer_logprobs: expected at least one sequence, got none")
     for name, sequences in others.items():
-        lengths = expected if sequences is None else [len(tokens) for tokens in sequences]
+        lengths = expected if sequences is None else _lengths(name, sequences)
         if lengths != expected:
             raise ValueError(
                 f"{name}: expected sequences of the lengths of trainer_logprobs, {expected}, got "
                 f"{lengths}"
             )
+
+
+def _lengths(name: str, sequences: Sequences) -> list[int]:
+    for i, tokens in enumerate(sequences):
+        if not isinstance(tokens, torch.Tensor):
+            raise TypeError(f"{name}[{i}]: expected a tensor [tokens], got {type(tokens).__name__}")
+        if tokens.dim() != 1:
+            raise ValueError(f"{name}[{i}]: expected shape [tokens], got {list(tokens.shape)}")
+    return [len(tokens) for tokens in sequences]
+
+
+def _refuse_other_scales(name: str, scale: float | torch.Tensor) -> None:
+    """A number of tokens that is 0 on a rank without any is to be 1 there, as upstream has it."""
+    if not isinstance(scale, torch.Tensor) and not 0 < scale < math.inf:
+        raise ValueError(f"{name}: expected a number of tokens > 0 or a tensor, got {scale!r}")
 
 
 def _packed(sequences: Sequences | None) -> torch.Tensor | None:

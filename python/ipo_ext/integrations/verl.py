@@ -45,8 +45,8 @@ def register(ipo_config: IPOConfig = _DEFAULT, name: str = "ipo") -> None:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         _refuse_what_is_not_honoured(config)
         _check_handed_over(config.policy_loss.get("rollout_correction"))
-        _refuse_other_shapes(
-            log_prob,
+        _refuse_other_tensors(
+            log_prob=log_prob,
             old_log_prob=old_log_prob,
             advantages=advantages,
             response_mask=response_mask,
@@ -67,7 +67,9 @@ def register(ipo_config: IPOConfig = _DEFAULT, name: str = "ipo") -> None:
             normalizer=1 / mean,
             config=ipo_config,
         )
-        return out.loss, _named_as_in_verl(out.metrics)
+        metrics = _named_as_in_verl(out.metrics)  # waits for the device, so the next need not
+        _refuse_other_masks(response_mask)
+        return out.loss, metrics
 
     register_policy_loss(name)(policy_loss)
 
@@ -136,13 +138,40 @@ def _refuse_what_is_not_honoured(config: Any) -> None:
                 )
 
 
-def _refuse_other_shapes(log_prob: torch.Tensor, **others: torch.Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.shape != log_prob.shape:
+def _refuse_other_tensors(
+    *, log_prob: torch.Tensor, response_mask: torch.Tensor, **others: torch.Tensor | None
+) -> None:
+    """By verl's names, where ``ipo_loss`` would know them by its own."""
+    given = {"log_prob": log_prob, "response_mask": response_mask, **others}
+    for name, tensor in given.items():
+        if tensor is None and name == "rollout_is_weights":
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.shape != log_prob.shape:
             raise ValueError(
                 f"{name}: expected shape {list(log_prob.shape)} like log_prob, got "
                 f"{list(tensor.shape)}"
             )
+        if name != "response_mask" and not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if name != "log_prob" and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor that does not require grad, because no gradient flows "
+                f"to it; pass {name}.detach()"
+            )
+
+
+def _refuse_other_masks(response_mask: torch.Tensor) -> None:
+    """verl multiplies by the mask, so that any number there would be a weight, or a NaN."""
+    if (
+        response_mask.dtype != torch.bool
+        and not ((response_mask == 0) | (response_mask == 1)).all()
+    ):
+        raise ValueError(
+            f"response_mask: expected 0 or 1 for each token, got values from "
+            f"{response_mask.min().item()} to {response_mask.max().item()}: a mask is no weight"
+        )
 
 
 def _check_handed_over(correction: Any) -> None:
