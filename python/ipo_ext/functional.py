@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ipo_ext import _C
+from ipo_ext._numbers import logit_scaling, scalar
 from ipo_ext._ops import checks, torch_internals
 from ipo_ext._ops.arguments import (
     HeadInputs,
@@ -29,7 +29,7 @@ from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_
 from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
 from ipo_ext._ops.from_logprobs import run_ipo_loss
 from ipo_ext._optional_tensors import OptionalTensors, refuse_unknown_names, spells_out_tensors
-from ipo_ext.config import IPOConfig, is_number, to_float
+from ipo_ext.config import IPOConfig
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
 
@@ -99,7 +99,7 @@ def ipo_loss(
         inference_logprobs,
         advantages,
         loss_mask,
-        normalizer=_scalar("normalizer", normalizer, trainer_logprobs),
+        normalizer=scalar("normalizer", normalizer, trainer_logprobs),
         **tensors,
     )
     checks.check_per_token_loss(trainer_logprobs, inputs, config.teacher_tau)
@@ -128,6 +128,7 @@ def ipo_loss_from_logits(
     normalizer: float | torch.Tensor | None = None,
     inplace: bool = False,
     config: IPOConfig = _DEFAULT,
+    logit_scale: float | None = None,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss straight from the logits: the formula of ``ipo_loss``.
@@ -153,6 +154,8 @@ def ipo_loss_from_logits(
         temperature: what the logits are divided by: a float > 0, a 0-dim tensor, or a tensor
             ``[...]`` of one for each token. Default 1.
         softcap: ``c`` of ``c * tanh(logits / c)``, applied before the temperature. Default none.
+        logit_scale: what the logits are multiplied by before softcap and temperature (Cohere's
+            field of this name; 1 over Granite's ``logits_scaling``): a finite float > 0. Default 1.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
         inplace: writes the gradient over the logits, which saves as much memory as they take. They
             hold no logits afterwards, so they must come from an operation whose backward pass does
@@ -185,10 +188,10 @@ def ipo_loss_from_logits(
         inference_logprobs,
         advantages,
         loss_mask,
-        normalizer=_scalar("normalizer", normalizer, logits),
+        normalizer=scalar("normalizer", normalizer, logits),
         **tensors,
     )
-    temperature = _scalar("temperature", temperature, logits)
+    temperature = scalar("temperature", temperature, logits)
     checks.check_logits_loss(logits, labels, temperature, inputs, config.teacher_tau)
     checks.check_no_gradient(inputs, temperature)
     compute = checks.compute_dtype(logits, inference_logprobs)
@@ -197,7 +200,7 @@ def ipo_loss_from_logits(
         _check_may_be_overwritten(logits)
     if config.has_rollout_rule:
         inputs = _with_sequences(inputs)
-    scaling = LogitScaling(temperature, _softcap(softcap, logits))
+    scaling = logit_scaling(temperature, softcap, logit_scale, logits)
     settings = settings_of(config, compute)
     loss, logprobs, entropy, *rows = with_torch_errors(
         functools.partial(run_ipo_loss_from_logits, inplace=inplace),
@@ -213,6 +216,7 @@ def token_logprobs(
     *,
     temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the labels and entropies of the rows, both differentiable.
 
@@ -220,8 +224,8 @@ def token_logprobs(
     0. Rows into which no gradient flows are not read by the backward pass.
 
     Args:
-        logits, labels, temperature, softcap: as for ``ipo_loss_from_logits``, except that labels
-            are read everywhere.
+        logits, labels, temperature, softcap, logit_scale: as for ``ipo_loss_from_logits``, except
+            that labels are read everywhere.
 
     Returns:
         ``(logprobs, entropy)``, each ``[...]``, float64 for float64 logits, else float32.
@@ -230,13 +234,13 @@ def token_logprobs(
         TypeError, ValueError, IndexError, RuntimeError: as for ``ipo_loss_from_logits``; on CUDA
             what would raise an IndexError or a RuntimeError makes everything NaN.
     """
-    temperature = _scalar("temperature", temperature, logits)
+    temperature = scalar("temperature", temperature, logits)
     checks.check_logits(logits, labels, temperature)
     checks.check_no_gradient(None, temperature)
     logprobs, entropy, _ = with_torch_errors(
         run_token_logprobs,
         TokenLogprobsArguments(
-            logits, labels, LogitScaling(temperature, _softcap(softcap, logits))
+            logits, labels, logit_scaling(temperature, softcap, logit_scale, logits)
         ),
     )
     return logprobs, entropy
@@ -257,6 +261,7 @@ def ipo_loss_from_hidden(
     chunk_size: int | None = None,
     num_active: int | None = None,
     config: IPOConfig = _DEFAULT,
+    logit_scale: float | None = None,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from hidden states and the LM head's weight: the formula of ``ipo_loss``.
@@ -280,7 +285,7 @@ def ipo_loss_from_hidden(
         weight: ``[V, H]``, the LM head's weight (no bias), dtype and device of ``hidden``.
         labels: ``[...]``, int32 or int64: ``labels[t]`` is the token that ``hidden[t]`` predicts.
             Nothing is shifted here. Not read where the loss mask is false.
-        inference_logprobs, advantages, loss_mask, temperature, softcap: as for
+        inference_logprobs, advantages, loss_mask, temperature, softcap, logit_scale: as for
             ``ipo_loss_from_logits``.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
         chunk_size: rows of a chunk, at least 1. Default: the largest multiple of 128 whose logits
@@ -314,13 +319,14 @@ def ipo_loss_from_hidden(
         inference_logprobs,
         advantages,
         loss_mask,
-        normalizer=_scalar("normalizer", normalizer, hidden),
+        normalizer=scalar("normalizer", normalizer, hidden),
         **tensors,
     )
-    temperature = _scalar("temperature", temperature, hidden)
-    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap, hidden)))
+    temperature = scalar("temperature", temperature, hidden)
+    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, 0.0))
     checks.check_hidden_loss(head, inputs, config.teacher_tau)
     checks.check_no_gradient(inputs, temperature)
+    head = head._replace(scaling=logit_scaling(temperature, softcap, logit_scale, hidden))
     compute = checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
     if config.has_rollout_rule:
@@ -351,6 +357,7 @@ def linear_token_logprobs(
     temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    logit_scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``token_logprobs`` of ``hidden @ weight.T``, whose logits never exist as a whole.
 
@@ -361,7 +368,7 @@ def linear_token_logprobs(
 
     Args:
         hidden, weight, chunk_size: as for ``ipo_loss_from_hidden``.
-        labels, temperature, softcap: as for ``token_logprobs``.
+        labels, temperature, softcap, logit_scale: as for ``token_logprobs``.
 
     Returns:
         ``(logprobs, entropy)``, each ``[...]``, float64 for float64 inputs, else float32.
@@ -369,10 +376,11 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
     """
-    temperature = _scalar("temperature", temperature, hidden)
-    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap, hidden)))
+    temperature = scalar("temperature", temperature, hidden)
+    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, 0.0))
     checks.check_hidden(head)
     checks.check_no_gradient(None, temperature)
+    head = head._replace(scaling=logit_scaling(temperature, softcap, logit_scale, hidden))
     logprobs, entropy, _ = with_torch_errors(
         run_linear_token_logprobs,
         checks.product_dtype(hidden, weight),
@@ -437,63 +445,6 @@ def _metrics(
         has_rollout_rule=config.has_rollout_rule,
     )
     return metrics if inputs.cu_seqlens is cu_seqlens else metrics.total()
-
-
-def _scalar(
-    name: str, value: float | torch.Tensor | None, like: torch.Tensor
-) -> torch.Tensor | None:
-    """A number that may change every step, as a tensor."""
-    if value is None or isinstance(value, torch.Tensor):
-        return value
-    if not is_number(value):
-        raise TypeError(f"{name}: expected a float or a 0-dim tensor, got {type(value).__name__}")
-    number = to_float(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number > 0 or a tensor, got {value!r}")
-    dtype = _computed_in(like)
-    lowest, highest = _range(name, dtype)
-    if not lowest <= number <= highest:
-        raise ValueError(
-            f"{name}: expected a number from {lowest:.3g} to {highest:.3g} in {dtype}, or a "
-            f"tensor, got {value!r}"
-        )
-    if torch.compiler.is_compiling():
-        # A number that the graph computes with: as a constant, each new value would recompile.
-        return like.new_ones((), dtype=torch.float64) * value
-    return torch.scalar_tensor(number, dtype=torch.float64, device="cpu")
-
-
-def _computed_in(like: torch.Tensor) -> torch.dtype:
-    is_double = isinstance(like, torch.Tensor) and like.dtype == torch.float64
-    return torch.float64 if is_double else torch.float32
-
-
-def _range(name: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Of a number whose inverse is computed with; what a tensor holds counts as the nearer end."""
-    if name == "temperature":
-        # torch.compile (2.11) traces no bool as an index.
-        highest = _C.HIGHEST_TEMPERATURES[1 if dtype == torch.float64 else 0]
-        return 1 / highest, highest
-    return 1 / torch.finfo(dtype).max, torch.finfo(torch.float64).max
-
-
-def _softcap(softcap: float | None, like: torch.Tensor) -> float:
-    """As the operators take it: 0 for none."""
-    if softcap is None:
-        return 0.0
-    if not is_number(softcap):
-        raise TypeError(f"softcap: expected a float or None, got {type(softcap).__name__}")
-    number = to_float("softcap", softcap)
-    if not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
-    dtype = _computed_in(like)
-    lowest, highest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
-    if not lowest <= number <= highest:
-        raise ValueError(
-            f"softcap: expected a number from {lowest:.3g} to {highest:.3g}, which {dtype} holds, "
-            f"or None, got {softcap!r}"
-        )
-    return number
 
 
 def _count(name: str, value: Any, least: int) -> int | None:

@@ -65,7 +65,7 @@ class LinearIPOLoss(nn.Module):
 
     Args:
         config: bounds and taus; default ``IPOConfig()``.
-        softcap, chunk_size: as for ``ipo_loss_from_hidden``.
+        softcap, chunk_size, logit_scale: as for ``ipo_loss_from_hidden``.
     """
 
     def __init__(
@@ -74,11 +74,13 @@ class LinearIPOLoss(nn.Module):
         *,
         softcap: float | None = None,
         chunk_size: int | None = None,
+        logit_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.config = config if config is not None else IPOConfig()
         self.softcap = softcap
         self.chunk_size = chunk_size
+        self.logit_scale = logit_scale
 
     @spells_out_tensors
     def forward(
@@ -95,9 +97,10 @@ class LinearIPOLoss(nn.Module):
         normalizer: float | torch.Tensor | None = None,
         chunk_size: int | None = None,
         num_active: int | None = None,
+        logit_scale: float | None = None,
         **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput:
-        """As ``ipo_loss_from_hidden``; ``softcap`` and ``chunk_size`` are by default the module's.
+        """As ``ipo_loss_from_hidden``, with the module's own for settings that are left out.
 
         A ``LossBatch`` may stand for ``inference_logprobs`` and all that it holds.
         """
@@ -118,11 +121,15 @@ class LinearIPOLoss(nn.Module):
             softcap=self.softcap if softcap is None else softcap,
             chunk_size=self.chunk_size if chunk_size is None else chunk_size,
             num_active=num_active,
+            logit_scale=self.logit_scale if logit_scale is None else logit_scale,
             **inputs,
         )
 
     def extra_repr(self) -> str:
-        return f"{self.config}, softcap={self.softcap}, chunk_size={self.chunk_size}"
+        return (
+            f"{self.config}, softcap={self.softcap}, chunk_size={self.chunk_size}, "
+            f"logit_scale={self.logit_scale}"
+        )
 
 
 class IPOLMHead(LinearIPOLoss):
@@ -145,8 +152,8 @@ class IPOLMHead(LinearIPOLoss):
     Args:
         linear: the head, an ``nn.Linear`` without bias.
         config, chunk_size: as for ``LinearIPOLoss``.
-        softcap: as for ``LinearIPOLoss``, for the loss alone: logits without labels are never
-            capped, because a model that caps its logits does so itself, after its head.
+        softcap, logit_scale: as for ``LinearIPOLoss``, for the loss alone: logits without labels
+            are neither scaled nor capped, because a model does that itself, after its head.
 
     Raises:
         TypeError: ``linear`` is no ``nn.Linear``, runs another forward than torch's (an adapter, a
@@ -170,8 +177,9 @@ class IPOLMHead(LinearIPOLoss):
         *,
         softcap: float | None = None,
         chunk_size: int | None = None,
+        logit_scale: float | None = None,
     ) -> None:
-        super().__init__(config, softcap=softcap, chunk_size=chunk_size)
+        super().__init__(config, softcap=softcap, chunk_size=chunk_size, logit_scale=logit_scale)
         check_plain_linear(linear)
         self.weight: torch.Tensor
         if parametrize.is_parametrized(linear, "weight"):
@@ -193,11 +201,12 @@ class IPOLMHead(LinearIPOLoss):
         normalizer: float | torch.Tensor | None = None,
         chunk_size: int | None = None,
         num_active: int | None = None,
+        logit_scale: float | None = None,
         **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput | torch.Tensor:
         """``LinearIPOLoss`` over the head's own weight.
 
-        Without labels: the linear's ``[..., V]`` logits of ``hidden``, not capped.
+        Without labels: the linear's ``[..., V]`` logits of ``hidden``, neither scaled nor capped.
         """
         refuse_unknown_names(IPOLMHead.forward, tensors)
         inputs: dict[str, Any] = {
@@ -209,6 +218,7 @@ class IPOLMHead(LinearIPOLoss):
             "normalizer": normalizer,
             "chunk_size": chunk_size,
             "num_active": num_active,
+            "logit_scale": logit_scale,
             **tensors,
         }
         if labels is not None:

@@ -258,6 +258,7 @@ def ipo_loss_from_logits(
     cu_seqlens: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
+    logit_scale: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> IPOOutput:
     """As ``ipo_ext.ipo_loss_from_logits``, in eager torch, computed in ``dtype``."""
@@ -266,6 +267,7 @@ def ipo_loss_from_logits(
         labels.masked_fill(~loss_mask, _IGNORED),
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
         dtype=dtype,
     )
     loss, metrics, *_ = ipo_loss(
@@ -329,6 +331,7 @@ def token_logprobs(
     *,
     temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``ipo_ext.token_logprobs``, in eager torch and differentiable any number of times."""
@@ -336,6 +339,8 @@ def token_logprobs(
     active = labels != _IGNORED
     whole = active & ~logits.isnan().any(-1)
     z = torch.where(whole[..., None], logits, 0).to(dtype)
+    if logit_scale is not None:
+        z = logit_scale * z
     if softcap is not None:
         z = softcap * _tanh(z / softcap)
     # A row that holds NaN or +inf, or nothing but -inf, is NaN, but its gradient must stay its own.

@@ -58,6 +58,7 @@ NONFINITE = (
 NORMALIZERS = (1.0, 17.5, 1e-3, 3, 4096.0, 1e6)
 TEMPERATURES = (1.0, 0.7, 0.05, 3.0, 40.0)
 SOFTCAPS = (None, None, None, 5.0, 30.0, 0.25)
+LOGIT_SCALES = (None, None, None, 0.0625, 0.3, 4.0)
 
 
 def calls_of_batch(seed: int, batch: int) -> list[Call]:
@@ -79,6 +80,7 @@ class _Batch:
         self.dtypes = self._dtypes()
         self.config = _config(choose) if self.is_loss else DEFAULT
         self.softcap = None if self.from_logprobs else choose.choice(SOFTCAPS)
+        self.logit_scale = None if self.from_logprobs else choose.choice(LOGIT_SCALES)
         self.columns = choose.choice(WIDE) if choose.random() < 0.05 else choose.choice(COLUMNS)
         self.width = choose.choice(WIDTHS)
         self.hostile = choose.random() < 0.5  # garbage where it must not matter, and NaN where
@@ -262,6 +264,7 @@ class _Batch:
         if temperature is not None:
             self._put(arguments, "temperature", self._temperature(temperature.view(shape)))
         self._put(arguments, "softcap", self.softcap)
+        self._put(arguments, "logit_scale", self.logit_scale)
         if self.is_loss:
             self._put_loss_options(arguments, shape)
         return self._how(arguments)

@@ -144,7 +144,7 @@ def _taken_away(call: Call, name: str, choose: random.Random) -> Any:
 
 _ABSENT = object()  # what an argument becomes that is left out
 _FLOATS = (*_CONSTANT, "trainer_logprobs", "logits", "hidden", "weight")
-_NUMBERS = ("normalizer", "temperature", "softcap")
+_NUMBERS = ("normalizer", "temperature", "softcap", "logit_scale")
 _BREAKERS = (
     _Breaker("of integers", _FLOATS, _of_tensor(torch.Tensor.long), TypeError),
     _Breaker("of complex numbers", _FLOATS, _of_tensor(lambda t: t.to(torch.complex64)), TypeError),

@@ -105,6 +105,7 @@ _OPTIONS = (
     "normalizer",
     "temperature",
     "softcap",
+    "logit_scale",
     "chunk_size",
     "num_active",
     "inplace",

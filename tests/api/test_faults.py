@@ -91,6 +91,14 @@ def test_refusals_from_logits(backend: Backend) -> None:
     for softcap in ("30", True, torch.tensor(30.0)):
         with pytest.raises(TypeError, match="softcap: expected a float or None, got "):
             case.call(softcap=softcap)
+    for scale in (0.0, -0.5, math.inf, math.nan):
+        with pytest.raises(ValueError, match="logit_scale: expected a finite number > 0 or None"):
+            case.call(logit_scale=scale)
+    for scale in ("2", True):
+        with pytest.raises(TypeError, match="logit_scale: expected a float or None, got "):
+            case.call(logit_scale=scale)
+    with pytest.raises(TypeError, match=r"got Tensor; a scale that is .*: pass hidden \* logit"):
+        case.call(logit_scale=torch.tensor(2.0))
     with pytest.raises(ValueError, match="temperature: expected a tensor that does not require"):
         case.call(temperature=torch.ones(9, device=backend.device, requires_grad=True))
     with pytest.raises(ValueError, match=r"logits: expected shape \[\.\.\., vocabulary\]"):

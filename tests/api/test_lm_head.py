@@ -522,27 +522,28 @@ def test_later_values_of_the_weight_are_seen() -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# The softcap: of the loss alone
+# Scale and softcap: of the loss alone
 
 
-class CapsItsLogits(nn.Module):
-    """Ends as Gemma 2 does: the model caps what its head gives."""
+class ScalesAndCapsItsLogits(nn.Module):
+    """Ends as Cohere and Gemma 2 do: the model scales and caps what its head gives."""
 
-    def __init__(self, softcap: float) -> None:
+    def __init__(self, softcap: float, logit_scale: float) -> None:
         super().__init__()
         self.lm_head: nn.Module = plain_linear()
-        self.softcap = softcap
+        self.softcap, self.logit_scale = softcap, logit_scale
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.softcap * torch.tanh(self.lm_head(hidden) / self.softcap)
+        scaled = self.logit_scale * self.lm_head(hidden)
+        return self.softcap * torch.tanh(scaled / self.softcap)
 
 
-def test_a_model_that_caps_its_logits_caps_them_once() -> None:
+def test_a_model_that_scales_and_caps_its_logits_does_so_once() -> None:
     hidden, constants = inputs()
-    hidden, softcap = 8 * hidden, 2.0
-    model = CapsItsLogits(softcap)
+    hidden, how = 8 * hidden, {"softcap": 2.0, "logit_scale": 0.3}
+    model = ScalesAndCapsItsLogits(**how)
     logits = model(hidden)
-    model.lm_head = IPOLMHead(model.lm_head, softcap=softcap)
+    model.lm_head = IPOLMHead(model.lm_head, **how)
     torch.testing.assert_close(model(hidden), logits, rtol=0, atol=0)
     torch.testing.assert_close(
         model.lm_head(hidden, *constants).loss,
@@ -551,9 +552,10 @@ def test_a_model_that_caps_its_logits_caps_them_once() -> None:
     )
 
 
-def test_a_softcap_of_one_call_is_the_loss_alone_too() -> None:
+def test_scale_and_softcap_of_one_call_are_the_loss_alone_too() -> None:
     head = IPOLMHead(plain_linear())
     hidden, constants = inputs()
-    capped = reference.ipo_loss_from_logits(plain_linear()(hidden), *constants, softcap=0.5).loss
-    ours = head(hidden, *constants, softcap=0.5).loss
+    how = {"softcap": 0.5, "logit_scale": 2.0}
+    capped = reference.ipo_loss_from_logits(plain_linear()(hidden), *constants, **how).loss
+    ours = head(hidden, *constants, **how).loss
     torch.testing.assert_close(ours, capped, check_dtype=False)

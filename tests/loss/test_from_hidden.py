@@ -49,6 +49,7 @@ def test_matches_float64(backend: Backend, dtype: torch.dtype, how: dict[str, An
     masked=st.sampled_from([0.0, 0.5, 0.95]),
     temperature=st.sampled_from([None, 0.5, 2.5, "token"]),
     softcap=st.sampled_from([None, 3.0, 30.0]),
+    logit_scale=st.sampled_from([None, 0.0625, 1.7]),
     chunk_size=st.sampled_from([None, 1, 3, 16]),
     slack=st.sampled_from([None, 0, 1, 100]),
 )

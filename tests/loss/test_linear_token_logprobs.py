@@ -16,16 +16,16 @@ from tests.support.logits import DTYPES
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradcheck(backend: Backend, softcap: float | None) -> None:
+@pytest.mark.parametrize("logit_scale", [None, 0.6])
+def test_gradcheck(backend: Backend, logit_scale: float | None, softcap: float | None) -> None:
     hidden = torch.randn(5, 3, dtype=torch.float64, device=backend.device, requires_grad=True)
     weight = torch.randn(9, 3, dtype=torch.float64, device=backend.device, requires_grad=True)
     labels = torch.tensor([0, 8, -100, 3, 3], device=backend.device)
     temperature = torch.tensor([0.5, 1, 1, 2, 0.9], dtype=torch.float64, device=backend.device)
 
     def both(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return ipo_ext.linear_token_logprobs(
-            h, w, labels, temperature=temperature, softcap=softcap, chunk_size=2
-        )
+        how = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+        return ipo_ext.linear_token_logprobs(h, w, labels, **how, chunk_size=2)
 
     assert torch.autograd.gradcheck(both, (hidden, weight))
 

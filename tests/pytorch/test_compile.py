@@ -200,7 +200,8 @@ def test_compiled_from_logits_equals_eager(
 ) -> None:
     traced = compiled(ipo_ext.ipo_loss_from_logits)
     for rows in (5, 8):
-        options = {"temperature": 0.8, "softcap": 9.0, "normalizer": 3.0 + rows}
+        scaling = {"temperature": 0.8, "softcap": 9.0, "logit_scale": 0.7}
+        options = {**scaling, "normalizer": 3.0 + rows}
         case = logits.random_case(rows, 3 * rows, dtype, **options).to(backend.device)
         eager = evaluate(case, grad_loss=grad_loss)
         assert_same_bits(evaluate(case, traced, grad_loss=grad_loss), eager)

@@ -101,6 +101,7 @@ class _LabelledCase(Case):
     labels: torch.Tensor
     temperature: float | torch.Tensor | None = None
     softcap: float | None = None
+    logit_scale: float | None = None
 
     def from_logprobs(self, trainer_logprobs: torch.Tensor) -> LogprobsCase:
         """The same call from the log-probabilities."""

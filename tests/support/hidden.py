@@ -39,7 +39,7 @@ def random_case(
     labels = torch.randint(vocabulary, (tokens,), generator=generator).masked_fill(~mask, -100)
     if token_temperature:
         options["temperature"] = torch.rand(tokens, generator=generator) + 0.5
-    how = {name: options.get(name) for name in ("temperature", "softcap")}
+    how = {name: options.get(name) for name in ("temperature", "softcap", "logit_scale")}
     exact, _ = reference.linear_token_logprobs(hidden, weight, labels, **how, dtype=torch.float64)
     return HiddenCase(
         hidden=hidden,
@@ -117,7 +117,8 @@ def assert_accurate(case: HiddenCase, backend: Backend, grad_loss: float = 1.0, 
 
     exact = evaluate(wide, exact_loss, grad_loss=grad_loss)
     temperature = torch.as_tensor(1.0 if case.temperature is None else case.temperature).double()
-    arguments = (wide.hidden.abs() @ wide.weight.abs().t()).amax(-1) / temperature
+    scale = case.logit_scale or 1.0
+    arguments = scale * (wide.hidden.abs() @ wide.weight.abs().t()).amax(-1) / temperature
     in_float64 = case.hidden.dtype == torch.float64  # naive is exact then, and ours alone
     for name in ("logprobs", "entropy"):
         mine, theirs, truth = (getattr(e.output, name) for e in (ours, naive, exact))
