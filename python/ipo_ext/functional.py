@@ -262,27 +262,28 @@ def ipo_loss_from_hidden(
     num_active: int | None = None,
     config: IPOConfig = _DEFAULT,
     logit_scale: float | None = None,
+    bias: torch.Tensor | None = None,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from hidden states and the LM head's weight: the formula of ``ipo_loss``.
 
-    The logits ``hidden @ weight.T`` never exist as a whole. Tokens that the loss mask leaves out
-    are gathered away; of the others a chunk of rows at a time becomes logits, log-probabilities,
-    the gradient over the logits, and what that adds to the gradients of hidden states and weight:
-    three matrix products and none for tokens that do not train. The gradients are made in forward,
-    only those that are needed, and handed over in backward (with ``retain_graph=True`` copies). A
-    rollout rule (``config.rollout_min_ratio``) must see all log-probabilities first: a fourth
-    product, and without ``num_active`` a second count, so that only tokens that pay take part in
-    the others.
+    The logits ``hidden @ weight.T + bias`` never exist as a whole. Tokens that the loss mask leaves
+    out are gathered away; of the others a chunk of rows at a time becomes logits,
+    log-probabilities, the gradient over the logits, and what that adds to the gradients of hidden
+    states, weight and bias: three matrix products and none for tokens that do not train. The
+    gradients are made in forward, only those that are needed, and handed over in backward (with
+    ``retain_graph=True`` copies). A rollout rule (``config.rollout_min_ratio``) must see all
+    log-probabilities first: a fourth product, and without ``num_active`` a second count, so that
+    only tokens that pay take part in the others.
 
-    Logits are float32 (float64 for float64 inputs) whatever the dtype of ``hidden``; the weight's
-    gradient is summed in float32 and rounded once, in backward. Under ``torch.autocast`` hidden
-    states and weight are cast as ``torch.nn.functional.linear`` would; the gradient of a float32
-    weight is not rounded on its way.
+    Logits are float32 (float64 for float64 inputs) whatever the dtype of ``hidden``; the gradients
+    of weight and bias are summed in float32 and rounded once, in backward. Under
+    ``torch.autocast`` hidden states and weight are cast as ``torch.nn.functional.linear`` would;
+    the gradient of a float32 weight is not rounded on its way.
 
     Args:
         hidden: ``[..., H]``, any floating dtype.
-        weight: ``[V, H]``, the LM head's weight (no bias), dtype and device of ``hidden``.
+        weight: ``[V, H]``, the LM head's weight, dtype and device of ``hidden``.
         labels: ``[...]``, int32 or int64: ``labels[t]`` is the token that ``hidden[t]`` predicts.
             Nothing is shifted here. Not read where the loss mask is false.
         inference_logprobs, advantages, loss_mask, temperature, softcap, logit_scale: as for
@@ -295,6 +296,8 @@ def ipo_loss_from_hidden(
             loader knows. With it nothing is synchronised; without it one count is read back from a
             GPU (under CUDA graph capture all tokens are worked on instead). The closer, the less
             work.
+        bias: ``[V]``, the LM head's bias, dtype and device of ``hidden``; receives a gradient too.
+            It is added to float32 logits, under autocast as well. Default none.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
@@ -323,26 +326,25 @@ def ipo_loss_from_hidden(
         **tensors,
     )
     temperature = scalar("temperature", temperature, hidden)
-    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, 0.0))
+    head = HeadInputs(hidden, weight, bias, labels, LogitScaling(temperature, 0.0))
     checks.check_hidden_loss(head, inputs, config.teacher_tau)
     checks.check_no_gradient(inputs, temperature)
     head = head._replace(scaling=logit_scaling(temperature, softcap, logit_scale, hidden))
     compute = checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
+    needs_grad = [leaf is not None and leaf.requires_grad and with_gradient for leaf in head.leaves]
     if config.has_rollout_rule:
         inputs = _with_sequences(inputs)
     loss, logprobs, entropy, *rows = with_torch_errors(
         run_ipo_loss_from_hidden,
-        checks.product_dtype(hidden, weight),
+        checks.product_dtype(hidden, weight, bias),
         IPOLossFromHiddenArguments(
             head,
             inputs,
             settings_of(config, compute),
             _chunk_size(chunk_size, hidden, weight),
             _count("num_active", num_active, 0),
-            NeedsGrad(
-                hidden.requires_grad and with_gradient, weight.requires_grad and with_gradient
-            ),
+            NeedsGrad(*needs_grad),
         ),
     )
     metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, has_entropy=True)
@@ -358,8 +360,9 @@ def linear_token_logprobs(
     softcap: float | None = None,
     chunk_size: int | None = None,
     logit_scale: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``token_logprobs`` of ``hidden @ weight.T``, whose logits never exist as a whole.
+    """``token_logprobs`` of ``hidden @ weight.T + bias``, whose logits never exist as a whole.
 
     Both results are differentiable; the backward pass makes the logits again, a chunk at a time
     (four matrix products in all), and only for rows into which a gradient flows that is not exactly
@@ -367,7 +370,7 @@ def linear_token_logprobs(
     each pass reads one count back (under CUDA graph capture it works on all rows instead).
 
     Args:
-        hidden, weight, chunk_size: as for ``ipo_loss_from_hidden``.
+        hidden, weight, chunk_size, bias: as for ``ipo_loss_from_hidden``.
         labels, temperature, softcap, logit_scale: as for ``token_logprobs``.
 
     Returns:
@@ -377,13 +380,13 @@ def linear_token_logprobs(
         TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
     """
     temperature = scalar("temperature", temperature, hidden)
-    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, 0.0))
+    head = HeadInputs(hidden, weight, bias, labels, LogitScaling(temperature, 0.0))
     checks.check_hidden(head)
     checks.check_no_gradient(None, temperature)
     head = head._replace(scaling=logit_scaling(temperature, softcap, logit_scale, hidden))
     logprobs, entropy, _ = with_torch_errors(
         run_linear_token_logprobs,
-        checks.product_dtype(hidden, weight),
+        checks.product_dtype(hidden, weight, bias),
         LinearTokenLogprobsArguments(head, _chunk_size(chunk_size, hidden, weight)),
     )
     return logprobs, entropy

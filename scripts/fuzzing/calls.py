@@ -16,7 +16,7 @@ from ipo_ext import IPOConfig, LossBatch
 class Function(NamedTuple):
     call: Callable[..., Any]
     operands: tuple[str, ...]  # the arguments that every call gives
-    leaves: tuple[str, ...]  # those that it differentiates
+    leaves: tuple[str, ...]  # those that it differentiates, as far as they are given
 
 
 DEFAULT = IPOConfig()
@@ -29,13 +29,13 @@ FUNCTIONS = {
     "ipo_loss_from_hidden": Function(
         ipo_ext.ipo_loss_from_hidden,
         ("hidden", "weight", "labels", *_OF_LOSS),
-        ("hidden", "weight"),
+        ("hidden", "weight", "bias"),
     ),
     "token_logprobs": Function(ipo_ext.token_logprobs, ("logits", "labels"), ("logits",)),
     "linear_token_logprobs": Function(
         ipo_ext.linear_token_logprobs,
         ("hidden", "weight", "labels"),
-        ("hidden", "weight"),
+        ("hidden", "weight", "bias"),
     ),
 }
 

@@ -495,6 +495,10 @@ class _Rows:
         pairs = list(zip(self.states, self.weights, strict=True))
         self.logits = torch.cat([h @ w.t() for h, w in pairs])
         magnitude = torch.cat([(h.abs() @ w.abs().t()).amax(-1) for h, w in pairs])
+        if "bias" in arguments[0]:
+            biases = torch.stack([a["bias"].double() for a in arguments])[self.owner]
+            self.logits = self.logits + biases
+            magnitude = magnitude + biases.abs().amax(-1)
         terms = self.weights[0].shape[1]
         self.product_error = (2 + terms / 2) * self.eps * magnitude
 
@@ -729,7 +733,7 @@ def _compare_with(
 
 
 def _judge_products(rows: _Rows, i: int, made: _Made, verdicts: _Verdicts) -> None:
-    """By hidden states and weight: the products of the rounded gradient, in the compute dtype."""
+    """By what the head is made of: products of the rounded gradient, in the compute dtype."""
     unknown = made.rounded.isnan().any(-1, keepdim=True)
     # What is not finite belongs to a row without a gradient, by its NaN or by its softcap.
     states, weight = rows.states[i].nan_to_num(0.0, 0.0, 0.0), rows.weights[i]
@@ -750,6 +754,11 @@ def _judge_products(rows: _Rows, i: int, made: _Made, verdicts: _Verdicts) -> No
         budget = torch.full_like(budget, math.nan) if unknown.any() else budget
         scaled = made.scaled(budget, exact.t() @ states)
         _compare_with(verdicts, i, "grad_weight", results["weight"], *scaled)
+    if "bias" in results:
+        budget = error.sum(0) + _of_product(rows, tokens, exact.abs().sum(0))
+        budget = torch.full_like(budget, math.nan) if unknown.any() else budget
+        scaled = made.scaled(budget, exact.sum(0))
+        _compare_with(verdicts, i, "grad_bias", results["bias"], *scaled)
 
 
 def _of_product(rows: _Rows, terms: int, size: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,13 @@ def plain_linear() -> nn.Linear:
     return nn.Linear(WIDTH, VOCABULARY, bias=False)
 
 
+def linear_with_bias() -> nn.Linear:
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, VOCABULARY)
+    nn.init.normal_(linear.bias)
+    return linear
+
+
 def inputs() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Hidden states; labels, inference log-probabilities of a plain linear, advantages, mask."""
     generator = torch.Generator().manual_seed(1)
@@ -72,6 +79,30 @@ def assert_stands_in(head: nn.Module, linear: nn.Module, steps: int = 2) -> None
 def assert_near(ours: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal but for the rounding of sums in another order, in fp32."""
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------
+# A bias is the linear's own
+
+
+def test_a_head_with_a_bias() -> None:
+    linear = linear_with_bias()
+    head = IPOLMHead(linear)
+    assert head.bias is linear.bias
+    assert_stands_in(copy.deepcopy(head), copy.deepcopy(linear))
+    linear.bias.requires_grad_(False)
+    hidden, constants = inputs()
+    head(hidden, *constants).loss.backward()
+    assert linear.weight.grad is not None
+    assert linear.bias.grad is None
+
+
+def test_a_parametrized_bias_is_evaluated_in_each_call() -> None:
+    linear = linear_with_bias()
+    scale_weight(linear)
+    parametrize.register_parametrization(linear, "bias", Scale(0.5))
+    twin = copy.deepcopy(linear)
+    assert_stands_in(IPOLMHead(linear), twin)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -179,6 +210,11 @@ def weight_as(kind: Callable[[torch.Tensor], Any]) -> Linear:
         return linear
 
     return build
+
+
+def replace_bias(linear: nn.Linear, kind: Callable[[torch.Tensor], Any]) -> None:
+    del linear.bias
+    linear.bias = kind(torch.zeros(VOCABULARY))
 
 
 class Quantized(torch.Tensor):
@@ -341,10 +377,21 @@ REFUSED: dict[str, tuple[Linear, type[Exception], str]] = {
         ValueError,
         r"linear\.weight: expected a parameter of the linear, got builtins\.NoneType",
     ),
-    "bias": (
-        lambda: nn.Linear(WIDTH, VOCABULARY),
+    "bias that is no parameter": (
+        changed(lambda linear: replace_bias(linear, nn.Buffer)),
         ValueError,
-        r"linear: expected an nn\.Linear without bias, got torch\.nn\.modules\.linear\.Linear\(",
+        r"linear\.bias: expected a parameter of the linear, got torch\..* that is none in .*"
+        r"make it an nn\.Parameter",
+    ),
+    "quantized bias": (
+        changed(
+            lambda linear: replace_bias(
+                linear, lambda bias: nn.Parameter(bias.as_subclass(Quantized))
+            )
+        ),
+        TypeError,
+        r"linear\.bias: expected a plain nn\.Parameter, "
+        r"got tests\.api\.test_lm_head\.Quantized in .*Linear\(",
     ),
 }
 
