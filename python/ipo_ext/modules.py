@@ -156,6 +156,7 @@ class IPOLMHead(LinearIPOLoss):
         config, chunk_size: as for ``LinearIPOLoss``.
         softcap, logit_scale: as for ``LinearIPOLoss``, for the loss alone: logits without labels
             are neither scaled nor capped, because a model does that itself, after its head.
+            docs/models.md says which models of transformers need which.
 
     Raises:
         TypeError: ``linear`` is no ``nn.Linear``, runs another forward than torch's (an adapter, a

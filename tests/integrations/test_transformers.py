@@ -1,16 +1,34 @@
-"""transformers' Trainer in bf16, with a model that gives an ``IPOOutput``."""
+"""transformers: its Trainer in bf16, and what its models do around their heads."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    Cohere2ForCausalLM,
+    Gemma2ForCausalLM,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import nested_concat, nested_detach
 
 from ipo_ext import IPOMetrics, IPOOutput, LossBatch
 from tests.support.host_casts import Policy, inputs
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from models import heads
+
+# -------------------------------------------------------------------------------------------------
+# The Trainer
 
 
 class NamedInputs(Policy):
@@ -100,3 +118,64 @@ def test_nested_functions() -> None:
     assert metrics is output.metrics
     with pytest.raises(TypeError, match=r"Unsupported type for concatenation: .*IPOMetrics"):
         nested_concat(metrics, metrics)
+
+
+# -------------------------------------------------------------------------------------------------
+# What models do around their heads: a sample; scripts/model_matrix.py runs all
+
+
+class Unnamed(LlamaForCausalLM):
+    """Multiplies its logits by a number that no setting holds."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        output = super().forward(*args, **options)
+        output.logits = 0.7 * output.logits
+        return output
+
+
+class Clamps(LlamaForCausalLM):
+    def forward(self, *args: Any, **options: Any) -> Any:
+        output = super().forward(*args, **options)
+        output.logits = output.logits.clamp(-1, 1)
+        return output
+
+
+class ScaledConfig(LlamaConfig):
+    output_multiplier: float | None = 1.0
+
+
+class ScaledByASetting(LlamaForCausalLM):
+    """Whose default is 1, and shows nothing."""
+
+    config_class = ScaledConfig
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        output = super().forward(*args, **options)
+        output.logits = self.config.output_multiplier * output.logits
+        return output
+
+
+SAMPLE: dict[type[PreTrainedModel], tuple[str, str, bool]] = {
+    LlamaForCausalLM: (heads.WORKS, "", False),
+    PhiForCausalLM: (heads.WORKS, "", True),
+    Cohere2ForCausalLM: (heads.WITH_ARGUMENT, "logit_scale=config.logit_scale", False),
+    GraniteForCausalLM: (heads.WITH_ARGUMENT, "logit_scale=1 / config.logits_scaling", False),
+    Gemma2ForCausalLM: (heads.WITH_ARGUMENT, "softcap=config.final_logit_softcapping", False),
+    ScaledByASetting: (heads.WITH_ARGUMENT, "logit_scale=config.output_multiplier", False),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLE, ids=lambda kind: kind.__name__)
+def test_a_head_is_read_as_its_model_means_it(kind: type[PreTrainedModel]) -> None:
+    outcome = heads.examine(kind)
+    assert (outcome.verdict, outcome.arguments, outcome.has_bias) == SAMPLE[kind], outcome.note
+    assert outcome.hidden == heads.AS_THEY_ARE
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [(Unnamed, "a number that is no setting"), (Clamps, "no scaled or capped")]
+)
+def test_what_no_argument_says_is_refused(kind: type[PreTrainedModel], why: str) -> None:
+    outcome = heads.examine(kind)
+    assert outcome.verdict == heads.REFUSED
+    assert why in outcome.note
