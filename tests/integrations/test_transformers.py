@@ -1,4 +1,4 @@
-"""transformers: its Trainer in bf16, and what its models do around their heads."""
+"""transformers: its Trainer in bf16, heads in the place of its models' own, and what they mean."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from torch import nn
 from transformers import (
     Cohere2ForCausalLM,
     Gemma2ForCausalLM,
@@ -21,11 +23,11 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import nested_concat, nested_detach
 
-from ipo_ext import IPOMetrics, IPOOutput, LossBatch
+from ipo_ext import IPOLMHead, IPOMetrics, IPOOutput, LossBatch, reference
 from tests.support.host_casts import Policy, inputs
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from models import heads
+from models import heads, tiny
 
 # -------------------------------------------------------------------------------------------------
 # The Trainer
@@ -118,6 +120,115 @@ def test_nested_functions() -> None:
     assert metrics is output.metrics
     with pytest.raises(TypeError, match=r"Unsupported type for concatenation: .*IPOMetrics"):
         nested_concat(metrics, metrics)
+
+
+# -------------------------------------------------------------------------------------------------
+# A head in the place of a model's own
+
+
+def model_with_our_head(*, tied: bool) -> LlamaForCausalLM:
+    model: Any = tiny.tiny_model(LlamaForCausalLM, tie_word_embeddings=tied)
+    model.lm_head = IPOLMHead(model.lm_head)
+    return model
+
+
+def shares_its_embedding(model: Any) -> bool:
+    return model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def constants_of(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Labels, inference log-probabilities of which some are far off, advantages, mask."""
+    tokens = tiny.tokens()
+    numbers = torch.linspace(-3, 3, tokens.numel()).view(tokens.shape)
+    logprobs = logits.detach().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    return tokens, logprobs + numbers, numbers, torch.ones_like(tokens, dtype=torch.bool)
+
+
+def loss_of(model: Any) -> torch.Tensor:
+    hidden = model.model(tiny.tokens()).last_hidden_state
+    loss: torch.Tensor = model.lm_head(hidden, *constants_of(model(tiny.tokens()).logits)).loss
+    return loss
+
+
+def assert_its_loss_is_that_of_its_logits(model: Any) -> None:
+    logits = model(tiny.tokens()).logits
+    constants = constants_of(logits)
+    ours = loss_of(model)
+    expected = reference.ipo_loss_from_logits(logits, *constants).loss
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_with_our_head_is_saved_and_loaded(tmp_path: Path, *, tied: bool) -> None:
+    model = model_with_our_head(tied=tied)
+    assert shares_its_embedding(model) == tied
+    assert_its_loss_is_that_of_its_logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded.lm_head) is nn.Linear
+    assert shares_its_embedding(loaded) == tied
+    assert torch.equal(loaded(tiny.tokens()).logits, model(tiny.tokens()).logits)
+
+
+def test_a_tied_head_follows_its_embedding_when_that_is_resized() -> None:
+    model = model_with_our_head(tied=True)
+    model.resize_token_embeddings(tiny.VOCABULARY + 8)
+    assert type(model.lm_head) is IPOLMHead
+    assert model.lm_head.weight.shape[0] == tiny.VOCABULARY + 8
+    assert shares_its_embedding(model)
+    assert_its_loss_is_that_of_its_logits(model)
+
+
+def test_a_head_of_its_own_is_resized_before_ours_takes_its_place() -> None:
+    model = model_with_our_head(tied=False)
+    with pytest.raises(TypeError, match=r"language model head is of type .*IPOLMHead.*not an inst"):
+        model.resize_token_embeddings(tiny.VOCABULARY + 8)
+    model = tiny.tiny_model(LlamaForCausalLM, tie_word_embeddings=False)
+    model.resize_token_embeddings(tiny.VOCABULARY + 8)
+    model.lm_head = IPOLMHead(model.lm_head)
+    assert model.lm_head.weight.shape[0] == tiny.VOCABULARY + 8
+    assert_its_loss_is_that_of_its_logits(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_of_other_layers_train_beside_our_head(*, tied: bool) -> None:
+    model = model_with_our_head(tied=tied)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    assert type(model.lm_head) is IPOLMHead
+    assert not model.lm_head.weight.requires_grad
+    loss_of(model).backward()
+    assert model.lm_head.weight.grad is None
+    trained = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert trained
+    assert all(p.grad.any() for p in trained)
+
+
+def test_a_head_that_peft_trains_as_a_whole_stays_ours() -> None:
+    model = model_with_our_head(tied=False)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], r=2)
+    peft.get_peft_model(model, config)
+    loss_of(model).backward()
+    assert model.lm_head.modules_to_save["default"].weight.grad.any()
+    assert model.lm_head.original_module.weight.grad is None
+
+
+def test_an_adapter_on_our_head_is_refused() -> None:
+    config = peft.LoraConfig(target_modules=["lm_head"], r=2)
+    with pytest.raises(ValueError, match=r"Target module IPOLMHead\(.*is not supported"):
+        peft.get_peft_model(model_with_our_head(tied=False), config)
+
+
+@pytest.mark.parametrize(
+    "how", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+def test_our_head_on_an_adapted_one_is_refused(how: dict[str, Any]) -> None:
+    model = tiny.tiny_model(LlamaForCausalLM, tie_word_embeddings=False)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"], **how}))
+    with pytest.raises(TypeError, match=r"linear: .* got peft\..*merge its adapter"):
+        IPOLMHead(model.lm_head)
+    merged: Any = adapted.merge_and_unload()
+    merged.lm_head = IPOLMHead(merged.lm_head)
+    assert_its_loss_is_that_of_its_logits(merged)
 
 
 # -------------------------------------------------------------------------------------------------
