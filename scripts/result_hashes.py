@@ -165,6 +165,12 @@ class Call:
 
     needs_grad_hidden = needs_grad_weight = with_gradient
 
+    def bias(self) -> None:
+        return None
+
+    def needs_grad_bias(self) -> bool:
+        return False
+
     def normalized(self) -> bool:  # of older commits
         return True
 

@@ -12,13 +12,15 @@ from ipo_ext._ops import torch_internals
 # Taken at import, so that a class-wide replacement that comes later is seen as well.
 _LINEAR_FORWARD = nn.Linear.forward
 
+PARAMETERS = ("weight", "bias")  # of a linear, the latter perhaps None
+
 _INSTEAD = "or use ipo_loss_from_logits on its output"
 
 
 def check_plain_linear(linear: object) -> None:
-    """Raises unless ``linear(hidden)`` is ``F.linear(hidden, linear.weight)`` and nothing else.
+    """Raises unless a call is ``F.linear(hidden, linear.weight, linear.bias)`` and nothing else.
 
-    A parametrized weight is accepted: ``linear.weight`` is then what the parametrization makes of
+    What is parametrized is accepted: ``linear.weight`` is then what the parametrization makes of
     its own parameters. Global hooks are no hindrance: they run for whatever module is called.
     """
     if not isinstance(linear, nn.Linear):
@@ -27,16 +29,12 @@ def check_plain_linear(linear: object) -> None:
             f"else; {_remedy(linear)}, {_INSTEAD}"
         )
     _check_own_forward(linear)
-    if not is_parametrized(linear, "weight"):
-        _check_type_of_weight(linear)
+    plain = [name for name in PARAMETERS if not is_parametrized(linear, name)]
+    for name in plain:
+        _check_type(linear, name)
     _check_no_hooks(linear)
-    if not is_parametrized(linear, "weight"):
-        _check_weight_is_a_parameter(linear)
-    if linear.bias is not None:
-        raise ValueError(
-            f"linear: expected an nn.Linear without bias, got {_described(linear)}: the loss from "
-            "hidden states has no place for one"
-        )
+    for name in plain:
+        _check_is_a_parameter(linear, name)
 
 
 def _check_own_forward(linear: nn.Linear) -> None:
@@ -55,18 +53,18 @@ def _check_own_forward(linear: nn.Linear) -> None:
             )
 
 
-def _check_type_of_weight(linear: nn.Linear) -> None:
+def _check_type(linear: nn.Linear, name: str) -> None:
     """Raises for a tensor subclass, which computes a product of its own or is no whole matrix."""
-    weight = torch_internals.own_parameter(linear, "weight")
-    if weight is None or type(weight) is nn.Parameter or torch_internals.is_fake(weight):
+    own = torch_internals.own_parameter(linear, name)
+    if own is None or type(own) is nn.Parameter or torch_internals.is_fake(own):
         return
     remedies = {
         "DTensor": "make the head before fully_shard or parallelize_module, and shard the head",
         "UninitializedParameter": "call the model once first, which initializes it",
     }
-    remedy = remedies.get(type(weight).__name__, f"convert it to a plain tensor, {_INSTEAD}")
+    remedy = remedies.get(type(own).__name__, f"convert it to a plain tensor, {_INSTEAD}")
     raise TypeError(
-        f"linear.weight: expected a plain nn.Parameter, got {_full_name(weight)} in "
+        f"linear.{name}: expected a plain nn.Parameter, got {_full_name(own)} in "
         f"{_described(linear)}; {remedy}"
     )
 
@@ -81,11 +79,11 @@ def _check_no_hooks(linear: nn.Linear) -> None:
         )
 
 
-def _check_weight_is_a_parameter(linear: nn.Linear) -> None:
-    own = torch_internals.own_parameter(linear, "weight")
-    if own is not linear.weight or own is None:
+def _check_is_a_parameter(linear: nn.Linear, name: str) -> None:
+    own, used = torch_internals.own_parameter(linear, name), getattr(linear, name)
+    if own is not used or (own is None and name == "weight"):
         raise ValueError(
-            f"linear.weight: expected a parameter of the linear, got {_full_name(linear.weight)} "
+            f"linear.{name}: expected a parameter of the linear, got {_full_name(used)} "
             f"that is none in {_described(linear)}: a buffer, a view or an attribute, which the "
             "head would not keep; make it an nn.Parameter, or make the head before a wrapper "
             "takes the parameter away"

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ipo_ext import _C
-from ipo_ext._numbers import is_number, to_float
+from ipo_ext._number_arguments import logit_scaling, scalar
 from ipo_ext._ops import checks, torch_internals
 from ipo_ext._ops.arguments import (
     HeadInputs,
@@ -100,7 +99,7 @@ def ipo_loss(
         inference_logprobs,
         advantages,
         loss_mask,
-        normalizer=_scalar("normalizer", normalizer, trainer_logprobs),
+        normalizer=scalar("normalizer", normalizer, trainer_logprobs),
         **tensors,
     )
     checks.check_per_token_loss(trainer_logprobs, inputs, config.teacher_tau)
@@ -129,6 +128,7 @@ def ipo_loss_from_logits(
     normalizer: float | torch.Tensor | None = None,
     inplace: bool = False,
     config: IPOConfig = _DEFAULT,
+    logit_scale: float | None = None,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss straight from the logits: the formula of ``ipo_loss``.
@@ -154,6 +154,8 @@ def ipo_loss_from_logits(
         temperature: what the logits are divided by: a float > 0, a 0-dim tensor, or a tensor
             ``[...]`` of one for each token. Default 1.
         softcap: ``c`` of ``c * tanh(logits / c)``, applied before the temperature. Default none.
+        logit_scale: what the logits are multiplied by before softcap and temperature (Cohere's
+            field of this name; 1 over Granite's ``logits_scaling``): a finite float > 0. Default 1.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
         inplace: writes the gradient over the logits, which saves as much memory as they take. They
             hold no logits afterwards, so they must come from an operation whose backward pass does
@@ -186,10 +188,10 @@ def ipo_loss_from_logits(
         inference_logprobs,
         advantages,
         loss_mask,
-        normalizer=_scalar("normalizer", normalizer, logits),
+        normalizer=scalar("normalizer", normalizer, logits),
         **tensors,
     )
-    temperature = _scalar("temperature", temperature, logits)
+    temperature = scalar("temperature", temperature, logits)
     checks.check_logits_loss(logits, labels, temperature, inputs, config.teacher_tau)
     checks.check_no_gradient(inputs, temperature)
     compute = checks.compute_dtype(logits, inference_logprobs)
@@ -198,7 +200,7 @@ def ipo_loss_from_logits(
         _check_may_be_overwritten(logits)
     if config.judges_sequences:
         inputs = _with_sequences(inputs)
-    scaling = LogitScaling(temperature, _softcap(softcap, logits))
+    scaling = logit_scaling(temperature, softcap, logit_scale, logits)
     settings = settings_of(config, compute)
     loss, logprobs, entropy, *rows = with_torch_errors(
         functools.partial(run_ipo_loss_from_logits, inplace=inplace),
@@ -214,6 +216,7 @@ def token_logprobs(
     *,
     temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the labels and entropies of the rows, both differentiable.
 
@@ -221,8 +224,8 @@ def token_logprobs(
     0. Rows into which no gradient flows are not read by the backward pass.
 
     Args:
-        logits, labels, temperature, softcap: as for ``ipo_loss_from_logits``, except that labels
-            are read everywhere.
+        logits, labels, temperature, softcap, logit_scale: as for ``ipo_loss_from_logits``, except
+            that labels are read everywhere.
 
     Returns:
         ``(logprobs, entropy)``, each ``[...]``, float64 for float64 logits, else float32.
@@ -231,13 +234,13 @@ def token_logprobs(
         TypeError, ValueError, IndexError, RuntimeError: as for ``ipo_loss_from_logits``; on CUDA
             what would raise an IndexError or a RuntimeError makes everything NaN.
     """
-    temperature = _scalar("temperature", temperature, logits)
+    temperature = scalar("temperature", temperature, logits)
     checks.check_logits(logits, labels, temperature)
     checks.check_no_gradient(None, temperature)
     logprobs, entropy, _ = with_torch_errors(
         run_token_logprobs,
         TokenLogprobsArguments(
-            logits, labels, LogitScaling(temperature, _softcap(softcap, logits))
+            logits, labels, logit_scaling(temperature, softcap, logit_scale, logits)
         ),
     )
     return logprobs, entropy
@@ -258,30 +261,32 @@ def ipo_loss_from_hidden(
     chunk_size: int | None = None,
     num_active: int | None = None,
     config: IPOConfig = _DEFAULT,
+    logit_scale: float | None = None,
+    bias: torch.Tensor | None = None,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from hidden states and the LM head's weight: the formula of ``ipo_loss``.
 
-    The logits ``hidden @ weight.T`` never exist as a whole. Tokens that the loss mask leaves out
-    are gathered away; of the others a chunk of rows at a time becomes logits, log-probabilities,
-    the gradient over the logits, and what that adds to the gradients of hidden states and weight:
-    three matrix products and none for tokens that do not train. The gradients are made in forward,
-    only those that are needed, and handed over in backward (with ``retain_graph=True`` copies).
-    Where ``config`` judges whole sequences it must see all log-probabilities first: a fourth
-    product, and without ``num_active`` a second count, so that only tokens that pay take part in
-    the others.
+    The logits ``hidden @ weight.T + bias`` never exist as a whole. Tokens that the loss mask leaves
+    out are gathered away; of the others a chunk of rows at a time becomes logits,
+    log-probabilities, the gradient over the logits, and what that adds to the gradients of hidden
+    states, weight and bias: three matrix products and none for tokens that do not train. The
+    gradients are made in forward, only those that are needed, and handed over in backward (with
+    ``retain_graph=True`` copies). Where ``config`` judges whole sequences it must see all
+    log-probabilities first: a fourth product, and without ``num_active`` a second count, so that
+    only tokens that pay take part in the others.
 
-    Logits are float32 (float64 for float64 inputs) whatever the dtype of ``hidden``; the weight's
-    gradient is summed in float32 and rounded once, in backward. Under ``torch.autocast`` hidden
-    states and weight are cast as ``torch.nn.functional.linear`` would; the gradient of a float32
-    weight is not rounded on its way.
+    Logits are float32 (float64 for float64 inputs) whatever the dtype of ``hidden``; the gradients
+    of weight and bias are summed in float32 and rounded once, in backward. Under
+    ``torch.autocast`` hidden states and weight are cast as ``torch.nn.functional.linear`` would;
+    the gradient of a float32 weight is not rounded on its way.
 
     Args:
         hidden: ``[..., H]``, any floating dtype.
-        weight: ``[V, H]``, the LM head's weight (no bias), dtype and device of ``hidden``.
+        weight: ``[V, H]``, the LM head's weight, dtype and device of ``hidden``.
         labels: ``[...]``, int32 or int64: ``labels[t]`` is the token that ``hidden[t]`` predicts.
             Nothing is shifted here. Not read where the loss mask is false.
-        inference_logprobs, advantages, loss_mask, temperature, softcap: as for
+        inference_logprobs, advantages, loss_mask, temperature, softcap, logit_scale: as for
             ``ipo_loss_from_logits``.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
         chunk_size: rows of a chunk, at least 1. Default: the largest multiple of 128 whose logits
@@ -291,6 +296,8 @@ def ipo_loss_from_hidden(
             loader knows. With it nothing is synchronised; without it one count is read back from a
             GPU (under CUDA graph capture all tokens are worked on instead). The closer, the less
             work.
+        bias: ``[V]``, the LM head's bias, dtype and device of ``hidden``; receives a gradient too.
+            It is added to float32 logits, under autocast as well. Default none.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
@@ -315,29 +322,29 @@ def ipo_loss_from_hidden(
         inference_logprobs,
         advantages,
         loss_mask,
-        normalizer=_scalar("normalizer", normalizer, hidden),
+        normalizer=scalar("normalizer", normalizer, hidden),
         **tensors,
     )
-    temperature = _scalar("temperature", temperature, hidden)
-    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap, hidden)))
+    temperature = scalar("temperature", temperature, hidden)
+    head = HeadInputs(hidden, weight, bias, labels, LogitScaling(temperature, 0.0))
     checks.check_hidden_loss(head, inputs, config.teacher_tau)
     checks.check_no_gradient(inputs, temperature)
+    head = head._replace(scaling=logit_scaling(temperature, softcap, logit_scale, hidden))
     compute = checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
+    needs_grad = [leaf is not None and leaf.requires_grad and with_gradient for leaf in head.leaves]
     if config.judges_sequences:
         inputs = _with_sequences(inputs)
     loss, logprobs, entropy, *rows = with_torch_errors(
         run_ipo_loss_from_hidden,
-        checks.product_dtype(hidden, weight),
+        checks.product_dtype(hidden, weight, bias),
         IPOLossFromHiddenArguments(
             head,
             inputs,
             settings_of(config, compute),
             _chunk_size(chunk_size, hidden, weight),
             _count("num_active", num_active, 0),
-            NeedsGrad(
-                hidden.requires_grad and with_gradient, weight.requires_grad and with_gradient
-            ),
+            NeedsGrad(*needs_grad),
         ),
     )
     metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, has_entropy=True)
@@ -352,8 +359,10 @@ def linear_token_logprobs(
     temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    logit_scale: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``token_logprobs`` of ``hidden @ weight.T``, whose logits never exist as a whole.
+    """``token_logprobs`` of ``hidden @ weight.T + bias``, whose logits never exist as a whole.
 
     Both results are differentiable; the backward pass makes the logits again, a chunk at a time
     (four matrix products in all), and only for rows into which a gradient flows that is not exactly
@@ -361,8 +370,8 @@ def linear_token_logprobs(
     each pass reads one count back (under CUDA graph capture it works on all rows instead).
 
     Args:
-        hidden, weight, chunk_size: as for ``ipo_loss_from_hidden``.
-        labels, temperature, softcap: as for ``token_logprobs``.
+        hidden, weight, chunk_size, bias: as for ``ipo_loss_from_hidden``.
+        labels, temperature, softcap, logit_scale: as for ``token_logprobs``.
 
     Returns:
         ``(logprobs, entropy)``, each ``[...]``, float64 for float64 inputs, else float32.
@@ -370,13 +379,14 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
     """
-    temperature = _scalar("temperature", temperature, hidden)
-    head = HeadInputs(hidden, weight, labels, LogitScaling(temperature, _softcap(softcap, hidden)))
+    temperature = scalar("temperature", temperature, hidden)
+    head = HeadInputs(hidden, weight, bias, labels, LogitScaling(temperature, 0.0))
     checks.check_hidden(head)
     checks.check_no_gradient(None, temperature)
+    head = head._replace(scaling=logit_scaling(temperature, softcap, logit_scale, hidden))
     logprobs, entropy, _ = with_torch_errors(
         run_linear_token_logprobs,
-        checks.product_dtype(hidden, weight),
+        checks.product_dtype(hidden, weight, bias),
         LinearTokenLogprobsArguments(head, _chunk_size(chunk_size, hidden, weight)),
     )
     return logprobs, entropy
@@ -441,63 +451,6 @@ def _metrics(
         has_cap=config.ratio_cap is not None,
     )
     return metrics if inputs.cu_seqlens is cu_seqlens else metrics.total()
-
-
-def _scalar(
-    name: str, value: float | torch.Tensor | None, like: torch.Tensor
-) -> torch.Tensor | None:
-    """A number that may change every step, as a tensor."""
-    if value is None or isinstance(value, torch.Tensor):
-        return value
-    if not is_number(value):
-        raise TypeError(f"{name}: expected a float or a 0-dim tensor, got {type(value).__name__}")
-    number = to_float(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number > 0 or a tensor, got {value!r}")
-    dtype = _computed_in(like)
-    lowest, highest = _range(name, dtype)
-    if not lowest <= number <= highest:
-        raise ValueError(
-            f"{name}: expected a number from {lowest:.3g} to {highest:.3g} in {dtype}, or a "
-            f"tensor, got {value!r}"
-        )
-    if torch.compiler.is_compiling():
-        # A number that the graph computes with: as a constant, each new value would recompile.
-        return like.new_ones((), dtype=torch.float64) * value
-    return torch.scalar_tensor(number, dtype=torch.float64, device="cpu")
-
-
-def _computed_in(like: torch.Tensor) -> torch.dtype:
-    is_double = isinstance(like, torch.Tensor) and like.dtype == torch.float64
-    return torch.float64 if is_double else torch.float32
-
-
-def _range(name: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Of a number whose inverse is computed with; what a tensor holds counts as the nearer end."""
-    if name == "temperature":
-        # torch.compile (2.11) traces no bool as an index.
-        highest = _C.HIGHEST_TEMPERATURES[1 if dtype == torch.float64 else 0]
-        return 1 / highest, highest
-    return 1 / torch.finfo(dtype).max, torch.finfo(torch.float64).max
-
-
-def _softcap(softcap: float | None, like: torch.Tensor) -> float:
-    """As the operators take it: 0 for none."""
-    if softcap is None:
-        return 0.0
-    if not is_number(softcap):
-        raise TypeError(f"softcap: expected a float or None, got {type(softcap).__name__}")
-    number = to_float("softcap", softcap)
-    if not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
-    dtype = _computed_in(like)
-    lowest, highest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
-    if not lowest <= number <= highest:
-        raise ValueError(
-            f"softcap: expected a number from {lowest:.3g} to {highest:.3g}, which {dtype} holds, "
-            f"or None, got {softcap!r}"
-        )
-    return number
 
 
 def _count(name: str, value: Any, least: int) -> int | None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ipo_ext._optional_tensors import OptionalTensors, refuse_unknown_names, spells_out_tensors
-from ipo_ext._plain_linear import check_plain_linear
+from ipo_ext._plain_linear import PARAMETERS, check_plain_linear
 from ipo_ext.batch import LossBatch, inputs_of_loss
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss, ipo_loss_from_hidden
@@ -61,11 +61,11 @@ class IPOLoss(nn.Module):
 
 
 class LinearIPOLoss(nn.Module):
-    """``ipo_loss_from_hidden`` with its settings; without parameters: the weight is an argument.
+    """``ipo_loss_from_hidden`` with its settings; without parameters: the head's are arguments.
 
     Args:
         config: bounds and taus; default ``IPOConfig()``.
-        softcap, chunk_size: as for ``ipo_loss_from_hidden``.
+        softcap, chunk_size, logit_scale: as for ``ipo_loss_from_hidden``.
     """
 
     def __init__(
@@ -74,11 +74,13 @@ class LinearIPOLoss(nn.Module):
         *,
         softcap: float | None = None,
         chunk_size: int | None = None,
+        logit_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.config = config if config is not None else IPOConfig()
         self.softcap = softcap
         self.chunk_size = chunk_size
+        self.logit_scale = logit_scale
 
     @spells_out_tensors
     def forward(
@@ -95,9 +97,11 @@ class LinearIPOLoss(nn.Module):
         normalizer: float | torch.Tensor | None = None,
         chunk_size: int | None = None,
         num_active: int | None = None,
+        logit_scale: float | None = None,
+        bias: torch.Tensor | None = None,
         **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput:
-        """As ``ipo_loss_from_hidden``; ``softcap`` and ``chunk_size`` are by default the module's.
+        """As ``ipo_loss_from_hidden``, with the module's own for settings that are left out.
 
         A ``LossBatch`` may stand for ``inference_logprobs`` and all that it holds.
         """
@@ -118,42 +122,48 @@ class LinearIPOLoss(nn.Module):
             softcap=self.softcap if softcap is None else softcap,
             chunk_size=self.chunk_size if chunk_size is None else chunk_size,
             num_active=num_active,
+            logit_scale=self.logit_scale if logit_scale is None else logit_scale,
+            bias=bias,
             **inputs,
         )
 
     def extra_repr(self) -> str:
-        return f"{self.config}, softcap={self.softcap}, chunk_size={self.chunk_size}"
+        return (
+            f"{self.config}, softcap={self.softcap}, chunk_size={self.chunk_size}, "
+            f"logit_scale={self.logit_scale}"
+        )
 
 
 class IPOLMHead(LinearIPOLoss):
     """An LM head that gives the loss: takes the place, the weight and the parameter name of one.
 
-    The weight is the very parameter of ``linear``, so a head tied to the embedding stays tied and a
-    state dict keeps its keys. A parametrized weight (``torch.nn.utils.parametrize``) keeps its
-    parametrization and the keys of that: it is computed anew in each call, as the linear does it.
-    Without labels the head is that linear still, and gives its logits.
+    Weight and bias are the very parameters of ``linear``, so a head tied to the embedding stays
+    tied and a state dict keeps its keys. One that is parametrized (``torch.nn.utils.parametrize``)
+    keeps its parametrization and the keys of that: it is computed anew in each call, as the linear
+    does it. Without labels the head is that linear still, and gives its logits.
 
-    Only the weight is taken over. Whatever else shapes the linear's output is refused (a forward
-    of its own, hooks, a tensor subclass for a weight), and what is done to ``linear`` afterwards is
-    not seen: set a weight, register hooks or parametrize on the head instead, which runs them as
-    any module does.
+    Only weight and bias are taken over. Whatever else shapes the linear's output is refused (a
+    forward of its own, hooks, a tensor subclass for a weight), and what is done to ``linear``
+    afterwards is not seen: set a weight, register hooks or parametrize on the head instead, which
+    runs them as any module does.
 
     Under mixed precision that casts what ``forward`` is called with, as FSDP2 does by default under
     a ``MixedPrecisionPolicy``, give the loss's inputs in a ``LossBatch``: as plain arguments they
     are rounded to bfloat16 before the loss sees them, temperature and normalizer included.
 
     Args:
-        linear: the head, an ``nn.Linear`` without bias.
+        linear: the head, an ``nn.Linear``.
         config, chunk_size: as for ``LinearIPOLoss``.
-        softcap: as for ``LinearIPOLoss``, for the loss alone: logits without labels are never
-            capped, because a model that caps its logits does so itself, after its head.
+        softcap, logit_scale: as for ``LinearIPOLoss``, for the loss alone: logits without labels
+            are neither scaled nor capped, because a model does that itself, after its head.
+            docs/models.md says which models of transformers need which.
 
     Raises:
         TypeError: ``linear`` is no ``nn.Linear``, runs another forward than torch's (an adapter, a
-            quantized linear, a function put in its place), or its weight is no plain parameter (a
-            DTensor, a quantized or a lazy one).
-        ValueError: it has a bias, hooks of its own (``weight_norm``, ``spectral_norm`` and
-            ``prune`` of ``torch.nn.utils`` among them), or a weight that is no parameter.
+            quantized linear, a function put in its place), or its weight or bias is no plain
+            parameter (a DTensor, a quantized or a lazy one).
+        ValueError: it has hooks of its own (``weight_norm``, ``spectral_norm`` and ``prune`` of
+            ``torch.nn.utils`` among them), or a weight or bias that is no parameter.
 
     Example:
         >>> model.lm_head = IPOLMHead(model.lm_head)
@@ -170,14 +180,17 @@ class IPOLMHead(LinearIPOLoss):
         *,
         softcap: float | None = None,
         chunk_size: int | None = None,
+        logit_scale: float | None = None,
     ) -> None:
-        super().__init__(config, softcap=softcap, chunk_size=chunk_size)
+        super().__init__(config, softcap=softcap, chunk_size=chunk_size, logit_scale=logit_scale)
         check_plain_linear(linear)
         self.weight: torch.Tensor
-        if parametrize.is_parametrized(linear, "weight"):
-            _share_parametrization(linear, self)
-        else:
-            self.weight = linear.weight
+        self.bias: torch.Tensor | None
+        for name in PARAMETERS:
+            if parametrize.is_parametrized(linear, name):
+                _share_parametrization(linear, self, name)
+            else:
+                self.register_parameter(name, getattr(linear, name))
 
     @spells_out_tensors
     def forward(  # type: ignore[override]
@@ -193,11 +206,12 @@ class IPOLMHead(LinearIPOLoss):
         normalizer: float | torch.Tensor | None = None,
         chunk_size: int | None = None,
         num_active: int | None = None,
+        logit_scale: float | None = None,
         **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput | torch.Tensor:
-        """``LinearIPOLoss`` over the head's own weight.
+        """``LinearIPOLoss`` over the head's own weight and bias.
 
-        Without labels: the linear's ``[..., V]`` logits of ``hidden``, not capped.
+        Without labels: the linear's ``[..., V]`` logits of ``hidden``, neither scaled nor capped.
         """
         refuse_unknown_names(IPOLMHead.forward, tensors)
         inputs: dict[str, Any] = {
@@ -209,24 +223,25 @@ class IPOLMHead(LinearIPOLoss):
             "normalizer": normalizer,
             "chunk_size": chunk_size,
             "num_active": num_active,
+            "logit_scale": logit_scale,
             **tensors,
         }
         if labels is not None:
-            return super().forward(hidden, self.weight, labels, **inputs)
+            return super().forward(hidden, self.weight, labels, bias=self.bias, **inputs)
         if any(value is not None for value in inputs.values()):
             raise TypeError(
                 "labels: expected a tensor beside the loss's other arguments, got None; "
                 "without labels the head gives logits, of the hidden states alone"
             )
-        return F.linear(hidden, self.weight)
+        return F.linear(hidden, self.weight, self.bias)
 
 
-def _share_parametrization(source: nn.Module, target: nn.Module) -> None:
-    """Makes ``target.weight`` what the parametrization of ``source.weight`` computes.
+def _share_parametrization(source: nn.Module, target: nn.Module, name: str) -> None:
+    """Makes the tensor ``name`` of ``target`` what the parametrization of that of ``source`` is.
 
-    A placeholder is parametrized first, which makes ``weight`` a computed property of ``target``.
+    A placeholder is parametrized first, which makes ``name`` a computed property of ``target``.
     """
-    target.weight = nn.Parameter(torch.empty(0))
-    parametrize.register_parametrization(target, "weight", nn.Identity())
+    target.register_parameter(name, nn.Parameter(torch.empty(0)))
+    parametrize.register_parametrization(target, name, nn.Identity())
     parametrizations = target.get_submodule("parametrizations")
-    parametrizations.weight = source.get_submodule("parametrizations.weight")
+    setattr(parametrizations, name, source.get_submodule(f"parametrizations.{name}"))

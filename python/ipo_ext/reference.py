@@ -372,6 +372,7 @@ def ipo_loss_from_logits(
     cu_seqlens: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
+    logit_scale: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> IPOOutput:
     """As ``ipo_ext.ipo_loss_from_logits``, in eager torch, computed in ``dtype``."""
@@ -380,6 +381,7 @@ def ipo_loss_from_logits(
         labels.masked_fill(~loss_mask, _IGNORED),
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
         dtype=dtype,
     )
     loss, metrics, *_ = ipo_loss(
@@ -406,11 +408,12 @@ def ipo_loss_from_hidden(
     advantages: torch.Tensor,
     loss_mask: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> IPOOutput:
     """As ``ipo_ext.ipo_loss_from_hidden``, in eager torch, with all of the logits."""
-    logits = _logits(hidden, weight, loss_mask, dtype)
+    logits = _logits(hidden, weight, bias, loss_mask, dtype)
     constants = (labels, inference_logprobs, advantages, loss_mask)
     return ipo_loss_from_logits(logits, *constants, dtype=dtype, **options)
 
@@ -420,21 +423,27 @@ def linear_token_logprobs(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``ipo_ext.linear_token_logprobs``, in eager torch, with all of the logits."""
-    logits = _logits(hidden, weight, labels != _IGNORED, dtype)
+    logits = _logits(hidden, weight, bias, labels != _IGNORED, dtype)
     return token_logprobs(logits, labels, dtype=dtype, **options)
 
 
 def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, active: torch.Tensor, dtype: torch.dtype | None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    active: torch.Tensor,
+    dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """``hidden @ weight.T`` in at least float32; 0 for a row whose hidden state must not matter."""
+    """In at least float32; those of a hidden state of 0 where it must not matter."""
     dtype = dtype or torch.promote_types(hidden.dtype, torch.float32)
     hidden = torch.where(active[..., None], hidden, 0)
-    return hidden.to(dtype) @ weight.to(dtype).t()
+    logits = hidden.to(dtype) @ weight.to(dtype).t()
+    return logits if bias is None else logits + bias.to(dtype)
 
 
 def token_logprobs(
@@ -443,6 +452,7 @@ def token_logprobs(
     *,
     temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``ipo_ext.token_logprobs``, in eager torch and differentiable any number of times."""
@@ -450,6 +460,8 @@ def token_logprobs(
     active = labels != _IGNORED
     whole = active & ~logits.isnan().any(-1)
     z = torch.where(whole[..., None], logits, 0).to(dtype)
+    if logit_scale is not None:
+        z = logit_scale * z
     if softcap is not None:
         z = softcap * _tanh(z / softcap)
     # A row that holds NaN or +inf, or nothing but -inf, is NaN, but its gradient must stay its own.

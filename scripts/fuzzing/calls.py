@@ -16,7 +16,7 @@ from ipo_ext import IPOConfig, LossBatch
 class Function(NamedTuple):
     call: Callable[..., Any]
     operands: tuple[str, ...]  # the arguments that every call gives
-    leaves: tuple[str, ...]  # those that it differentiates
+    leaves: tuple[str, ...]  # those that it differentiates, as far as they are given
 
 
 DEFAULT = IPOConfig()
@@ -29,13 +29,13 @@ FUNCTIONS = {
     "ipo_loss_from_hidden": Function(
         ipo_ext.ipo_loss_from_hidden,
         ("hidden", "weight", "labels", *_OF_LOSS),
-        ("hidden", "weight"),
+        ("hidden", "weight", "bias"),
     ),
     "token_logprobs": Function(ipo_ext.token_logprobs, ("logits", "labels"), ("logits",)),
     "linear_token_logprobs": Function(
         ipo_ext.linear_token_logprobs,
         ("hidden", "weight", "labels"),
-        ("hidden", "weight"),
+        ("hidden", "weight", "bias"),
     ),
 }
 
@@ -139,6 +139,7 @@ def _function_of(call: Call) -> Callable[..., Any]:
     return _module_of(call) if call.through_module else FUNCTIONS[call.function].call
 
 
+_OF_MODULE = ("softcap", "chunk_size", "logit_scale")
 _IN_BATCH = ("teacher_logprobs", "loss_weights", "cu_seqlens", "normalizer", "temperature")
 
 
@@ -150,7 +151,7 @@ def _module_of(call: Call) -> Callable[..., Any]:
         batch = LossBatch(**{name: arguments.pop(name) for name in names})
         if call.function == "ipo_loss":
             return ipo_ext.IPOLoss(config)(arguments["trainer_logprobs"], batch)
-        settings = {k: arguments.pop(k) for k in ("softcap", "chunk_size") if k in arguments}
+        settings = {k: arguments.pop(k) for k in _OF_MODULE if k in arguments}
         module = ipo_ext.LinearIPOLoss(config, **settings)
         return module(inference_logprobs=batch, **arguments)
 

@@ -58,6 +58,7 @@ NONFINITE = (
 NORMALIZERS = (1.0, 17.5, 1e-3, 3, 4096.0, 1e6)
 TEMPERATURES = (1.0, 0.7, 0.05, 3.0, 40.0)
 SOFTCAPS = (None, None, None, 5.0, 30.0, 0.25)
+LOGIT_SCALES = (None, None, None, 0.0625, 0.3, 4.0)
 
 
 def calls_of_batch(seed: int, batch: int) -> list[Call]:
@@ -79,10 +80,12 @@ class _Batch:
         self.dtypes = self._dtypes()
         self.config = _config(choose) if self.is_loss else DEFAULT
         self.softcap = None if self.from_logprobs else choose.choice(SOFTCAPS)
+        self.logit_scale = None if self.from_logprobs else choose.choice(LOGIT_SCALES)
         self.columns = choose.choice(WIDE) if choose.random() < 0.05 else choose.choice(COLUMNS)
         self.width = choose.choice(WIDTHS)
         self.hostile = choose.random() < 0.5  # garbage where it must not matter, and NaN where
         self.has_teacher = self.config.teacher_tau > 0 or choose.random() < 0.3
+        self.has_bias = choose.random() < 0.4
         self.has_weights = choose.random() < 0.4
         self.sizes = [self._size() for _ in range(BATCH)]
 
@@ -107,7 +110,7 @@ class _Batch:
         if self.choose.random() < 0.3:
             chosen = [self.choose.choice(FLOATING) for _ in names]
         rows = self.choose.choice(FLOATING)
-        of_rows = dict.fromkeys(("logits", "hidden", "weight"), rows)
+        of_rows = dict.fromkeys(("logits", "hidden", "weight", "bias"), rows)
         return {**dict(zip(names, chosen, strict=True)), **of_rows}
 
     def _size(self) -> int:
@@ -146,6 +149,7 @@ class _Batch:
             scale = spread / self.width**0.5
             weights = scale * self._normal(BATCH, self.columns, self.width)
             self.weights = iter(self._as("weight", weights))
+            self.biases = iter(self._as("bias", spread * self._normal(BATCH, self.columns)))
         else:
             logits = spread * self._normal(tokens, self.columns)
             logits += self.choose.choice((0.0, 0.0, 0.0, 50.0, -1000.0))
@@ -258,10 +262,13 @@ class _Batch:
             arguments[name] = _lay_out(value.view((*shape, *value.shape[1:])).clone(), choose)
         if "hidden" in arguments:
             arguments["weight"] = _lay_out(next(self.weights).clone(), choose)
+            bias = _lay_out(next(self.biases).clone(), choose)
+            self._put(arguments, "bias", bias if self.has_bias else None)
             self._put(arguments, "chunk_size", choose.choice(CHUNKS))
         if temperature is not None:
             self._put(arguments, "temperature", self._temperature(temperature.view(shape)))
         self._put(arguments, "softcap", self.softcap)
+        self._put(arguments, "logit_scale", self.logit_scale)
         if self.is_loss:
             self._put_loss_options(arguments, shape)
         return self._how(arguments)
@@ -331,7 +338,7 @@ class _Batch:
     def _how(self, arguments: dict[str, Any]) -> Call:
         """How it is differentiated and called."""
         choose = self.choose
-        leaves = self.takes.leaves
+        leaves = tuple(name for name in self.takes.leaves if name in arguments)
         kind = choose.random()
         if kind < 0.07:
             leaves = ()

@@ -143,8 +143,8 @@ def _taken_away(call: Call, name: str, choose: random.Random) -> Any:
 
 
 _ABSENT = object()  # what an argument becomes that is left out
-_FLOATS = (*_CONSTANT, "trainer_logprobs", "logits", "hidden", "weight")
-_NUMBERS = ("normalizer", "temperature", "softcap")
+_FLOATS = (*_CONSTANT, "trainer_logprobs", "logits", "hidden", "weight", "bias")
+_NUMBERS = ("normalizer", "temperature", "softcap", "logit_scale")
 _BREAKERS = (
     _Breaker("of integers", _FLOATS, _of_tensor(torch.Tensor.long), TypeError),
     _Breaker("of complex numbers", _FLOATS, _of_tensor(lambda t: t.to(torch.complex64)), TypeError),
@@ -152,7 +152,8 @@ _BREAKERS = (
     _Breaker("of bytes", ("loss_mask",), _of_tensor(torch.Tensor.byte), TypeError),
     _Breaker("a list", (*_FLOATS, "labels", "loss_mask"), _as_list, TypeError),
     _Breaker("another shape", (*_PER_TOKEN, "labels"), _another_shape, ValueError),
-    _Breaker("elsewhere", (*_PER_TOKEN, "labels", "weight", "cu_seqlens"), _on_meta, ValueError),
+    _Breaker("elsewhere", (*_PER_TOKEN, "labels", "weight", "bias", "cu_seqlens"), _on_meta,
+             ValueError),
     _Breaker("to differentiate", (*_CONSTANT, "normalizer", "temperature"), _requiring_grad,
              ValueError),
     _Breaker("no number", _NUMBERS, _set("1", True, [1.0], 1j), TypeError, False),
@@ -170,7 +171,8 @@ _BREAKERS = (
     _Breaker("out of range", ("labels",), _label_out_of_range, IndexError, True, True),
     _Breaker("of another width", ("weight",), _of_tensor(lambda t: torch.cat([t, t], 1)),
              ValueError),
-    _Breaker("of another dtype", ("weight",),
+    _Breaker("one too many", ("bias",), _of_tensor(lambda t: torch.cat([t, t[:1]])), ValueError),
+    _Breaker("of another dtype", ("weight", "bias"),
              _of_tensor(lambda t: t.half() if t.dtype != torch.float16 else t.float()),
              TypeError),
     _Breaker("no count", ("chunk_size",), _set(0, -1, -(2**62), 2**63), ValueError, False),

@@ -476,6 +476,7 @@ class _Rows:
             [_temperature(a).expand(a["labels"].shape).reshape(-1) for a in arguments]
         )
         self.softcap = arguments[0].get("softcap")
+        self.scale = arguments[0].get("logit_scale", 1.0)
         self.logprobs = torch.cat([r.logprobs.reshape(-1) for r in results])
         self.entropy = torch.cat([r.entropy.reshape(-1) for r in results])
         compute = self.logprobs.dtype
@@ -494,6 +495,10 @@ class _Rows:
         pairs = list(zip(self.states, self.weights, strict=True))
         self.logits = torch.cat([h @ w.t() for h, w in pairs])
         magnitude = torch.cat([(h.abs() @ w.abs().t()).amax(-1) for h, w in pairs])
+        if "bias" in arguments[0]:
+            biases = torch.stack([a["bias"].double() for a in arguments])[self.owner]
+            self.logits = self.logits + biases
+            magnitude = magnitude + biases.abs().amax(-1)
         terms = self.weights[0].shape[1]
         self.product_error = (2 + terms / 2) * self.eps * magnitude
 
@@ -519,6 +524,7 @@ def _judge_rows(
         rows.labels,
         temperature=rows.temperature,
         softcap=rows.softcap,
+        logit_scale=rows.scale,
         dtype=torch.float64,
     )
     errors = _SoftmaxErrors(rows, logprobs.detach(), entropy.detach())
@@ -540,7 +546,8 @@ def _judge_rows(
     nothing = (into[0] == 0) & (into[1] == 0) & (into_error == 0) | ~errors.sound
     budget = torch.where(unknown, math.nan, torch.where(nothing[:, None], 0.0, budget))
     gradient = torch.where(nothing[:, None], 0.0, gradient)
-    bound = (into[0].abs() + into[1].abs() * errors.surprise.amax(-1)) / rows.temperature
+    bound = into[0].abs() + into[1].abs() * errors.surprise.amax(-1)
+    bound = bound * rows.scale / rows.temperature
     _judge_row_gradients(rows, gradient, budget, bound, errors.steps, verdicts)
 
 
@@ -560,7 +567,7 @@ class _SoftmaxErrors:
 
     def __init__(self, rows: _Rows, logprobs: torch.Tensor, entropy: torch.Tensor) -> None:
         eps, self.eps = rows.eps, rows.eps
-        z, cap = rows.logits.detach(), rows.softcap
+        z, cap = rows.scale * rows.logits.detach(), rows.softcap
         inverse = (1 / rows.temperature)[:, None]
         active = rows.labels != _IGNORED
         self.sound = active & ~logprobs.isnan()
@@ -576,7 +583,8 @@ class _SoftmaxErrors:
         argument = 4 * eps * distance
         if cap is not None:
             argument = argument + 16 * eps * largest * inverse
-        product_error = torch.where(self.sound, rows.product_error, 0.0)[:, None] * inverse
+        product_error = torch.where(self.sound, rows.product_error, 0.0)[:, None]
+        product_error = rows.scale * product_error * inverse
         argument = argument + 2 * product_error
         # The reference divides by the temperature before it subtracts the maximum.
         argument = argument + 2.0**-51 * largest * inverse
@@ -597,13 +605,14 @@ class _SoftmaxErrors:
         steepness = torch.zeros_like(z) if cap is None else 2 * z.abs().clamp(max=1e30) / cap
         self._of_slope = eps * (4 + 4 * steepness.clamp(max=200))
         slope = torch.ones_like(z) if cap is None else 1 / torch.cosh(z / cap) ** 2
-        self._slope = slope * inverse + tiny
+        self._slope = rows.scale * slope * inverse + tiny
         self._step = _smallest(rows.logprobs.dtype)
         self.steps = 4 * self._step * (1 + self._slope)
         self._vanishing = 2 * tiny  # an exponential below it counts as 0
         self._vanishing_slope = torch.zeros_like(inverse)
         if cap is not None:
-            self._vanishing_slope = 4 * tiny * inverse  # a slope is 4 times an exponential
+            # A slope is 4 times an exponential.
+            self._vanishing_slope = 4 * tiny * rows.scale * inverse
             # How far an error of the logit itself moves the slope.
             self._of_slope = self._of_slope + 2 * product_error / inverse / cap
 
@@ -724,7 +733,7 @@ def _compare_with(
 
 
 def _judge_products(rows: _Rows, i: int, made: _Made, verdicts: _Verdicts) -> None:
-    """By hidden states and weight: the products of the rounded gradient, in the compute dtype."""
+    """By what the head is made of: products of the rounded gradient, in the compute dtype."""
     unknown = made.rounded.isnan().any(-1, keepdim=True)
     # What is not finite belongs to a row without a gradient, by its NaN or by its softcap.
     states, weight = rows.states[i].nan_to_num(0.0, 0.0, 0.0), rows.weights[i]
@@ -745,6 +754,11 @@ def _judge_products(rows: _Rows, i: int, made: _Made, verdicts: _Verdicts) -> No
         budget = torch.full_like(budget, math.nan) if unknown.any() else budget
         scaled = made.scaled(budget, exact.t() @ states)
         _compare_with(verdicts, i, "grad_weight", results["weight"], *scaled)
+    if "bias" in results:
+        budget = error.sum(0) + _of_product(rows, tokens, exact.abs().sum(0))
+        budget = torch.full_like(budget, math.nan) if unknown.any() else budget
+        scaled = made.scaled(budget, exact.sum(0))
+        _compare_with(verdicts, i, "grad_bias", results["bias"], *scaled)
 
 
 def _of_product(rows: _Rows, terms: int, size: torch.Tensor) -> torch.Tensor:

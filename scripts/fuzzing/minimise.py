@@ -78,7 +78,7 @@ def _of_tokens(call: Call, stays: torch.Tensor) -> Call:
     shape = _like(call).shape
 
     def chosen(name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or name in ("weight", "normalizer"):
+        if not isinstance(value, torch.Tensor) or name in ("weight", "bias", "normalizer"):
             return value
         if name == "cu_seqlens":
             before = torch.cat([torch.zeros(1, dtype=torch.int64), stays.cumsum(0)])
@@ -105,6 +105,8 @@ _OPTIONS = (
     "normalizer",
     "temperature",
     "softcap",
+    "logit_scale",
+    "bias",
     "chunk_size",
     "num_active",
     "inplace",
@@ -152,7 +154,10 @@ def _with_fewer_columns(call: Call) -> Iterator[Call]:
             for fewer in sorted({least, columns // 2, columns - 1}):
                 if max(least, 1) <= fewer < columns:
                     narrow = tensor.narrow(dimension, 0, fewer).clone()
-                    yield call.with_(**{name: narrow})
+                    changes = {name: narrow}
+                    if "bias" in call.arguments:
+                        changes["bias"] = call.arguments["bias"][:fewer].clone()
+                    yield call.with_(**changes)
     if "hidden" in call.arguments and (width := call.arguments["hidden"].shape[-1]) > 1:
         half = {n: call.arguments[n][..., : width // 2].clone() for n in ("hidden", "weight")}
         yield call.with_(**half)

@@ -118,6 +118,8 @@ REFUSED: list[tuple[str, float, str]] = [
     ("normalizer", 1e-300, r"expected a number from 2\.94e-39 to 1\.8e\+308 in .*, got 1e-300"),
     ("temperature", 9e-31, r"expected a number from 1e-30 to 1e\+30 in .* got 9e-31"),
     ("temperature", 2e30, r"expected a number from 1e-30 to 1e\+30 in .* got 2e\+30"),
+    ("logit_scale", 9e-31, r"expected a number from 1e-30 to 1e\+30 or None, got 9e-31"),
+    ("logit_scale", 2e30, r"expected a number from 1e-30 to 1e\+30 or None, got 2e\+30"),
     ("softcap", 7e-46, r"expected a number from 1\.18e-38 to 3\.4e\+38, .* got 7e-46"),
     ("softcap", 3.5e38, r"expected a number from 1\.18e-38 to 3\.4e\+38, .* got 3\.5e\+38"),
 ]
@@ -135,7 +137,7 @@ def test_numbers_that_float32_does_not_hold_are_refused(
                 case.with_(**{name: number}).call()
 
 
-@pytest.mark.parametrize("name", ["normalizer", "temperature", "softcap"])
+@pytest.mark.parametrize("name", ["normalizer", "temperature", "softcap", "logit_scale"])
 def test_float64_holds_more(backend: Backend, name: str) -> None:
     case = logits.random_case(40, 65, torch.float64, inference_dtype=torch.float64)
     more: dict[str, Any] = {name: 1e-40}

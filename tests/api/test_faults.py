@@ -91,6 +91,14 @@ def test_refusals_from_logits(backend: Backend) -> None:
     for softcap in ("30", True, torch.tensor(30.0)):
         with pytest.raises(TypeError, match="softcap: expected a float or None, got "):
             case.call(softcap=softcap)
+    for scale in (0.0, -0.5, math.inf, math.nan):
+        with pytest.raises(ValueError, match="logit_scale: expected a finite number > 0 or None"):
+            case.call(logit_scale=scale)
+    for scale in ("2", True):
+        with pytest.raises(TypeError, match="logit_scale: expected a float or None, got "):
+            case.call(logit_scale=scale)
+    with pytest.raises(TypeError, match=r"got Tensor; a scale that is .*: pass hidden \* logit"):
+        case.call(logit_scale=torch.tensor(2.0))
     with pytest.raises(ValueError, match="temperature: expected a tensor that does not require"):
         case.call(temperature=torch.ones(9, device=backend.device, requires_grad=True))
     with pytest.raises(ValueError, match=r"logits: expected shape \[\.\.\., vocabulary\]"):
@@ -147,7 +155,7 @@ def faulty(name: str) -> tuple[HiddenCase, dict[str, Any], type[Exception], str]
 def test_contract_faults_from_hidden(backend: Backend, name: str, dtype: torch.dtype) -> None:
     case, how, error, text = faulty(name)
     case = case.with_(hidden=case.hidden.to(dtype), weight=case.weight.to(dtype))
-    case = case.to(backend.device)
+    case = case.with_(bias=BIAS.to(dtype)).to(backend.device)
     if backend.faults_raise:
         with pytest.raises(error) as raised:
             evaluate(case, **how)
@@ -156,23 +164,58 @@ def test_contract_faults_from_hidden(backend: Backend, name: str, dtype: torch.d
     else:
         ours = evaluate(case, chunk_size=4, **how)
         assert ours.loss.isnan()
-        assert ours.grad_hidden.isnan().all()
-        assert ours.grad_weight.isnan().all()
+        for gradient in ours.gradients:
+            assert gradient.isnan().all()
 
 
 def test_contract_faults_of_linear_token_logprobs(backend: Backend) -> None:
     case = faulty("label")[0].to(backend.device)
     states, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
+    bias = BIAS.to(backend.device).requires_grad_()
     if backend.faults_raise:
         with pytest.raises(IndexError, match="labels: expected a token"):
             ipo_ext.linear_token_logprobs(states, weight, case.labels)
         return
-    logprobs, entropy = ipo_ext.linear_token_logprobs(states, weight, case.labels, chunk_size=4)
+    how = {"chunk_size": 4, "bias": bias}
+    logprobs, entropy = ipo_ext.linear_token_logprobs(states, weight, case.labels, **how)
     assert logprobs.isnan().all()
     assert entropy.isnan().all()
     logprobs[0].backward()
-    assert states.grad.isnan().all()
-    assert weight.grad.isnan().all()
+    for leaf in (states, weight, bias):
+        assert leaf.grad.isnan().all()
+
+
+BIAS = torch.zeros(hidden.VOCABULARY)
+WRONG_BIASES: dict[str, tuple[Any, type[Exception], str]] = {
+    "of half the dtype": (
+        BIAS.half(),
+        TypeError,
+        r"dtype torch\.float32 like hidden, got .*16; con",
+    ),
+    "of integers": (BIAS.long(), TypeError, r"dtype torch\.float16 or .*, got torch\.int64"),
+    "a number": (1.0, TypeError, "a tensor, got float"),
+    "too short": (
+        BIAS[1:],
+        ValueError,
+        r"shape \[53\], one for each row of weight \[53, 16\], got",
+    ),
+    "a column": (BIAS[:, None], ValueError, r"shape \[53\], .*, got \[53, 1\]"),
+    "without a dimension": (BIAS[0], ValueError, r"shape \[53\], .*, got \[\]"),
+    "elsewhere": (BIAS.to("meta"), ValueError, "device .* like weight, got meta"),
+}
+
+
+@pytest.mark.parametrize(("bias", "error", "words"), WRONG_BIASES.values(), ids=WRONG_BIASES)
+def test_biases_that_are_refused(
+    backend: Backend, bias: Any, error: type[Exception], words: str
+) -> None:
+    case = hidden.random_case().to(backend.device)
+    if isinstance(bias, torch.Tensor) and not bias.is_meta:
+        bias = bias.to(backend.device)
+    with pytest.raises(error, match=f"^bias: expected {words}"):
+        case.call(bias=bias)
+    with pytest.raises(error, match=f"^bias: expected {words}"):
+        ipo_ext.linear_token_logprobs(case.hidden, case.weight, case.labels, bias=bias)
 
 
 def test_refusals_from_hidden(backend: Backend) -> None:

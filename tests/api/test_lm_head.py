@@ -36,6 +36,13 @@ def plain_linear() -> nn.Linear:
     return nn.Linear(WIDTH, VOCABULARY, bias=False)
 
 
+def linear_with_bias() -> nn.Linear:
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, VOCABULARY)
+    nn.init.normal_(linear.bias)
+    return linear
+
+
 def inputs() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Hidden states; labels, inference log-probabilities of a plain linear, advantages, mask."""
     generator = torch.Generator().manual_seed(1)
@@ -72,6 +79,30 @@ def assert_stands_in(head: nn.Module, linear: nn.Module, steps: int = 2) -> None
 def assert_near(ours: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal but for the rounding of sums in another order, in fp32."""
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------
+# A bias is the linear's own
+
+
+def test_a_head_with_a_bias() -> None:
+    linear = linear_with_bias()
+    head = IPOLMHead(linear)
+    assert head.bias is linear.bias
+    assert_stands_in(copy.deepcopy(head), copy.deepcopy(linear))
+    linear.bias.requires_grad_(False)
+    hidden, constants = inputs()
+    head(hidden, *constants).loss.backward()
+    assert linear.weight.grad is not None
+    assert linear.bias.grad is None
+
+
+def test_a_parametrized_bias_is_evaluated_in_each_call() -> None:
+    linear = linear_with_bias()
+    scale_weight(linear)
+    parametrize.register_parametrization(linear, "bias", Scale(0.5))
+    twin = copy.deepcopy(linear)
+    assert_stands_in(IPOLMHead(linear), twin)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -179,6 +210,11 @@ def weight_as(kind: Callable[[torch.Tensor], Any]) -> Linear:
         return linear
 
     return build
+
+
+def replace_bias(linear: nn.Linear, kind: Callable[[torch.Tensor], Any]) -> None:
+    del linear.bias
+    linear.bias = kind(torch.zeros(VOCABULARY))
 
 
 class Quantized(torch.Tensor):
@@ -341,10 +377,21 @@ REFUSED: dict[str, tuple[Linear, type[Exception], str]] = {
         ValueError,
         r"linear\.weight: expected a parameter of the linear, got builtins\.NoneType",
     ),
-    "bias": (
-        lambda: nn.Linear(WIDTH, VOCABULARY),
+    "bias that is no parameter": (
+        changed(lambda linear: replace_bias(linear, nn.Buffer)),
         ValueError,
-        r"linear: expected an nn\.Linear without bias, got torch\.nn\.modules\.linear\.Linear\(",
+        r"linear\.bias: expected a parameter of the linear, got torch\..* that is none in .*"
+        r"make it an nn\.Parameter",
+    ),
+    "quantized bias": (
+        changed(
+            lambda linear: replace_bias(
+                linear, lambda bias: nn.Parameter(bias.as_subclass(Quantized))
+            )
+        ),
+        TypeError,
+        r"linear\.bias: expected a plain nn\.Parameter, "
+        r"got tests\.api\.test_lm_head\.Quantized in .*Linear\(",
     ),
 }
 
@@ -522,27 +569,28 @@ def test_later_values_of_the_weight_are_seen() -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# The softcap: of the loss alone
+# Scale and softcap: of the loss alone
 
 
-class CapsItsLogits(nn.Module):
-    """Ends as Gemma 2 does: the model caps what its head gives."""
+class ScalesAndCapsItsLogits(nn.Module):
+    """Ends as Cohere and Gemma 2 do: the model scales and caps what its head gives."""
 
-    def __init__(self, softcap: float) -> None:
+    def __init__(self, softcap: float, logit_scale: float) -> None:
         super().__init__()
         self.lm_head: nn.Module = plain_linear()
-        self.softcap = softcap
+        self.softcap, self.logit_scale = softcap, logit_scale
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.softcap * torch.tanh(self.lm_head(hidden) / self.softcap)
+        scaled = self.logit_scale * self.lm_head(hidden)
+        return self.softcap * torch.tanh(scaled / self.softcap)
 
 
-def test_a_model_that_caps_its_logits_caps_them_once() -> None:
+def test_a_model_that_scales_and_caps_its_logits_does_so_once() -> None:
     hidden, constants = inputs()
-    hidden, softcap = 8 * hidden, 2.0
-    model = CapsItsLogits(softcap)
+    hidden, how = 8 * hidden, {"softcap": 2.0, "logit_scale": 0.3}
+    model = ScalesAndCapsItsLogits(**how)
     logits = model(hidden)
-    model.lm_head = IPOLMHead(model.lm_head, softcap=softcap)
+    model.lm_head = IPOLMHead(model.lm_head, **how)
     torch.testing.assert_close(model(hidden), logits, rtol=0, atol=0)
     torch.testing.assert_close(
         model.lm_head(hidden, *constants).loss,
@@ -551,9 +599,10 @@ def test_a_model_that_caps_its_logits_caps_them_once() -> None:
     )
 
 
-def test_a_softcap_of_one_call_is_the_loss_alone_too() -> None:
+def test_scale_and_softcap_of_one_call_are_the_loss_alone_too() -> None:
     head = IPOLMHead(plain_linear())
     hidden, constants = inputs()
-    capped = reference.ipo_loss_from_logits(plain_linear()(hidden), *constants, softcap=0.5).loss
-    ours = head(hidden, *constants, softcap=0.5).loss
+    how = {"softcap": 0.5, "logit_scale": 2.0}
+    capped = reference.ipo_loss_from_logits(plain_linear()(hidden), *constants, **how).loss
+    ours = head(hidden, *constants, **how).loss
     torch.testing.assert_close(ours, capped, check_dtype=False)

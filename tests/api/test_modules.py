@@ -17,8 +17,9 @@ from tests.support.hidden import VOCABULARY, WIDTH, random_case
 def test_modules(backend: Backend) -> None:
     case = random_case().to(backend.device)
     config = IPOConfig(dppo_mask_high=2.0)
-    expected = evaluate(case, config=config, softcap=4.0)
-    module = ipo_ext.LinearIPOLoss(config, softcap=4.0, chunk_size=9)
+    scaling = {"softcap": 4.0, "logit_scale": 0.7}
+    expected = evaluate(case, config=config, **scaling)
+    module = ipo_ext.LinearIPOLoss(config, chunk_size=9, **scaling)
     ours = evaluate(case, module)
     torch.testing.assert_close(ours.loss, expected.loss)
     torch.testing.assert_close(ours.grad_weight, expected.grad_weight)
@@ -26,12 +27,15 @@ def test_modules(backend: Backend) -> None:
     linear = nn.Linear(WIDTH, VOCABULARY, bias=False, device=backend.device)
     with torch.no_grad():
         linear.weight.copy_(case.weight)
-    head = ipo_ext.IPOLMHead(linear, config, softcap=4.0)
+    head = ipo_ext.IPOLMHead(linear, config, **scaling)
     assert head.weight is linear.weight
     assert list(head.state_dict()) == list(linear.state_dict())
     constants = (case.labels, case.inference_logprobs, case.advantages, case.loss_mask)
     head(case.hidden, *constants).loss.backward()
     torch.testing.assert_close(linear.weight.grad, expected.grad_weight)
+    once = head(case.hidden, *constants, softcap=2.0, logit_scale=1.5).loss
+    other = evaluate(case, config=config, softcap=2.0, logit_scale=1.5)
+    torch.testing.assert_close(once, other.loss)
     assert torch.equal(head(case.hidden), F.linear(case.hidden, linear.weight))
     with pytest.raises(TypeError, match="labels: expected a tensor beside the loss's other"):
         head(case.hidden, temperature=0.8)

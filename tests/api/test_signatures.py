@@ -28,12 +28,13 @@ SPELLED_OUT: dict[Callable[..., Any], str] = {
     ),
     ipo_ext.ipo_loss_from_logits: (
         "logits, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
-        f"softcap=None, {TENSORS}, normalizer=None, inplace=False, config=IPOConfig()"
+        f"softcap=None, {TENSORS}, normalizer=None, inplace=False, config=IPOConfig(), "
+        "logit_scale=None"
     ),
     ipo_ext.ipo_loss_from_hidden: (
         "hidden, weight, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
         f"softcap=None, {TENSORS}, normalizer=None, chunk_size=None, num_active=None, "
-        "config=IPOConfig()"
+        "config=IPOConfig(), logit_scale=None, bias=None"
     ),
     ipo_ext.IPOLoss.forward: (
         "self, trainer_logprobs, inference_logprobs, advantages=None, loss_mask=None, *, "
@@ -42,12 +43,12 @@ SPELLED_OUT: dict[Callable[..., Any], str] = {
     ipo_ext.LinearIPOLoss.forward: (
         "self, hidden, weight, labels, inference_logprobs, advantages=None, loss_mask=None, *, "
         f"temperature=None, softcap=None, {TENSORS}, normalizer=None, chunk_size=None, "
-        "num_active=None"
+        "num_active=None, logit_scale=None, bias=None"
     ),
     ipo_ext.IPOLMHead.forward: (
         "self, hidden, labels=None, inference_logprobs=None, advantages=None, loss_mask=None, *, "
         f"temperature=None, softcap=None, {TENSORS}, normalizer=None, chunk_size=None, "
-        "num_active=None"
+        "num_active=None, logit_scale=None"
     ),
     LossBatch.__init__: (
         "self, inference_logprobs, advantages, loss_mask, *, temperature=None, "
@@ -60,7 +61,7 @@ functions = pytest.mark.parametrize("function", SPELLED_OUT, ids=lambda each: ea
 MODULES = {
     "IPOLoss": (ipo_ext.IPOLoss, ipo_ext.ipo_loss, {"config"}),
     "LinearIPOLoss": (ipo_ext.LinearIPOLoss, ipo_ext.ipo_loss_from_hidden, {"config"}),
-    "IPOLMHead": (ipo_ext.IPOLMHead, ipo_ext.ipo_loss_from_hidden, {"config", "weight"}),
+    "IPOLMHead": (ipo_ext.IPOLMHead, ipo_ext.ipo_loss_from_hidden, {"config", "weight", "bias"}),
 }
 
 
@@ -93,20 +94,21 @@ def test_a_call_passes_everything_on(name: str, monkeypatch: pytest.MonkeyPatch)
         return IPOOutput(torch.zeros(()), {})
 
     monkeypatch.setattr(modules, function.__name__, record)
-    config, linear = IPOConfig(0.5), nn.Linear(3, 5, bias=False)
+    config, linear = IPOConfig(0.5), nn.Linear(3, 5)
     loss = ipo_ext.IPOLMHead(linear, config) if name == "IPOLMHead" else module(config)
     arguments = {p.name: f"the {p.name}" for p in parameters_of(function, held)}
     loss(**arguments)
     expected = {**arguments, "config": config}
     if name == "IPOLMHead":
-        expected["weight"] = linear.weight
+        expected |= {"weight": linear.weight, "bias": linear.bias}
     assert received == expected
 
 
 def test_a_batch_has_the_inputs_of_the_losses() -> None:
     """In the functions' order; what a gradient flows to and what shapes the call are no inputs."""
     names = [p.name for p in parameters_of(ipo_ext.ipo_loss_from_hidden, {"config"})]
-    others = {"hidden", "weight", "labels", "softcap", "chunk_size", "num_active"}
+    others = {"hidden", "weight", "bias", "labels", "softcap", "logit_scale"}
+    others |= {"chunk_size", "num_active"}
     assert list(FIELDS) == [name for name in names if name not in others]
     assert [p.name for p in parameters_of(LossBatch.__init__, {"self"})] == list(FIELDS)
 

@@ -58,7 +58,7 @@ def with_wide_range(case: Any, config: str, weight: float | None) -> Any:
     generator = torch.Generator().manual_seed(5)
     if isinstance(case, HiddenCase):
         exact, _ = reference.linear_token_logprobs(
-            case.hidden, case.weight, case.labels, dtype=torch.float64
+            case.hidden, case.weight, case.labels, bias=case.bias, dtype=torch.float64
         )
     else:
         exact, _ = reference.token_logprobs(case.logits, case.labels, dtype=torch.float64)
@@ -87,7 +87,7 @@ def logits_case(config: str, weight: float | None) -> LogitsCase:
 
 
 def hidden_case(config: str, weight: float | None) -> HiddenCase:
-    case = hidden.random_case(40, dtype=torch.float16, masked=0.2)
+    case = hidden.random_case(40, dtype=torch.float16, masked=0.2, has_bias=True)
     return with_wide_range(case, config, weight)
 
 
@@ -126,7 +126,7 @@ def test_hidden_states_of_any_size(
     backend: Backend, weight: float | None, width_of_states: float
 ) -> None:
     """Which the weight's gradient is a product of: theirs and the rows' exponents together."""
-    case = hidden.random_case(40, dtype=torch.float16, masked=0.2)
+    case = hidden.random_case(40, dtype=torch.float16, masked=0.2, has_bias=True)
     case = case.with_(
         hidden=(case.hidden.float() * width_of_states).half(),
         weight=(case.weight.float() / width_of_states).half(),
@@ -165,7 +165,7 @@ def test_log_probabilities(backend: Backend, form: str, size: float) -> None:
 def test_the_gradient_of_a_float32_weight_under_autocast_has_no_range(backend: Backend) -> None:
     """fp16 is the dtype of products alone: float32 gradients of 1e-12 keep their digits."""
     case = hidden_case("one pass", 1e-8)
-    wide = case.with_(hidden=case.hidden.float(), weight=case.weight.float())
+    wide = case.with_(**{name: getattr(case, name).float() for name in case.leaves})
     exact = exact_gradients(case)
     with torch.autocast(backend.device.type, torch.float16):
         ours = evaluate(wide.to(backend.device), chunk_size=16)

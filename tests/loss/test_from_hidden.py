@@ -36,7 +36,7 @@ CHUNKS = [
 @pytest.mark.parametrize("how", CHUNKS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_float64(backend: Backend, dtype: torch.dtype, how: dict[str, Any]) -> None:
-    case = random_case(dtype=dtype, temperature=0.8, normalizer=5.0)
+    case = random_case(dtype=dtype, temperature=0.8, normalizer=5.0, has_bias=True)
     assert_accurate(case, backend, grad_loss=0.75, **how)
 
 
@@ -49,6 +49,8 @@ def test_matches_float64(backend: Backend, dtype: torch.dtype, how: dict[str, An
     masked=st.sampled_from([0.0, 0.5, 0.95]),
     temperature=st.sampled_from([None, 0.5, 2.5, "token"]),
     softcap=st.sampled_from([None, 3.0, 30.0]),
+    logit_scale=st.sampled_from([None, 0.0625, 1.7]),
+    has_bias=st.booleans(),
     chunk_size=st.sampled_from([None, 1, 3, 16]),
     slack=st.sampled_from([None, 0, 1, 100]),
 )
@@ -139,7 +141,7 @@ def test_every_option_reaches_the_loss(backend: Backend, packed: bool) -> None:
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e30])
 def test_garbage_in_inactive_tokens_is_neutral(backend: Backend, garbage: float) -> None:
-    case = random_case(60, token_temperature=True).to(backend.device)
+    case = random_case(60, token_temperature=True, has_bias=True).to(backend.device)
     off = ~case.loss_mask
     spoiled = case.with_(
         hidden=case.hidden.masked_fill(off[:, None], garbage),
@@ -158,7 +160,7 @@ def test_garbage_in_inactive_tokens_is_neutral(backend: Backend, garbage: float)
 
 
 def test_garbage_in_an_active_token_is_dropped_and_counted(backend: Backend) -> None:
-    case = random_case(20, masked=0).to(backend.device)
+    case = random_case(20, masked=0, has_bias=True).to(backend.device)
     hidden = case.hidden.clone()
     hidden[3, 1], hidden[7, 0] = math.nan, math.inf
     ours = evaluate(case.with_(hidden=hidden))
@@ -167,6 +169,7 @@ def test_garbage_in_an_active_token_is_dropped_and_counted(backend: Backend) -> 
     others[[3, 7]] = False
     expected = evaluate(case.with_(loss_mask=others))
     torch.testing.assert_close(ours.grad_weight, expected.grad_weight)
+    torch.testing.assert_close(ours.grad_bias, expected.grad_bias)
     torch.testing.assert_close(ours.loss, expected.loss)
     assert not ours.grad_hidden[~others].any()
 
@@ -177,7 +180,7 @@ def test_an_infinite_state_under_a_softcap_spoils_no_weight(
 ) -> None:
     """Its logits are the cap's ends, whose derivatives are 0: it pays, and has no gradient."""
     config = dataclasses.replace(WIDE_BAND, rollout_min_ratio=rollout_min_ratio)
-    case = random_case(softcap=3.0, masked=0.0, config=config)
+    case = random_case(softcap=3.0, masked=0.0, config=config, has_bias=True)
     hidden = case.hidden.clone()
     hidden[5, 2] = math.inf
     ours = evaluate(case.with_(hidden=hidden).to(backend.device))
@@ -187,6 +190,7 @@ def test_an_infinite_state_under_a_softcap_spoils_no_weight(
     assert ours.output.logprobs.isfinite().all()
     assert ours.metrics["nonfinite"] == 0
     torch.testing.assert_close(ours.grad_weight, without.grad_weight)
+    torch.testing.assert_close(ours.grad_bias, without.grad_bias)
     assert not ours.grad_hidden[5].any()
 
 
@@ -202,18 +206,17 @@ def test_dropped_tokens_get_exact_zeros(backend: Backend) -> None:
 @pytest.mark.parametrize("how", [{}, {"num_active": 0}, {"num_active": 5}], ids=str)
 @pytest.mark.parametrize("tokens", [0, 6])
 def test_nothing_active(backend: Backend, tokens: int, how: dict[str, Any]) -> None:
-    case = random_case(tokens, masked=1.0).to(backend.device)
+    case = random_case(tokens, masked=1.0, has_bias=True).to(backend.device)
     ours = evaluate(case, **how)
     assert ours.loss.item() == 0
-    assert ours.grad_hidden.shape == case.hidden.shape
-    assert ours.grad_weight.shape == case.weight.shape
-    assert not ours.grad_hidden.any()
-    assert not ours.grad_weight.any()
-    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
-    logprobs, entropy = ipo_ext.linear_token_logprobs(hidden, weight, case.labels)
+    leaves = [getattr(case, name).requires_grad_() for name in case.leaves]
+    hidden, weight, bias = leaves
+    logprobs, entropy = ipo_ext.linear_token_logprobs(hidden, weight, case.labels, bias=bias)
     (logprobs.sum() + entropy.sum()).backward()
-    assert not hidden.grad.any()
-    assert not weight.grad.any()
+    for leaf, gradient in zip(leaves, ours.gradients, strict=True):
+        assert gradient.shape == leaf.shape
+        assert not gradient.any()
+        assert not leaf.grad.any()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -222,7 +225,7 @@ def test_nothing_active(backend: Backend, tokens: int, how: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("labels_dtype", [torch.int32, torch.int64])
 def test_shapes_and_layouts(backend: Backend, labels_dtype: torch.dtype) -> None:
-    case = random_case(24, token_temperature=True).to(backend.device)
+    case = random_case(24, token_temperature=True, has_bias=True).to(backend.device)
     expected = evaluate(case)
     room = torch.full((4, 7, 2 * WIDTH), math.nan, device=backend.device)
     hidden = room[:, :6, ::2]
@@ -230,6 +233,7 @@ def test_shapes_and_layouts(backend: Backend, labels_dtype: torch.dtype) -> None
     batch = case.with_(
         hidden=hidden,
         weight=case.weight.t().contiguous().t(),
+        bias=torch.stack([case.bias, case.bias], 1)[:, 0],
         labels=case.labels.view(4, 6).to(labels_dtype),
         inference_logprobs=case.inference_logprobs.view(4, 6).t().contiguous().t(),
         advantages=case.advantages.view(4, 6),
@@ -242,6 +246,7 @@ def test_shapes_and_layouts(backend: Backend, labels_dtype: torch.dtype) -> None
     torch.testing.assert_close(ours.output.logprobs.view(-1), expected.output.logprobs)
     torch.testing.assert_close(ours.grad_hidden.view(24, WIDTH), expected.grad_hidden)
     torch.testing.assert_close(ours.grad_weight, expected.grad_weight)
+    torch.testing.assert_close(ours.grad_bias, expected.grad_bias)
 
 
 def test_one_token_without_dimensions(backend: Backend) -> None:
@@ -295,6 +300,24 @@ def test_autocast_casts_as_linear_does(backend: Backend) -> None:
     assert torch.equal(ours.bfloat16(), torch.autograd.grad(truth, low)[0])
 
 
+def test_autocast_leaves_a_bias_in_its_dtype(backend: Backend) -> None:
+    """It is added to float32 logits, so that rounding it would gain nothing."""
+    case = random_case(has_bias=True).to(backend.device)
+    rounded = {"hidden": case.hidden.bfloat16().float(), "weight": case.weight.bfloat16().float()}
+    expected = evaluate(case.with_(**rounded))
+    with torch.autocast(backend.device.type, dtype=torch.bfloat16):
+        ours = evaluate(case)
+        narrow = evaluate(case.with_(bias=case.bias.bfloat16().float()))
+        mixed = evaluate(case.with_(bias=case.bias.bfloat16()))
+        with pytest.raises(TypeError, match=r"bias: expected dtype .*32 like hidden, .* one$"):
+            case.with_(bias=case.bias.double()).call()
+    torch.testing.assert_close(ours.output.logprobs, expected.output.logprobs)
+    assert torch.equal(mixed.loss, narrow.loss)
+    assert torch.equal(mixed.grad_bias, narrow.grad_bias.bfloat16())
+    assert ours.grad_bias.dtype == torch.float32
+    torch.testing.assert_close(ours.grad_bias, expected.grad_bias, rtol=1e-2, atol=1e-2)
+
+
 def test_autocast_leaves_float64_alone_as_linear_does(backend: Backend) -> None:
     case = random_case(dtype=torch.float64).to(backend.device)
     expected = evaluate(case)
@@ -318,10 +341,11 @@ def test_scalars_do_not_follow_the_default_device(backend: Backend) -> None:
     assert torch.equal(ours.loss, expected.loss)
 
 
-def test_weight_gradient_is_summed_in_float32(backend: Backend) -> None:
+def test_gradients_of_the_head_are_summed_in_float32(backend: Backend) -> None:
     """A sum over many chunks in bf16 would stop growing at 256 times its terms."""
     tokens = 1200
-    case = random_case(tokens, 4, 8, torch.bfloat16, masked=0, config=WIDE_BAND)
+    how = {"masked": 0, "config": WIDE_BAND, "has_bias": True}
+    case = random_case(tokens, 4, 8, torch.bfloat16, **how)
     same = {"hidden": case.hidden[:1].expand(tokens, 4), "labels": case.labels[:1].expand(tokens)}
     case = case.with_(
         **same,
@@ -329,9 +353,11 @@ def test_weight_gradient_is_summed_in_float32(backend: Backend) -> None:
         advantages=torch.ones(tokens),
     ).to(backend.device)
     ours = evaluate(case, chunk_size=2)
-    wide = case.with_(hidden=case.hidden.double(), weight=case.weight.double())
+    wide = case.with_(**{name: getattr(case, name).double() for name in case.leaves})
     exact = evaluate(wide, reference.ipo_loss_from_hidden)
-    torch.testing.assert_close(ours.grad_weight.double(), exact.grad_weight, rtol=0.01, atol=0.01)
+    for name in ("grad_weight", "grad_bias"):
+        mine, truth = getattr(ours, name).double(), getattr(exact, name)
+        torch.testing.assert_close(mine, truth, rtol=0.01, atol=0.01)
 
 
 def test_fp16_gradients_do_not_underflow(backend: Backend) -> None:

@@ -35,12 +35,14 @@ def test_matches_float64(backend: Backend, dtype: torch.dtype, columns: int) -> 
     assert_accurate(random_case(columns=columns, dtype=dtype, temperature=0.8), backend)
 
 
+@pytest.mark.parametrize("logit_scale", [None, 0.3])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_softcap_and_token_temperature(
-    backend: Backend, dtype: torch.dtype, softcap: float | None
+def test_scale_softcap_and_token_temperature(
+    backend: Backend, dtype: torch.dtype, softcap: float | None, logit_scale: float | None
 ) -> None:
-    case = random_case(dtype=dtype, columns=130, token_temperature=True, softcap=softcap)
+    how = {"softcap": softcap, "logit_scale": logit_scale}
+    case = random_case(dtype=dtype, columns=130, token_temperature=True, **how)
     assert_accurate(case, backend, grad_loss=0.75)
 
 
@@ -58,6 +60,7 @@ def test_long_rows_use_the_large_block(backend: Backend) -> None:
     masked=st.sampled_from([0.0, 0.5, 1.0]),
     temperature=st.sampled_from([None, 0.5, 1.0, 2.5, "token"]),
     softcap=st.sampled_from([None, 2.0, 30.0]),
+    logit_scale=st.sampled_from([None, 0.0625, 1.7]),
     normalizer=st.sampled_from([None, 4.0]),
     grad_loss=st.sampled_from([1.0, -2.5]),
     spread=st.sampled_from([0.1, 2.0, 8.0]),
@@ -82,7 +85,8 @@ def test_any_case(
 
 def test_gradient_is_that_of_finite_differences(backend: Backend) -> None:
     # Not gradcheck, which runs backward twice.
-    options = {"config": WIDE_BAND, "temperature": 0.8, "softcap": 5.0, "normalizer": 3.0}
+    scaling = {"temperature": 0.8, "softcap": 5.0, "logit_scale": 1.3}
+    options = {"config": WIDE_BAND, "normalizer": 3.0, **scaling}
     case = random_case(4, 9, torch.float64, inference_dtype=torch.float64, **options)
     case = case.to(backend.device)
     step = 1e-6

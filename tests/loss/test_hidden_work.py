@@ -134,12 +134,16 @@ def test_default_chunk_size() -> None:
 # Only what is needed
 
 
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("wanted", [*itertools.product([False, True], repeat=3)], ids=str)
 def test_only_gradients_that_are_needed(
-    backend: Backend, wanted: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+    backend: Backend,
+    wanted: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    case = random_case().to(backend.device)
-    both = evaluate(case)
+    case = random_case(dtype=dtype, has_bias=True).to(backend.device)
+    every = evaluate(case)
     seen = []
     finished = chunks.Gradients.finished
 
@@ -149,23 +153,20 @@ def test_only_gradients_that_are_needed(
         return gradients
 
     monkeypatch.setattr(chunks.Gradients, "finished", spy)
-    hidden, weight = (
-        t.detach().requires_grad_(on)
-        for t, on in zip((case.hidden, case.weight), wanted, strict=True)
-    )
-    loss = case.with_(hidden=hidden, weight=weight).call().loss
+    leaves = [
+        getattr(case, name).detach().requires_grad_(on)
+        for name, on in zip(case.leaves, wanted, strict=True)
+    ]
+    loss = case.with_(**dict(zip(case.leaves, leaves, strict=True))).call().loss
     assert seen == [wanted]
     assert loss.requires_grad == any(wanted)
-    assert torch.equal(loss, both.loss)
+    assert torch.equal(loss, every.loss)
     if any(wanted):
         loss.backward()
-    for tensor, on, expected in (
-        (hidden, wanted[0], both.grad_hidden),
-        (weight, wanted[1], both.grad_weight),
-    ):
-        assert (tensor.grad is not None) == on
+    for leaf, on, expected in zip(leaves, wanted, every.gradients, strict=True):
+        assert (leaf.grad is not None) == on
         if on:
-            assert torch.equal(tensor.grad, expected)
+            assert torch.equal(leaf.grad, expected)
 
 
 def test_no_gradient_under_no_grad(backend: Backend) -> None:

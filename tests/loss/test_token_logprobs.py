@@ -76,13 +76,15 @@ def test_token_logprobs_gradient(
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradcheck(backend: Backend, softcap: float | None) -> None:
+@pytest.mark.parametrize("logit_scale", [None, 0.6])
+def test_gradcheck(backend: Backend, logit_scale: float | None, softcap: float | None) -> None:
     logits = torch.randn(5, 9, dtype=torch.float64, device=backend.device, requires_grad=True)
     labels = torch.tensor([0, 8, -100, 3, 3], device=backend.device)
     temperature = torch.tensor([0.5, 1, 1, 2, 0.9], dtype=torch.float64, device=backend.device)
 
     def both(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return ipo_ext.token_logprobs(z, labels, temperature=temperature, softcap=softcap)
+        how = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+        return ipo_ext.token_logprobs(z, labels, **how)
 
     assert torch.autograd.gradcheck(both, logits)
 

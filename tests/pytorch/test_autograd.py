@@ -16,7 +16,6 @@ from tests.support import hidden, logits
 from tests.support.backends import Backend
 from tests.support.cases import LogprobsCase, evaluate, same_bits
 from tests.support.forms import FORMS, TOKENS, forms, leaf, loss_of
-from tests.support.hidden import leaves_of
 from tests.support.logprobs import DTYPES, random_case
 from tests.support.operators import call_operator, operator_gradient
 from tests.support.subjects import Subject, per_token
@@ -100,10 +99,10 @@ def test_a_kept_graph_from_logits(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_kept_graph_from_hidden(backend: Backend, dtype: torch.dtype) -> None:
-    case = hidden.random_case(dtype=dtype).to(backend.device)
+    case = hidden.random_case(dtype=dtype, has_bias=True).to(backend.device)
     expected = evaluate(case, grad_loss=0.3)
-    leaves = leaves_of(case)
-    loss = case.with_(hidden=leaves[0], weight=leaves[1]).call().loss * 0.3
+    leaves = [getattr(case, name).detach().requires_grad_() for name in case.leaves]
+    loss = case.with_(**dict(zip(case.leaves, leaves, strict=True))).call().loss * 0.3
     for keep in (True, True, False):
         gradients = torch.autograd.grad(loss, leaves, retain_graph=keep)
         for gradient, truth in zip(gradients, expected.gradients, strict=True):
@@ -160,15 +159,16 @@ def test_func_grad_from_hidden(backend: Backend) -> None:
     assert torch.equal(ours, evaluate(case, grad_loss=2.0).grad_weight)
 
 
-def test_compiled_autograd(backend: Backend) -> None:
-    case = hidden.random_case().to(backend.device)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_compiled_autograd(backend: Backend, *, has_bias: bool) -> None:
+    case = hidden.random_case(has_bias=has_bias).to(backend.device)
     expected = evaluate(case)
-    states, weight = leaves_of(case)
-    loss = case.with_(hidden=states * 1, weight=weight * 1).call().loss
+    leaves = {name: getattr(case, name).detach().requires_grad_() for name in case.leaves}
+    loss = case.with_(**{name: leaf * 1 for name, leaf in leaves.items()}).call().loss
     with torch._dynamo.compiled_autograd._enable(lambda graph: graph):
         loss.backward()
-    assert torch.equal(states.grad, expected.grad_hidden)
-    assert torch.equal(weight.grad, expected.grad_weight)
+    for parameter, gradient in zip(leaves.values(), expected.gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -288,9 +288,11 @@ def test_the_reference_has_what_is_refused() -> None:
 
 
 def test_a_second_derivative_from_hidden_is_refused(backend: Backend) -> None:
-    case = hidden.random_case().to(backend.device)
-    leaves = (case.hidden.requires_grad_(), case.weight.requires_grad_())
-    linear = ipo_ext.linear_token_logprobs(*leaves, case.labels)[0].sum()
+    case = hidden.random_case(has_bias=True).to(backend.device)
+    leaves = [getattr(case, name).requires_grad_() for name in case.leaves]
+    hidden_states, weight, bias = leaves
+    linear, _ = ipo_ext.linear_token_logprobs(hidden_states, weight, case.labels, bias=bias)
+    linear = linear.sum()
     for loss, tensor in itertools.product((lambda: case.call().loss, lambda: linear), leaves):
         (gradient,) = torch.autograd.grad(loss() + (tensor**2).sum(), tensor, create_graph=True)
         with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):

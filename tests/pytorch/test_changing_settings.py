@@ -34,6 +34,7 @@ def numbers_at(step: int) -> Numbers:
         "rollout_min_ratio": 1e-5 * (step + 2),
         "temperature": 1.5 - 0.01 * step,
         "softcap": 9.5 + 0.25 * step,
+        "logit_scale": 0.6 + 0.01 * step,
         "normalizer": 3.5 + 11 * step,
     }
 
@@ -47,7 +48,7 @@ def config_of(numbers: Numbers, **rules: Any) -> IPOConfig:
 
 def keywords(function: str, numbers: Numbers) -> dict[str, float]:
     """Those that the function takes beside a config."""
-    names = [] if function == "ipo_loss" else ["temperature", "softcap"]
+    names = [] if function == "ipo_loss" else ["temperature", "softcap", "logit_scale"]
     names += [] if function in LOGPROBS else ["normalizer"]
     return {name: numbers[name] for name in names}
 
@@ -172,7 +173,7 @@ def test_a_config_assigned_to_a_module(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("kind", [LinearIPOLoss, IPOLMHead])
-def test_a_softcap_assigned_to_a_module(backend: Backend, kind: type[LinearIPOLoss]) -> None:
+def test_numbers_assigned_to_a_module(backend: Backend, kind: type[LinearIPOLoss]) -> None:
     first, (weight, *constants), _ = inputs_of(SUBJECTS["ipo_loss_from_hidden"], backend)
     linear = torch.nn.Linear(VOCABULARY, VOCABULARY, bias=False, device=backend.device)
     module = IPOLMHead(linear) if kind is IPOLMHead else LinearIPOLoss()
@@ -180,6 +181,7 @@ def test_a_softcap_assigned_to_a_module(backend: Backend, kind: type[LinearIPOLo
 
     def assign(number: int) -> None:
         module.softcap = 9.5 + 0.25 * number
+        module.logit_scale = 0.6 + 0.01 * number
         module.config = IPOConfig(kl_tau=0.3 + 0.01 * number)
 
     assert_compiled_twice(first, lambda leaf, _: module(leaf, *weights, *constants), assign)

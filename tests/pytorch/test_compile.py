@@ -200,7 +200,8 @@ def test_compiled_from_logits_equals_eager(
 ) -> None:
     traced = compiled(ipo_ext.ipo_loss_from_logits)
     for rows in (5, 8):
-        options = {"temperature": 0.8, "softcap": 9.0, "normalizer": 3.0 + rows}
+        scaling = {"temperature": 0.8, "softcap": 9.0, "logit_scale": 0.7}
+        options = {**scaling, "normalizer": 3.0 + rows}
         case = logits.random_case(rows, 3 * rows, dtype, **options).to(backend.device)
         eager = evaluate(case, grad_loss=grad_loss)
         assert_same_bits(evaluate(case, traced, grad_loss=grad_loss), eager)
@@ -230,7 +231,8 @@ def test_compiled_from_hidden_equals_eager(
 ) -> None:
     traced = compiled(ipo_ext.ipo_loss_from_hidden)
     for tokens in (20, 31):
-        case = hidden.random_case(tokens, dtype=dtype, normalizer=3.0 + tokens).to(backend.device)
+        how = {"normalizer": 3.0 + tokens, "has_bias": True}
+        case = hidden.random_case(tokens, dtype=dtype, **how).to(backend.device)
         eager = evaluate(case, grad_loss=grad_loss)
         assert_same_bits(evaluate(case, traced, grad_loss=grad_loss), eager)
 
@@ -267,13 +269,14 @@ def test_the_graph_holds_one_node_and_no_logits(backend: Backend) -> None:
 
 def test_compiled_linear_token_logprobs(backend: Backend) -> None:
     def gradients(function: Any, case: HiddenCase) -> tuple[torch.Tensor, ...]:
-        leaves = leaves_of(case)
-        logprobs, entropy = function(*leaves, case.labels, temperature=0.7)
+        leaves = (*leaves_of(case), case.bias.detach().requires_grad_())
+        hidden, weight, bias = leaves
+        logprobs, entropy = function(hidden, weight, case.labels, temperature=0.7, bias=bias)
         return torch.autograd.grad((logprobs * 2 + entropy).sum(), leaves)
 
     traced = compiled(ipo_ext.linear_token_logprobs)
     for tokens in (20, 31):
-        case = hidden.random_case(tokens).to(backend.device)
+        case = hidden.random_case(tokens, has_bias=True).to(backend.device)
         for ours, eager in zip(
             gradients(traced, case),
             gradients(ipo_ext.linear_token_logprobs, case),

@@ -79,12 +79,14 @@ def test_opcheck_from_logits(backend: Backend) -> None:
 
 
 def test_opcheck_from_hidden(backend: Backend) -> None:
-    case = hidden.random_case(token_temperature=True, chunk_size=16).to(backend.device)
-    for tensor in (case.hidden, case.weight):
-        tensor.requires_grad_()
-    for num_active in (None, hidden.TOKENS - 2):
-        opcheck("ipo_loss_from_hidden", case, num_active=num_active)
-    opcheck("linear_token_logprobs", case, softcap=3.0)
+    how = {"token_temperature": True, "chunk_size": 16}
+    for has_bias in (False, True):
+        case = hidden.random_case(has_bias=has_bias, **how).to(backend.device)
+        for name in case.leaves:
+            getattr(case, name).requires_grad_()
+        for num_active in (None, hidden.TOKENS - 2):
+            opcheck("ipo_loss_from_hidden", case, num_active=num_active)
+        opcheck("linear_token_logprobs", case, softcap=3.0)
 
 
 def test_the_operator_says_what_it_was_not_told_to_make(backend: Backend) -> None:
@@ -97,6 +99,10 @@ def test_the_operator_says_what_it_was_not_told_to_make(backend: Backend) -> Non
     with pytest.raises(RuntimeError, match="expected needs_grad_hidden=True"):
         loss(needs_grad_hidden=False, needs_grad_weight=True).backward()
     needed = {"needs_grad_hidden": True, "needs_grad_weight": False}
+    biased = hidden.random_case(chunk_size=16, has_bias=True).to(backend.device)
+    biased.bias.requires_grad_()
+    with pytest.raises(RuntimeError, match="expected needs_grad_bias=True"):
+        call_operator("ipo_loss_from_hidden", biased, needs_grad_bias=False)[0].backward()
     with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss(**needed), states, create_graph=True)
     (ours,) = torch.autograd.grad(2 * loss(**needed), states)

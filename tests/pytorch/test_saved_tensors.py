@@ -45,7 +45,7 @@ def from_logits(dtype: torch.dtype) -> Case:
 
 
 def from_hidden(dtype: torch.dtype) -> Case:
-    return with_every_input(hidden.random_case(TOKENS, dtype=dtype))
+    return with_every_input(hidden.random_case(TOKENS, dtype=dtype, has_bias=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class LinearTokenLogprobsCase(HiddenCase):
 
 def of_logprobs(case: Case, kind: type[Case]) -> Case:
     """A call for log-probabilities of the same inputs."""
-    names = ("labels", "temperature", *type(case).leaves)
+    names = ("labels", "temperature", *case.leaves)
     others = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     return kind(**{name: others[name] for name in others if name in names or name in REQUIRED})
 
@@ -76,7 +76,8 @@ def gradients_of(case: Case, spoil: Callable[[Case, Any], None] | None = None) -
     case = case.with_(**{n: leaf * 1 for n, leaf in zip(case.leaves, leaves, strict=True)})
     if isinstance(case, (TokenLogprobsCase, LinearTokenLogprobsCase)):
         operands = [getattr(case, name) for name in case.operands]
-        output = type(case).function(*operands, temperature=case.temperature)
+        more = {"bias": case.bias} if "bias" in case.leaves else {}
+        output = type(case).function(*operands, temperature=case.temperature, **more)
         target = (output[0] * 2 + output[1]).sum()
     else:
         output = case.call()

@@ -68,8 +68,9 @@ def test_flatten_and_unflatten(operator: str) -> None:
 def test_a_schema_is_made_of_the_fields() -> None:
     text = groups.schema(groups.LinearTokenLogprobsArguments, groups.LinearTokenLogprobsResults)
     assert text == (
-        "(Tensor hidden, Tensor weight, Tensor labels, Tensor? temperature, float softcap, "
-        "SymInt chunk_size) -> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)"
+        "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperature, "
+        "float softcap, SymInt chunk_size) "
+        "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 
 import ipo_ext
 from ipo_ext import IPOConfig
@@ -36,7 +37,7 @@ class Case:
 
     function: ClassVar[Callable[..., ipo_ext.IPOOutput]]
     operands: ClassVar[tuple[str, ...]]  # the arguments that it takes by place
-    leaves: ClassVar[tuple[str, ...]]  # those that it differentiates
+    differentiable: ClassVar[tuple[str, ...]]
 
     inference_logprobs: torch.Tensor
     advantages: torch.Tensor
@@ -59,6 +60,11 @@ class Case:
         return {k: v for k, v in self.arguments.items() if isinstance(v, torch.Tensor)}
 
     @property
+    def leaves(self) -> list[str]:
+        """What it differentiates."""
+        return [name for name in self.differentiable if getattr(self, name) is not None]
+
+    @property
     def tokens(self) -> int:
         return self.loss_mask.numel()
 
@@ -72,7 +78,7 @@ class Case:
 
     def map_tokens(self: _Case, function: Callable[[torch.Tensor], torch.Tensor]) -> _Case:
         """The case with ``function`` applied to every tensor that has a value for each token."""
-        others = {"weight", "cu_seqlens", "normalizer"}
+        others = {"weight", "bias", "cu_seqlens", "normalizer"}
         tensors = {k: v for k, v in self.tensors.items() if k not in others}
         return self.with_(**{name: function(tensor) for name, tensor in tensors.items()})
 
@@ -91,7 +97,7 @@ class Case:
 class LogprobsCase(Case):
     function = staticmethod(ipo_ext.ipo_loss)
     operands = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
-    leaves = ("trainer_logprobs",)
+    differentiable = ("trainer_logprobs",)
 
     trainer_logprobs: torch.Tensor
 
@@ -101,6 +107,7 @@ class _LabelledCase(Case):
     labels: torch.Tensor
     temperature: float | torch.Tensor | None = None
     softcap: float | None = None
+    logit_scale: float | None = None
 
     def from_logprobs(self, trainer_logprobs: torch.Tensor) -> LogprobsCase:
         """The same call from the log-probabilities."""
@@ -116,7 +123,7 @@ class _LabelledCase(Case):
 class LogitsCase(_LabelledCase):
     function = staticmethod(ipo_ext.ipo_loss_from_logits)
     operands = ("logits", "labels", "inference_logprobs", "advantages", "loss_mask")
-    leaves = ("logits",)
+    differentiable = ("logits",)
 
     logits: torch.Tensor
 
@@ -125,16 +132,17 @@ class LogitsCase(_LabelledCase):
 class HiddenCase(_LabelledCase):
     function = staticmethod(ipo_ext.ipo_loss_from_hidden)
     operands = ("hidden", "weight", "labels", "inference_logprobs", "advantages", "loss_mask")
-    leaves = ("hidden", "weight")
+    differentiable = ("hidden", "weight", "bias")
 
     hidden: torch.Tensor
     weight: torch.Tensor
+    bias: torch.Tensor | None = None
     chunk_size: int | None = None
     num_active: int | None = None
 
     def from_logits(self) -> LogitsCase:
         """The same call from the logits, which do not require grad."""
-        logits = (self.hidden @ self.weight.t()).detach()
+        logits = F.linear(self.hidden, self.weight, self.bias).detach()
         return LogitsCase(logits=logits, **self._as(LogitsCase))
 
 
@@ -170,6 +178,10 @@ class Evaluation:
     @property
     def grad_weight(self) -> torch.Tensor:
         return self.gradients[1]
+
+    @property
+    def grad_bias(self) -> torch.Tensor:
+        return self.gradients[2]
 
 
 def evaluate(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import ipo_ext
 from ipo_ext import IPOConfig, reference
@@ -29,6 +30,7 @@ def random_case(
     masked: float = 0.4,
     inference_dtype: torch.dtype = torch.float32,
     token_temperature: bool = False,
+    has_bias: bool = False,
     **options: Any,
 ) -> HiddenCase:
     """No token is near the band's ends."""
@@ -39,7 +41,9 @@ def random_case(
     labels = torch.randint(vocabulary, (tokens,), generator=generator).masked_fill(~mask, -100)
     if token_temperature:
         options["temperature"] = torch.rand(tokens, generator=generator) + 0.5
-    how = {name: options.get(name) for name in ("temperature", "softcap")}
+    if has_bias:
+        options["bias"] = torch.randn(vocabulary, generator=generator).to(dtype)
+    how = {name: options.get(name) for name in ("temperature", "softcap", "logit_scale", "bias")}
     exact, _ = reference.linear_token_logprobs(hidden, weight, labels, **how, dtype=torch.float64)
     return HiddenCase(
         hidden=hidden,
@@ -76,16 +80,19 @@ class CountsRows:
 
 
 class WideLinear(torch.autograd.Function):
-    """hidden @ weight.T with results in float32 from operands of any precision, forward and back.
+    """F.linear with results in float32 from operands of any precision, forward and back.
 
     What eager torch has as ``mm(..., out_dtype=float32)``: the naive peer of the same products.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        return hidden.to(wide) @ weight.to(wide).t()
+        logits = hidden.to(wide) @ weight.to(wide).t()
+        return logits if bias is None else logits + bias.to(wide)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
@@ -93,13 +100,18 @@ class WideLinear(torch.autograd.Function):
         rounded = gradient.to(weight.dtype).to(gradient.dtype)
         grad_hidden = rounded @ weight.to(gradient.dtype)
         grad_weight = rounded.t() @ hidden.to(gradient.dtype)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
+        grad_bias = rounded.sum(0).to(weight.dtype) if any(ctx.needs_input_grad[2:]) else None
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias
 
 
 def naive_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, *constants: Any, **options: Any
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    *constants: Any,
+    bias: torch.Tensor | None = None,
+    **options: Any,
 ) -> ipo_ext.IPOOutput:
-    logits: Any = WideLinear.apply(hidden, weight)
+    logits: Any = WideLinear.apply(hidden, weight, bias)
     return reference.ipo_loss_from_logits(logits, *constants, **options)
 
 
@@ -107,17 +119,26 @@ def assert_accurate(case: HiddenCase, backend: Backend, grad_loss: float = 1.0, 
     """Ours is about as close to float64 as eager torch over all of the fp32 logits is."""
     ours = evaluate(case.to(backend.device), grad_loss=grad_loss, **how)
     naive = evaluate(case, naive_loss, grad_loss=grad_loss)
-    wide = case.with_(hidden=case.hidden.double(), weight=case.weight.double())
+    wide = case.with_(**{name: getattr(case, name).double() for name in case.leaves})
     sizes = {}
 
-    def exact_loss(hidden: torch.Tensor, weight: torch.Tensor, *constants: Any, **options: Any):
-        logits = hidden @ weight.t()
+    def exact_loss(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        *constants: Any,
+        bias: torch.Tensor | None = None,
+        **options: Any,
+    ) -> ipo_ext.IPOOutput:
+        logits = F.linear(hidden, weight, bias)
         logits.register_hook(lambda gradient: sizes.update(grad_logits=gradient.abs()))
         return reference.ipo_loss_from_logits(logits, *constants, **options, dtype=torch.float64)
 
     exact = evaluate(wide, exact_loss, grad_loss=grad_loss)
     temperature = torch.as_tensor(1.0 if case.temperature is None else case.temperature).double()
-    arguments = (wide.hidden.abs() @ wide.weight.abs().t()).amax(-1) / temperature
+    scale = case.logit_scale or 1.0
+    terms = wide.hidden.abs() @ wide.weight.abs().t()
+    terms = terms if wide.bias is None else terms + wide.bias.abs()
+    arguments = scale * terms.amax(-1) / temperature
     in_float64 = case.hidden.dtype == torch.float64  # naive is exact then, and ours alone
     for name in ("logprobs", "entropy"):
         mine, theirs, truth = (getattr(e.output, name) for e in (ours, naive, exact))
@@ -135,6 +156,7 @@ def assert_accurate(case: HiddenCase, backend: Backend, grad_loss: float = 1.0, 
         "grad_hidden": grad_logits @ wide.weight.abs()
         + (grad_logits.amax(-1, keepdim=True) > 0) * tiny,
         "grad_weight": grad_logits.t() @ wide.hidden.abs() + tiny,
+        **({} if case.bias is None else {"grad_bias": grad_logits.sum(0) + tiny}),
     }
     for name, scale in scales.items():
         mine, theirs, truth = (getattr(e, name) for e in (ours, naive, exact))

@@ -45,7 +45,7 @@ def random_case(
         logits[torch.arange(rows), labels] += math.log(columns)
     if token_temperature:
         options["temperature"] = torch.rand(rows, generator=generator) + 0.5
-    how = {name: options.get(name) for name in ("temperature", "softcap")}
+    how = {name: options.get(name) for name in ("temperature", "softcap", "logit_scale")}
     exact, _ = reference.token_logprobs(logits, labels, **how, dtype=torch.float64)
     return LogitsCase(
         logits=logits,
@@ -99,7 +99,7 @@ def assert_accurate(case: LogitsCase, backend: Backend, grad_loss: float = 1.0) 
 
 def gradient_scale(case: LogitsCase, exact: torch.Tensor) -> torch.Tensor:
     """Sizes of the terms of each derivative: at the label, 1 and p are subtracted."""
-    how = {"temperature": case.temperature, "softcap": case.softcap}
+    how = {name: getattr(case, name) for name in ("temperature", "softcap", "logit_scale")}
     log_p, _ = reference.token_logprobs(case.logits, case.labels, **how, dtype=torch.float64)
     p = log_p.exp()[:, None]
     label = torch.where(case.loss_mask, case.labels, 0)[:, None].long()
@@ -120,12 +120,13 @@ def largest_argument(case: LogitsCase) -> float:
     """Bounds the softmax's arguments, whose rounding every log-probability inherits."""
     coldest = 1.0 if case.temperature is None else torch.as_tensor(case.temperature).min().item()
     finite = case.logits[case.logits.isfinite()]
-    return 1.0 + min(finite.abs().max().item(), case.softcap or math.inf) / coldest
+    largest = (case.logit_scale or 1.0) * finite.abs().max().item()
+    return 1.0 + min(largest, case.softcap or math.inf) / coldest
 
 
 def in_long_double(case: LogitsCase) -> dict[str, torch.Tensor]:
     """For float64 logits, of which eager torch knows no more than we do: its sums lose bits."""
-    scaled = case.logits.cpu().numpy().astype(np.longdouble)
+    scaled = (case.logit_scale or 1) * case.logits.cpu().numpy().astype(np.longdouble)
     if case.softcap:
         scaled = case.softcap * np.tanh(scaled / case.softcap)
     temperature = 1.0 if case.temperature is None else case.temperature

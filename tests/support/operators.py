@@ -8,6 +8,7 @@ import torch
 
 from ipo_ext import _C, IPOConfig
 from ipo_ext._ops import library
+from ipo_ext._ops.arguments import NeedsGrad
 from tests.support.cases import Case, LogitsCase, LogprobsCase
 from tests.support.subjects import TOKENS, VOCABULARY
 
@@ -35,6 +36,7 @@ def operator_arguments(name: str, case: Case, **others: Any) -> dict[str, Any]:
         "normalizer": as_scalar(case.normalizer),
         **settings_of(case.config, case.compute_dtype),
         **dict.fromkeys(("with_gradient", "needs_grad_hidden", "needs_grad_weight"), True),
+        "needs_grad_bias": getattr(case, "bias", None) is not None,
         **others,
     }
     return {argument: known[argument] for argument in names_of(name)}
@@ -92,6 +94,7 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "logits": torch.randn(rows),
         "hidden": torch.randn(rows),
         "weight": torch.randn(VOCABULARY, VOCABULARY),
+        "bias": torch.randn(VOCABULARY),
         "labels": torch.randint(VOCABULARY, (TOKENS,)),
         "inference_logprobs": -torch.rand(TOKENS),
         "advantages": torch.randn(TOKENS),
@@ -118,7 +121,7 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
     numbers = {
         **settings_of(config, torch.float32),
         **dict.fromkeys(("num_active", "max_active"), TOKENS),
-        **dict.fromkeys(("with_gradient", "needs_grad_hidden", "needs_grad_weight"), True),
+        **dict.fromkeys(("with_gradient", *NeedsGrad._fields), True),
         "softcap": 4.0,
         "chunk_size": 8,
         "columns": VOCABULARY,

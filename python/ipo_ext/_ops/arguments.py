@@ -54,8 +54,14 @@ class HeadInputs(NamedTuple):
 
     hidden: torch.Tensor  # [..., width]
     weight: torch.Tensor  # [vocabulary, width]
+    bias: torch.Tensor | None  # [vocabulary]
     labels: torch.Tensor  # [...]
     scaling: LogitScaling
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What gradients flow to, in the order of ``NeedsGrad`` and of the results."""
+        return self.hidden, self.weight, self.bias
 
 
 class LogprobsBackward(NamedTuple):
@@ -72,6 +78,7 @@ class NeedsGrad(NamedTuple):
 
     needs_grad_hidden: bool
     needs_grad_weight: bool
+    needs_grad_bias: bool
 
 
 class MetricRows(NamedTuple):
@@ -167,6 +174,11 @@ class IPOLossFromHiddenResults(NamedTuple):
     # [tokens, width], float32 for float16; without a row where not needed
     grad_hidden: torch.Tensor
     grad_weight: torch.Tensor  # [vocabulary, width] in the compute dtype; likewise
+    grad_bias: torch.Tensor  # [vocabulary]; likewise
+
+    @property
+    def gradients(self) -> tuple[torch.Tensor, ...]:
+        return self.grad_hidden, self.grad_weight, self.grad_bias
 
 
 class LinearTokenLogprobsArguments(NamedTuple):
@@ -190,6 +202,7 @@ class LinearTokenLogprobsBackwardArguments(NamedTuple):
 class LinearTokenLogprobsBackwardResults(NamedTuple):
     grad_hidden: torch.Tensor  # as of the loss
     grad_weight: torch.Tensor
+    grad_bias: torch.Tensor
 
 
 class FindFaultsArguments(NamedTuple):

@@ -92,12 +92,12 @@ def check_hidden_loss(head: HeadInputs, inputs: LossInputs, teacher_tau: float) 
 
 
 def check_hidden(head: HeadInputs) -> None:
-    """Raises unless hidden states, weight, labels and temperature agree.
+    """Raises unless hidden states, weight, bias, labels and temperature agree.
 
     Their dtypes may differ, for autocast: see ``product_dtype``.
     """
-    hidden, weight, labels, scaling = head
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
+    hidden, weight, bias, labels, scaling = head
+    for name, tensor in zip(("hidden", "weight", "bias"), head.leaves, strict=True):
         _check_not_distributed(name, tensor)
     check_tensor("hidden", hidden, FLOATING)
     check_device_supported("hidden", hidden)
@@ -110,28 +110,45 @@ def check_hidden(head: HeadInputs) -> None:
             f"{_shape(hidden)}, got {_shape(weight)}"
         )
     check_device("weight", weight, Like("hidden", hidden))
+    if bias is not None:
+        _check_bias(bias, Like("weight", weight))
     _check_labels(labels, Like("hidden", hidden), scaling.temperature)
 
 
-def product_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+def _check_bias(bias: torch.Tensor, weight: Like) -> None:
+    check_tensor("bias", bias, FLOATING)
+    if bias.shape != weight.tensor.shape[:1]:
+        raise ValueError(
+            f"bias: expected shape {_shape(weight.tensor)[:1]}, one for each row of weight "
+            f"{_shape(weight.tensor)}, got {_shape(bias)}"
+        )
+    check_device("bias", bias, weight)
+
+
+def product_dtype(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.dtype:
     """What hidden states and weight are multiplied in, as ``torch.nn.functional.linear`` would."""
     kind = hidden.device.type
-    is_double = torch.float64 in (hidden.dtype, weight.dtype)  # which autocast leaves alone
+    others = [("weight", weight), *([] if bias is None else [("bias", bias)])]
+    # Which autocast leaves alone.
+    is_double = torch.float64 in [hidden.dtype, *[tensor.dtype for _, tensor in others]]
     # meta has no autocast, and raises. torch.amp.is_autocast_available is not for torch.compile
     # (2.11), which cannot trace it.
     has_autocast = kind != "meta"
     if has_autocast and torch.is_autocast_enabled(kind) and not is_double:
         return torch.get_autocast_dtype(kind)
-    if weight.dtype != hidden.dtype:
-        hint = "" if is_double else ", or call under torch.autocast"
-        raise TypeError(
-            f"weight: expected dtype {hidden.dtype} like hidden, got {weight.dtype}; "
-            f"convert one{hint}"
-        )
+    for name, tensor in others:
+        if tensor.dtype != hidden.dtype:
+            hint = "" if is_double else ", or call under torch.autocast"
+            raise TypeError(
+                f"{name}: expected dtype {hidden.dtype} like hidden, got {tensor.dtype}; "
+                f"convert one{hint}"
+            )
     return hidden.dtype
 
 
-def _check_not_distributed(name: str, tensor: torch.Tensor) -> None:
+def _check_not_distributed(name: str, tensor: torch.Tensor | None) -> None:
     if type(tensor).__name__ == "DTensor":
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor, which is spread over ranks. Call the "

@@ -1,4 +1,4 @@
-"""The operators from hidden states and the LM head's weight, over the C++ operators of a chunk.
+"""The operators from hidden states and the LM head, over the C++ operators of a chunk.
 
 The [tokens, vocabulary] logits never exist: a chunk of the tokens that take part becomes logits,
 and these become their own gradient. Whatever traces does not see the loop over chunks: a graph
@@ -61,10 +61,10 @@ def _loss_in_one_pass(
     ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor
 ) -> IPOLossFromHiddenResults:
     """What tokens pay, and the gradients, as soon as a chunk's logits are there."""
-    (hidden, weight, labels, scaling), inputs = arguments.head, arguments.inputs
+    (hidden, weight, bias, labels, scaling), inputs = arguments.head, arguments.inputs
     rows = Rows.of(inputs.loss_mask, arguments.num_active)
     chunks = rows.chunks(arguments.chunk_size)
-    head = Head(weight, _longest(chunks))
+    head = Head(weight, bias, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
     logprobs = rows.new_output((rows.tokens,), fill)
     entropy = rows.new_output((rows.tokens,), fill)
@@ -159,7 +159,7 @@ def _logprobs_of(
 ) -> LinearTokenLogprobsResults:
     """All of them as ``[tokens]``."""
     chunks = rows.chunks(chunk_size)
-    head = Head(inputs.weight, _longest(chunks))
+    head = Head(inputs.weight, inputs.bias, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
     logprobs = rows.new_output((rows.tokens,), fill)
     entropy = rows.new_output((rows.tokens,), fill)
@@ -202,9 +202,9 @@ def _gradients_of(
     backward: LogprobsBackward,
     needs_grad: NeedsGrad,
 ) -> LinearTokenLogprobsBackwardResults:
-    """By hidden states and weight, of the active rows, whose logits are made again."""
+    """By the head's inputs, of the active rows, whose logits are made again."""
     chunks = rows.chunks(chunk_size) if any(needs_grad) else []
-    head = Head(inputs.weight, _longest(chunks))
+    head = Head(inputs.weight, inputs.bias, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
     gradients = Gradients(ops, head, inputs.hidden, rows, fill, needs_grad)
     for chunk in chunks:

@@ -131,16 +131,19 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *, add: bool = 
 class Head:
     """The LM head at work on one chunk after the other, in one buffer."""
 
-    def __init__(self, weight: torch.Tensor, rows: int) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> None:
         self.dtype = weight.dtype
         self.compute = checks.widened(weight.dtype)
         self.weight = _as_operand(weight, self.compute)
+        self._bias = bias
         self._buffer = weight.new_empty((rows, _row_length(weight)), dtype=self.compute)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """[rows, vocabulary] in the compute dtype, gone with the next call."""
         logits = self._buffer[: states.shape[0], : self.weight.shape[0]]
         product(states, self.weight.t(), logits)
+        if self._bias is not None:
+            logits += self._bias
         return logits
 
     def gradient_over(self, logits: torch.Tensor) -> torch.Tensor:
@@ -161,7 +164,7 @@ def _row_length(weight: torch.Tensor) -> int:
 
 
 class Gradients:
-    """Gradients of hidden states and weight, as far as they are needed, a chunk at a time."""
+    """By hidden states, weight and bias, as far as they are needed, a chunk at a time."""
 
     def __init__(
         self,
@@ -172,26 +175,26 @@ class Gradients:
         fill: torch.Tensor,
         needs_grad: NeedsGrad,
     ) -> None:
-        self._ops, self._head, self._rows, self._fill = ops, head, rows, fill
-        self._needs_hidden, self._needs_weight = needs_grad
-        width = hidden.shape[-1]
+        self._head, self._rows, self._fill = head, rows, fill
+        self._needs_grad = needs_grad
+        vocabulary, width = head.weight.shape
         self._grad_hidden = (
             rows.new_output((rows.tokens, width), fill.to(checks.kept_dtype(hidden.dtype)))
-            if self._needs_hidden
+            if needs_grad.needs_grad_hidden
             else hidden.new_empty((0, width), dtype=checks.kept_dtype(hidden.dtype))
         )
-        vocabulary = head.weight.shape[0] if self._needs_weight else 0
-        self._grad_weight = fill.new_empty((vocabulary, width))
-        # In fp16 the sum is kept over this, a power of two.
-        self._weight_scale = fill.new_full((), _LOWEST_SCALE) if _is_half(head) else None
-        self._is_first = True
+        is_half = head.dtype == torch.float16
+        self._has_scales = is_half
+        size = vocabulary if needs_grad.needs_grad_weight else 0
+        self._grad_weight = _SumOfProducts(ops, fill, (size, width), is_half)
+        size = vocabulary if needs_grad.needs_grad_bias else 0
+        self._grad_bias = _SumOfProducts(ops, fill, (size, 1), is_half)
 
     def over(self, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Where the gradient by the logits and its rows' scales go; None where none are needed."""
-        if not (self._needs_hidden or self._needs_weight):
+        if not any(self._needs_grad):
             return None, None
-        has_scales = self._weight_scale is not None
-        row_scales = logits.new_empty(len(logits)) if has_scales else None
+        row_scales = logits.new_empty(len(logits)) if self._has_scales else None
         return self._head.gradient_over(logits), row_scales
 
     def add(
@@ -205,51 +208,78 @@ class Gradients:
         if gradient is None:
             return
         gradient = gradient.to(self._head.weight.dtype)
-        if self._needs_hidden:
+        if self._needs_grad.needs_grad_hidden:
             grad_states = self._fill.new_empty(states.shape)
             product(gradient, self._head.weight, grad_states)
             if row_scales is not None:
                 grad_states *= row_scales[:, None]
             self._rows.put(self._grad_hidden, chunk, grad_states)
-        if self._needs_weight:
+        pays = pays[:, None]
+        if self._needs_grad.needs_grad_weight:
             # 0 * NaN would be NaN. A row that pays may be infinite too, where a softcap makes its
             # logits finite and their derivatives 0.
-            states = torch.where(pays[:, None] & states.isfinite(), states, 0)
-            if row_scales is not None:
-                states = self._over_weight_scale(states, row_scales)
-            product(gradient.t(), states, self._grad_weight, add=not self._is_first)
-            self._is_first = False
+            states = torch.where(pays & states.isfinite(), states, 0)
+            self._grad_weight.add(gradient, states, row_scales)
+        if self._needs_grad.needs_grad_bias:
+            # A bias is the weight of a state that is always 1.
+            self._grad_bias.add(gradient, pays.to(states.dtype), row_scales)
 
-    def _over_weight_scale(self, states: torch.Tensor, row_scales: torch.Tensor) -> torch.Tensor:
+    def finished(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[tokens, width] in the dtype that it is kept in, [vocabulary, width] and [vocabulary] in
+        the compute dtype; without a row where not needed."""
+        grad_bias = self._grad_bias.finished().squeeze(1)
+        return self._grad_hidden, self._grad_weight.finished(), grad_bias
+
+
+class _SumOfProducts:
+    """The sum of ``gradient.T @ states`` over chunks, in the compute dtype.
+
+    In fp16, whose gradients have a scale for each row, the sum is kept over a power of two.
+    """
+
+    def __init__(
+        self, ops: Any, fill: torch.Tensor, shape: tuple[int, int], has_scale: bool
+    ) -> None:
+        self._ops, self._fill = ops, fill  # the latter is the sum of no chunks
+        self._sum = fill.new_empty(shape)
+        self._scale = fill.new_full((), _LOWEST_SCALE) if has_scale else None
+        self._is_first = True
+
+    def add(
+        self,
+        gradient: torch.Tensor,  # [rows, vocabulary]
+        states: torch.Tensor,  # [rows, width]
+        row_scales: torch.Tensor | None,  # [rows], where the gradient is stored over them
+    ) -> None:
+        if row_scales is not None:
+            states = self._over_scale(states, row_scales)
+        product(gradient.t(), states, self._sum, add=not self._is_first)
+        self._is_first = False
+
+    def _over_scale(self, states: torch.Tensor, row_scales: torch.Tensor) -> torch.Tensor:
         """``states * row_scales`` in fp16, over the scale of the sum, raised where it must be.
 
         The scale leaves the largest of all rows so far just below 2^13, and those down to 2^-27 of
         it without a loss. No value is waited for; rows that need no higher scale cost nothing.
         """
-        scale = cast(torch.Tensor, self._weight_scale)
+        scale = cast(torch.Tensor, self._scale)
         wide = states.float() * row_scales[:, None]
         needed = _power_of_two_below(wide.abs().amax()) * 2.0**-12
         raised = torch.maximum(scale, needed.clamp(_LOWEST_SCALE, 1 / _LOWEST_SCALE))
         if not self._is_first:
-            self._ops.scale_(self._grad_weight, scale / raised)
-        self._weight_scale = raised
+            self._ops.scale_(self._sum, scale / raised)
+        self._scale = raised
         return (wide / raised).to(states.dtype)
 
-    def finished(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """[tokens, width] in the dtype that it is kept in, [vocabulary, width] in the compute
-        dtype; without a row where not needed."""
+    def finished(self) -> torch.Tensor:
         if self._is_first:
-            self._grad_weight.copy_(self._fill)
-        elif self._weight_scale is not None:
-            self._ops.scale_(self._grad_weight, self._weight_scale)
-        return self._grad_hidden, self._grad_weight
+            self._sum.copy_(self._fill)
+        elif self._scale is not None:
+            self._ops.scale_(self._sum, self._scale)
+        return self._sum
 
 
 _LOWEST_SCALE = 2.0**-120  # whose inverse float32 holds too
-
-
-def _is_half(head: Head) -> bool:
-    return head.dtype == torch.float16
 
 
 def _power_of_two_below(number: torch.Tensor) -> torch.Tensor:

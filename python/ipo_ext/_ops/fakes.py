@@ -135,7 +135,7 @@ def _ipo_loss_from_hidden(arguments: IPOLossFromHiddenArguments) -> IPOLossFromH
 
 def _gradients(head: HeadInputs, needs_grad: NeedsGrad) -> LinearTokenLogprobsBackwardResults:
     vocabulary, width = head.weight.shape
-    tokens = head.labels.numel()
+    tokens, compute = head.labels.numel(), checks.widened(head.weight.dtype)
     return LinearTokenLogprobsBackwardResults(
         head.hidden.new_empty(
             (tokens if needs_grad.needs_grad_hidden else 0, width),
@@ -143,8 +143,9 @@ def _gradients(head: HeadInputs, needs_grad: NeedsGrad) -> LinearTokenLogprobsBa
         ),
         head.weight.new_empty(
             (vocabulary if needs_grad.needs_grad_weight else 0, width),
-            dtype=checks.widened(head.weight.dtype),
+            dtype=compute,
         ),
+        head.weight.new_empty((vocabulary if needs_grad.needs_grad_bias else 0,), dtype=compute),
     )
 
 

@@ -42,16 +42,15 @@ def _count(active: torch.Tensor) -> int:
 
 
 def _of_loss(arguments: IPOLossFromHiddenArguments) -> int:
-    """Logits, and the gradients that were asked for.
+    """Logits, and the gradients that were asked for; that of a bias is a sum.
 
     Where sequences are judged logits are made twice. The second time and for the gradients all
     active rows are counted, an upper bound where ``num_active`` is None: dropped rows take no part.
     """
     mask, num_active = arguments.inputs.loss_mask, arguments.num_active
     rows = _count(mask) if num_active is None else min(num_active, mask.numel())
-    gradients = sum(arguments.needs_grad)
-    again = arguments.settings.judges_sequences and gradients > 0
-    return (1 + again + gradients) * _product(rows, arguments.head)
+    again = arguments.settings.judges_sequences and any(arguments.needs_grad)
+    return (1 + again + _products(arguments.needs_grad)) * _product(rows, arguments.head)
 
 
 def _of_logprobs(arguments: LinearTokenLogprobsArguments) -> int:
@@ -63,9 +62,12 @@ def _of_logprobs_backward(arguments: LinearTokenLogprobsBackwardArguments) -> in
     """The logits once more, and the gradients, for rows into which a gradient flows."""
     head, backward = arguments.head, arguments.backward
     flows = (backward.grad_logprobs != 0) | (backward.grad_entropy != 0)
-    gradients = sum(NeedsGrad(*arguments.needs_grad))
-    rows = _count((head.labels != IGNORED_LABEL) & flows) if gradients else 0
-    return (1 + gradients) * _product(rows, head)
+    rows = _count((head.labels != IGNORED_LABEL) & flows) if any(arguments.needs_grad) else 0
+    return (1 + _products(arguments.needs_grad)) * _product(rows, head)
+
+
+def _products(needs_grad: NeedsGrad) -> int:
+    return needs_grad.needs_grad_hidden + needs_grad.needs_grad_weight
 
 
 _FORMULAS: dict[str, Callable[[Any], int]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,18 +48,15 @@ def _keep_gradients(
 ) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    hidden, weight, *_ = arguments.head
-    ctx.shape, ctx.needs_grad = hidden.shape, arguments.needs_grad
-    ctx.dtypes = hidden.dtype, weight.dtype
-    results = unflatten(IPOLossFromHiddenResults, output)
-    ctx.save_for_backward(results.grad_hidden, results.grad_weight, anchor)
+    ctx.shape, ctx.needs_grad = arguments.head.hidden.shape, arguments.needs_grad
+    ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in arguments.head.leaves]
+    ctx.save_for_backward(*unflatten(IPOLossFromHiddenResults, output).gradients, anchor)
 
 
 def _loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-    """For those who call the operator: leaves the gradients, two of its outputs, as they are."""
-    others = (None,) * (ctx.num_inputs - 2)
+    """For those who call the operator: leaves the gradients, three of its outputs, as they are."""
     if grad_loss is None:
-        return (None, None, *others)
+        return _for_inputs(ctx)
     if torch.is_grad_enabled():
         raise NotImplementedError(NO_SECOND_DERIVATIVE)
     for name, made, needed in zip(
@@ -68,14 +66,27 @@ def _loss_backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[A
             raise RuntimeError(
                 f"ipo_ext::ipo_loss_from_hidden: expected {name}=True to run backward, got False"
             )
-    grad_hidden, grad_weight, _ = ctx.saved_tensors
-    hidden_dtype, weight_dtype = ctx.dtypes
-    needs_hidden, needs_weight = ctx.needs_grad
-    return (
-        (grad_hidden * grad_loss).to(hidden_dtype).view(ctx.shape) if needs_hidden else None,
-        (grad_weight * grad_loss).to(weight_dtype) if needs_weight else None,
-        *others,
-    )
+    *made, _ = ctx.saved_tensors
+    gradients = _gradients(ctx, made, lambda gradient, dtype: (gradient * grad_loss).to(dtype))
+    return _for_inputs(ctx, *gradients)
+
+
+def _for_inputs(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Those of the first inputs, and None for all others."""
+    return (*gradients, *[None] * (ctx.num_inputs - len(gradients)))
+
+
+def _gradients(
+    ctx: Any,
+    made: Sequence[torch.Tensor],
+    scale: Callable[[torch.Tensor, torch.dtype], torch.Tensor],
+) -> tuple[Any, ...]:
+    """By hidden states, weight and bias: those that were made, scaled; None for the others."""
+    of_hidden, *others = [
+        scale(gradient, dtype) if needed else None
+        for gradient, dtype, needed in zip(made, ctx.dtypes, ctx.needs_grad, strict=True)
+    ]
+    return (None if of_hidden is None else of_hidden.view(ctx.shape), *others)
 
 
 @with_signature
@@ -101,18 +112,14 @@ class IPOLossFromHiddenFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-        others = (None,) * (ctx.num_inputs - 4)
         if grad_loss is None:
-            return (None, None, None, None, *others)
-        grad_hidden, grad_weight, anchor = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
-        needs_hidden, needs_weight = ctx.needs_grad
-        of_hidden = of_weight = None
-        if needs_hidden:
-            of_hidden = scale_once(grad_hidden, grad_loss, hidden_dtype, anchor).view(ctx.shape)
-        if needs_weight:
-            of_weight = scale_once(grad_weight, grad_loss, weight_dtype, anchor)
-        return (None, None, of_hidden, of_weight, *others)
+            return _for_inputs(ctx)
+        *made, anchor = ctx.saved_tensors
+
+        def scale(gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            return scale_once(gradient, grad_loss, dtype, anchor)
+
+        return _for_inputs(ctx, None, None, *_gradients(ctx, made, scale))
 
     vmap = staticmethod(refuse_vmap)
 
@@ -132,12 +139,12 @@ def run_ipo_loss_from_hidden(
         return tuple(operator("ipo_loss_from_hidden", values)(*_cast(dtype, values)))[:6]
     else:
         function = IPOLossFromHiddenFunction
-    leaves = arguments.head.hidden, arguments.head.weight
+    leaves = [leaf for leaf in arguments.head.leaves if leaf is not None]
     return tuple(function.apply(anchor(*leaves), dtype, *values))[:6]
 
 
 def _cast(dtype: torch.dtype, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Hidden states and weight, which come first, in ``dtype``."""
+    """Hidden states and weight, which come first, in ``dtype``; a bias is added to wide logits."""
     hidden, weight, *others = values
     return hidden.to(dtype), weight.to(dtype), *others
 
@@ -158,6 +165,7 @@ class LinearTokenLogprobsGradient(NoSecondDerivative):
     def forward(
         hidden: torch.Tensor,
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         labels: torch.Tensor,
         temperature: torch.Tensor | None,
         softcap: float,
@@ -168,10 +176,12 @@ class LinearTokenLogprobsGradient(NoSecondDerivative):
         grad_entropy: torch.Tensor,
         needs_grad_hidden: bool,
         needs_grad_weight: bool,
+        needs_grad_bias: bool,
     ) -> tuple[torch.Tensor, ...]:
         values = (
             hidden,
             weight,
+            bias,
             labels,
             temperature,
             softcap,
@@ -182,6 +192,7 @@ class LinearTokenLogprobsGradient(NoSecondDerivative):
             grad_entropy,
             needs_grad_hidden,
             needs_grad_weight,
+            needs_grad_bias,
         )
         return tuple(operator("linear_token_logprobs_backward", values)(*values))
 
@@ -199,11 +210,11 @@ def _keep_for_logprobs(
     output: tuple[Any, ...],
     dtype: torch.dtype,
 ) -> None:
-    hidden, weight, labels, (temperature, ctx.softcap) = arguments.head
+    hidden, weight, bias, labels, (temperature, ctx.softcap) = arguments.head
     _, entropy, softmax_stats = output
     ctx.mark_non_differentiable(softmax_stats)
     saved = (savable(labels), savable(temperature), entropy.clone(), softmax_stats)
-    ctx.save_for_backward(hidden, weight, *saved)
+    ctx.save_for_backward(hidden, weight, bias, *saved)
     ctx.set_materialize_grads(False)  # not for the statistics
     ctx.chunk_size, ctx.dtype = arguments.chunk_size, dtype
 
@@ -213,14 +224,15 @@ def _logprobs_backward(
 ) -> tuple[Any, ...]:
     others = (None,) * 4
     if grad_logprobs is None and grad_entropy is None:
-        return (None, None, *others)
-    hidden, weight, labels, temperature, entropy, softmax_stats = ctx.saved_tensors
+        return (None, None, None, *others)
+    hidden, weight, bias, labels, temperature, entropy, softmax_stats = ctx.saved_tensors
     backward = logprobs_backward(entropy, softmax_stats, grad_logprobs, grad_entropy)
-    needs_hidden, needs_weight, *_ = ctx.needs_input_grad[-6:]
+    needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad[-7:]
     run: Any = LinearTokenLogprobsGradient.apply
-    grad_hidden, grad_weight = run(
+    grad_hidden, grad_weight, grad_bias = run(
         hidden.to(ctx.dtype),
         weight.to(ctx.dtype),
+        bias,
         labels,
         temperature,
         ctx.softcap,
@@ -228,10 +240,12 @@ def _logprobs_backward(
         *backward,
         needs_hidden,
         needs_weight,
+        needs_bias,
     )
     of_hidden = grad_hidden.to(hidden.dtype).view(hidden.shape) if needs_hidden else None
     of_weight = grad_weight.to(weight.dtype) if needs_weight else None
-    return (of_hidden, of_weight, *others)
+    of_bias = grad_bias.to(bias.dtype) if needs_bias else None
+    return (of_hidden, of_weight, of_bias, *others)
 
 
 @with_signature
@@ -262,12 +276,12 @@ def run_linear_token_logprobs(
     dtype: torch.dtype, arguments: LinearTokenLogprobsArguments
 ) -> tuple[torch.Tensor, ...]:
     """Log-probabilities, entropy and what the backward pass needs."""
-    hidden, weight, *_ = arguments.head
+    needs_grad = any(leaf is not None and leaf.requires_grad for leaf in arguments.head.leaves)
     values = as_operands("linear_token_logprobs", flatten(arguments))
     function: Any
     if in_forward_mode():
         function = LinearTokenLogprobsInForwardMode
-    elif not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+    elif not (torch.is_grad_enabled() and needs_grad):
         return tuple(operator("linear_token_logprobs", values)(*_cast(dtype, values)))
     else:
         function = LinearTokenLogprobsFunction

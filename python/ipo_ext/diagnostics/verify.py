@@ -34,7 +34,8 @@ class Input(NamedTuple):
     rows: int
     columns: int
     nasty: bool = False
-    softcap: float | None = None  # for the operators that see logits
+    softcap: float | None = None  # for the operators that see logits, as the next
+    logit_scale: float | None = None
     config: ipo_ext.IPOConfig = ipo_ext.IPOConfig(teacher_tau=0.2, kl_tau=0.1)
     inplace: bool = False  # for the operator that has it
     only_gpus: bool = False
@@ -46,6 +47,7 @@ INPUTS = (
     Input("random", rows=67, columns=131),
     Input("nasty", rows=101, columns=37, nasty=True),
     Input("softcap", rows=35, columns=130, softcap=20.0),
+    Input("scaled", rows=35, columns=130, softcap=20.0, logit_scale=0.3),
     Input("inplace", rows=67, columns=131, inplace=True),
     Input("wide", rows=3, columns=5003),
     Input("one row", rows=1, columns=7),
@@ -101,6 +103,7 @@ def logits_and_labels(kind: Input, dtype: torch.dtype, generator: torch.Generato
         "labels": labels,
         "temperature": temperature,
         "softcap": kind.softcap,
+        "logit_scale": kind.logit_scale,
     }
 
 
