@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+import typing
 from pathlib import Path
 
 import pytest
 import torch
+import typing_extensions
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # models are made here, none is downloaded
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is, and stands for an engine here
 
 torch.set_num_threads(1)  # models this small are slower with more
 
-HOSTS = ("deepspeed", "lightning", "transformers", "trl", "verl")
+if sys.version_info < (3, 12):  # all that SkyRL, which asks for 3.12, needs of it where it is tried
+    typing.TypedDict = typing_extensions.TypedDict
+
+HOSTS = ("deepspeed", "lightning", "skyrl", "torchtitan", "transformers", "trl", "verl")
 collect_ignore = [f"test_{host}.py" for host in HOSTS if importlib.util.find_spec(host) is None]
 
 
