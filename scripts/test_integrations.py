@@ -17,7 +17,7 @@ from pathlib import Path
 from environments import ROOT, build_wheel, fresh_environment, over_existing, run
 
 # Extras of the package, each with tests/integrations/test_<host>.py.
-HOSTS = ("skyrl", "trl", "verl")
+HOSTS = ("skyrl", "torchtitan", "trl", "verl")
 NIGHTLY_HOSTS = ("deepspeed", "lightning", "transformers")  # hosts without an adapter, where named
 TESTS = "tests/integrations"
 

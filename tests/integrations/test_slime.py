@@ -28,7 +28,8 @@ from torch import nn
 from ipo_ext import IPOConfig
 from ipo_ext.integrations import _slime_options as options
 from ipo_ext.integrations import slime as adapter
-from tests.docs.page_blocks import blocks_of_page
+from ipo_ext.integrations._batches import PER_TOKEN
+from tests.docs.page_blocks import ROOT, blocks_of_page
 from tests.integrations.eager import token_losses
 
 BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.1)
@@ -561,6 +562,17 @@ def test_every_option_of_the_trainers_losses_is_honoured_or_refused() -> None:
         source = inspect.getsource(importlib.import_module(losses).policy_loss_function)
         read = set(re.findall(r"\bargs(?:\.|, \")(\w+)", source))
         assert read - refused <= KEPT_BY_THE_TRAINERS
+
+
+def test_metrics_that_add_up_are_means_over_active_tokens() -> None:
+    """The list that adapters share is the one of csrc/math/metrics.h."""
+    header = (ROOT / "csrc/math/metrics.h").read_text()
+    names = [
+        line.split("(")[1].split(",")[0]
+        for line in header.splitlines()
+        if line.strip().startswith("X(") and line.rstrip(" \\").endswith(", active)")
+    ]
+    assert set(names) == set(PER_TOKEN)
 
 
 def test_a_call_from_no_trainer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -29,3 +30,17 @@ def of_mean_one(weights: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor
     total = weights.sum()
     mean = torch.where(total > 0, total / mask.sum(), 1)
     return weights / mean, 1 / mean
+
+
+# The metrics that are means over active tokens, so that shares of them add up.
+PER_TOKEN = (
+    *("mismatch_kl", "is_masked", "is_masked_low", "is_masked_high", "nonfinite"),
+    *("pg_loss", "kl_loss", "teacher_kl", "rollout_dropped", "entropy"),
+)
+
+
+def per_token_shares(metrics: Any, share: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """By name, for a host that adds up what micro-batches and ranks report; ``share`` is theirs."""
+    for name, value in metrics.total().items():
+        if name in PER_TOKEN:
+            yield name, value * share

@@ -16,7 +16,12 @@ import torch
 
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
-from ipo_ext.integrations._batches import cu_seqlens_of, of_mean_one, weights_of
+from ipo_ext.integrations._batches import (
+    cu_seqlens_of,
+    of_mean_one,
+    per_token_shares,
+    weights_of,
+)
 from ipo_ext.integrations._refusals import (
     Sequences,
     refuse_a_rollout_rule,
@@ -85,7 +90,8 @@ def custom_loss(ipo_config: IPOConfig = _DEFAULT) -> LossFunction:
         loss = out.loss
         if len(trained) == 0:  # this rank takes part in the backward pass all the same
             loss = loss + logits[:0].sum()
-        return loss, {"loss": loss.detach(), **_shares(out.metrics, share)}
+        log = {f"ipo/{name}": value for name, value in per_token_shares(out.metrics, share)}
+        return loss, {"loss": loss.detach(), **log}
 
     return loss_function
 
@@ -158,15 +164,6 @@ _TRAINERS = (  # the modules that hold get_log_probs_and_entropy
     "miles.backends.training_utils.loss_hub.logit_processors",
     "miles.backends.training_utils.loss.hub.logit_processors",  # since 2026-09
 )
-
-
-def _shares(metrics: Any, share: torch.Tensor) -> Metrics:
-    """The trainer adds up micro-batches and ranks and divides by all that ``share`` sums to."""
-    return {
-        f"ipo/{name}": value * share
-        for name, value in metrics.total().items()
-        if name not in metrics.EXTREME_ROWS  # which no sum combines
-    }
 
 
 def _correction(
