@@ -20,7 +20,8 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is, and stands for 
 
 torch.set_num_threads(1)  # models this small are slower with more
 
-if sys.version_info < (3, 12):  # all that SkyRL, which asks for 3.12, needs of it where it is tried
+if sys.version_info < (3, 12) and importlib.util.find_spec("skyrl"):
+    # SkyRL asks for Python 3.12, of which its worker needs this alone: pydantic refuses the older.
     typing.TypedDict = typing_extensions.TypedDict
 
 HOSTS = ("deepspeed", "lightning", "skyrl", "torchtitan", "transformers", "trl", "verl")

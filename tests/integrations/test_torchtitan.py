@@ -30,7 +30,7 @@ from torchtitan.distributed.spmd_types import set_current_spmd_mesh
 from ipo_ext import IPOConfig
 from ipo_ext.integrations.torchtitan import IPOLoss
 from tests.docs.page_blocks import blocks_of_host
-from tests.integrations.eager import token_losses
+from tests.integrations.eager import assert_same_step, token_losses
 
 BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.1)
 BATCH, LENGTH, VOCAB, CHUNKS = 2, 12, 11, 4
@@ -122,9 +122,8 @@ def test_training_equals_eager(chunks: int) -> None:
             loss.backward()
             total += loss.item()
             reports.append(metrics)
-        assert total == pytest.approx(expected.item(), rel=1e-5)
-        for parameter, gradient in zip(model.parameters(), theirs, strict=True):
-            torch.testing.assert_close(parameter.grad.double(), gradient, rtol=1e-4, atol=1e-6)
+        ours = [parameter.grad for parameter in model.parameters()]
+        assert_same_step(total, expected, ours, theirs)
         masked = [
             (loss == 0)[data["loss_mask"]] for loss, data in zip(losses, batches, strict=True)
         ]
@@ -206,6 +205,22 @@ def test_garbage_outside_of_the_mask_and_masks_of_numbers_change_nothing() -> No
     for kind in (torch.int64, torch.float32):
         numbers = {"loss_mask": data["loss_mask"].to(kind)}
         assert loss_of()(logits, data["labels"], 17, **constants(data | numbers))[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("labels", IGNORE_INDEX), ("generator_logprobs", math.nan), ("generator_logprobs", -math.inf)],
+)
+def test_a_token_that_torchtitan_does_not_count_takes_no_part(name: str, value: float) -> None:
+    """Neither in the loss nor in metrics, whose shares are of ``global_valid_tokens``."""
+    data, logits = micro_batch(), torch.randn(BATCH, LENGTH, VOCAB)
+    without = data | {"loss_mask": data["loss_mask"].clone()}
+    without["loss_mask"][:, ::3] = False
+    expected, measured = loss_of()(logits, without["labels"], 17, **constants(without))
+    data[name] = torch.where(without["loss_mask"], data[name], value)
+    loss, metrics = loss_of()(logits, data["labels"], 17, **constants(data))
+    assert loss == expected
+    assert metrics == measured
 
 
 @pytest.mark.parametrize("name", ["generator_logprobs", "advantages", "loss_mask"])
