@@ -292,8 +292,9 @@ def test_a_mask_of_any_kind_means_what_skyrl_multiplies_by() -> None:
         torch.testing.assert_close(
             called_with(tensors | {"loss_mask": mask.to(kind)}, config)[0], expected
         )
-    halves = called_with(tensors | {"loss_mask": mask * 0.5}, config)[0]
-    torch.testing.assert_close(halves, expected / 2)
+    for factor in (2, 0.5):
+        weighed = called_with(tensors | {"loss_mask": mask * factor}, config)[0]
+        torch.testing.assert_close(weighed, expected * factor)
     everything = torch.ones_like(mask)
     tensors["rollout_logprobs"] = tensors["log_probs"].detach() + 0.1
     torch.testing.assert_close(

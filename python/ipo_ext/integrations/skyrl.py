@@ -80,7 +80,7 @@ def register(
             rollout_logprobs,
             advantages,
             kept,
-            loss_weights=loss_mask if loss_mask.is_floating_point() else None,
+            loss_weights=loss_mask.float(),
             config=ipo_config,
         )
         return out.loss, {**corrections, **_named_as_in_skyrl(out.metrics)}
