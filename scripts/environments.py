@@ -34,7 +34,9 @@ def over_existing(folder: Path, existing: Path) -> Path:
     """The same, which reads all that it lacks from an environment that it leaves as it is."""
     python = fresh_environment(folder)
     packages = site_packages(existing / "bin" / "python")
-    (site_packages(python) / "existing.pth").write_text(f"{packages}\n")
+    # addsitedir also follows the paths that the environment itself reads others by.
+    line = f"import site; site.addsitedir({str(packages)!r})\n"
+    (site_packages(python) / "existing.pth").write_text(line)
     return python
 
 

@@ -1,13 +1,19 @@
-"""Tests the integrations inside the real trainers, each in an environment of its own.
+"""Tests the integrations inside the real trainers and prints a table of what was trained.
 
 `python scripts/test_integrations.py` builds a CPU wheel, installs it with each trainer into a fresh
 environment, since their requirements conflict, and runs that trainer's tests there. `--venv` takes
 torch from an existing environment, which is only read; otherwise the newest torch is installed.
+
+slime and miles are on no index. Their documented calls are tested; checkouts of them, named by
+`--checkout`, train as well. `--quick` is what CI runs: SkyRL and torchtitan without the packages
+that their losses do not need.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -16,23 +22,102 @@ from pathlib import Path
 
 from environments import ROOT, build_wheel, fresh_environment, over_existing, run
 
-# Extras of the package, each with tests/integrations/test_<host>.py.
-HOSTS = ("trl", "verl")
-NIGHTLY_HOSTS = ("deepspeed", "lightning", "transformers")  # hosts without an adapter, where named
 TESTS = "tests/integrations"
 
 
-def environment_of(host: str, folder: Path, wheel: Path, existing: Path | None) -> Path:
-    python = over_existing(folder, existing) if existing else fresh_environment(folder)
-    run(python, "-m", "pip", "install", "--quiet", f"ipo_ext[{host}] @ {wheel.as_uri()}", "pytest")
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A trainer, with tests in tests/integrations/test_<name>.py."""
+
+    trains: str  # the table's words for what its tests run
+    extra: bool = True  # whether the package has an extra of its name
+    # Packages that ask for a newer Python than they need (tests/integrations/conftest.py).
+    any_python: tuple[str, ...] = ()
+    # With --quick: all that its tests import and verl's environment, which they run over, lacks.
+    over_verl: tuple[str, ...] = ()
+
+
+AS_THEY_ARE = ("--no-deps", "--ignore-requires-python")
+# What the loss functions of slime and miles import, besides megatron-core itself.
+MEGATRON = ("numpy", "ray", "httpx", "einops", "pyyaml", "pydantic", "tqdm", "aiohttp")
+HOSTS = {
+    "trl": Host("GRPOTrainer, a two-layer transformer"),
+    "verl": Host("its workers' ppo_loss, a two-layer transformer"),
+    "skyrl": Host(
+        "its worker's micro-batches, an embedding and a head",
+        any_python=("skyrl", "skyrl-gym"),
+        over_verl=("skyrl", "skyrl-gym", "jaxtyping", "loguru", "cloudpathlib", "pybase64"),
+    ),
+    "torchtitan": Host(
+        "ChunkedLossWrapper, an embedding and a head",
+        over_verl=("torchtitan", "spmd_types==0.2.3", "tyro", "docstring_parser"),
+    ),
+    "slime": Host("the documented calls, an embedding and a head", extra=False),
+}
+NIGHTLY_HOSTS = {  # hosts without an adapter, where named
+    name: Host("its own trainer") for name in ("deepspeed", "lightning", "transformers")
+}
+KNOWN = {**HOSTS, **NIGHTLY_HOSTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    host: str
+    version: str
+    passed: bool
+    steps: list[dict[str, float]]  # how far each lies from the same step by hand
+
+    def row(self) -> str:
+        loss, gradient = (
+            f"{max(step[name] for step in self.steps):.0e}" if self.steps else ""
+            for name in ("loss", "gradient")
+        )
+        trained = KNOWN[self.host].trains if self.passed else "FAILED"
+        cells = (self.host, self.version, trained, str(len(self.steps)), loss, gradient)
+        return f"| {' | '.join(cells)} |"
+
+
+def environment_of(name: str, folder: Path, options: argparse.Namespace) -> Path:
+    host = KNOWN[name]
+    if options.quick and host.over_verl:
+        python = over_existing(folder, folder.parent / "verl")
+        install(python, *AS_THEY_ARE, *host.over_verl)
+        return python
+    python = over_existing(folder, options.venv) if options.venv else fresh_environment(folder)
+    package = f"ipo_ext[{name}]" if host.extra else "ipo_ext"
+    if host.any_python:
+        install(python, *AS_THEY_ARE, *host.any_python)
+    install(python, f"{package} @ {options.wheel.as_uri()}", "pytest")
+    if name == "slime" and options.checkout:
+        install(python, *MEGATRON)
+        install(python, "--no-deps", "megatron-core==0.16.1")  # later ones import Triton
     return python
 
 
-def passes(host: str, python: Path) -> bool:
+def install(python: Path, *packages: str) -> None:
+    run(python, "-m", "pip", "install", "--quiet", *packages)
+
+
+def tested(name: str, python: Path, folder: Path, checkouts: list[Path]) -> Result:
     # Without the fixtures of tests/conftest.py, which need the test extra.
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={TESTS}"]
-    print(f"--- {host}", flush=True)
-    return subprocess.run([*command, f"{TESTS}/test_{host}.py"], cwd=ROOT).returncode == 0
+    print(f"--- {name}", flush=True)
+    steps = folder / f"{name}.steps"
+    environment = {**os.environ, "IPO_EXT_STEPS": str(steps)}
+    if name == "slime":
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, checkouts))
+    done = subprocess.run([*command, f"{TESTS}/test_{name}.py"], cwd=ROOT, env=environment)
+    lines = steps.read_text().splitlines() if steps.exists() else []
+    return Result(
+        name, version_of(name, python), done.returncode == 0, [json.loads(line) for line in lines]
+    )
+
+
+def version_of(name: str, python: Path) -> str:
+    if not KNOWN[name].extra:
+        return "none"
+    code = f"import importlib.metadata as m; print(m.version({name!r}))"
+    return run(python, "-c", code).strip()
 
 
 def main() -> None:
@@ -40,21 +125,32 @@ def main() -> None:
     parser.add_argument("hosts", nargs="*", help=f"default {' '.join(HOSTS)}")
     parser.add_argument("--venv", type=Path, help="take torch from this environment")
     parser.add_argument("--wheel", type=Path, help="test this file instead of building one")
+    parser.add_argument(
+        "--quick", action="store_true", help="as CI runs it, with TRL and verl whole"
+    )
+    parser.add_argument(
+        "--checkout", type=Path, action="append", default=[], help="a tree of slime or of miles"
+    )
     options = parser.parse_args()
-    known = (*HOSTS, *NIGHTLY_HOSTS)
-    if unknown := set(options.hosts) - set(known):
-        parser.error(f"hosts: expected {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    existing = options.venv and options.venv.resolve()
+    if unknown := set(options.hosts) - set(KNOWN):
+        parser.error(f"hosts: expected {', '.join(KNOWN)}, got {', '.join(sorted(unknown))}")
+    options.venv = options.venv and options.venv.resolve()
+    names = options.hosts or list(HOSTS)
+    if options.quick and "verl" not in names:
+        names = ["verl", *names]  # others take its packages
 
     os.environ["IPO_EXT_CUDA"] = "OFF"
     with tempfile.TemporaryDirectory(prefix="test_integrations_") as temporary:
         folder = Path(temporary)
-        wheel = (options.wheel or build_wheel(folder)).resolve()
-        passed = [
-            passes(host, environment_of(host, folder / host, wheel, existing))
-            for host in options.hosts or HOSTS
+        options.wheel = (options.wheel or build_wheel(folder)).resolve()
+        checkouts = [path.resolve() for path in options.checkout]
+        results = [
+            tested(name, environment_of(name, folder / name, options), folder, checkouts)
+            for name in names
         ]
-    sys.exit(not all(passed))
+    print("\n| host | version | trained | steps | loss | gradient |\n|---|---|---|---|---|---|")
+    print(*(result.row() for result in results), sep="\n")
+    sys.exit(not all(result.passed for result in results))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,12 @@ def test_a_block_that_is_not_run_here_is_run_in_its_hosts_environment() -> None:
         assert f'blocks_of_host("{host}")' in tests
 
 
+def test_the_guides_table_has_a_row_for_each_host() -> None:
+    guide = (ROOT / "docs" / "integrations.md").read_text()
+    rows = re.findall(r"^\| ([\w.-]+) \| .* \| \d+ \| \S+ \| \S+ \|$", guide, re.MULTILINE)
+    assert rows == list(HOSTS)
+
+
 def test_every_page_with_a_prelude_is_there() -> None:
     assert set(OF_PAGE) <= set(pages())
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -23,3 +27,30 @@ def token_losses(
     x = torch.where(keep, x, 0)
     loss = -config.adv_tau * advantages * x.exp() + config.kl_tau * x**2
     return torch.where(keep, loss, 0)
+
+
+def assert_same_step(
+    loss: torch.Tensor | float,
+    expected: torch.Tensor,
+    gradients: Iterable[torch.Tensor],
+    theirs: Iterable[torch.Tensor],
+) -> None:
+    """A training step inside a host against the same one by hand: the loss and every gradient.
+
+    How far apart they are goes to the file that ``IPO_EXT_STEPS`` names, a line for each step, of
+    which ``scripts/test_integrations.py`` makes its table.
+    """
+    loss, expected = torch.as_tensor(loss).double(), expected.double()
+    pairs = [(ours.double(), other.double()) for ours, other in zip(gradients, theirs, strict=True)]
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+    for ours, other in pairs:
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
+    if file := os.environ.get("IPO_EXT_STEPS"):
+        difference = max((ours - other).abs().max().item() for ours, other in pairs)
+        largest = max(other.abs().max().item() for _, other in pairs)
+        step = {
+            "loss": (loss - expected).abs().item() / max(expected.abs().item(), 1e-30),
+            "gradient": difference / max(largest, 1e-30),
+        }
+        with Path(file).open("a") as lines:
+            lines.write(json.dumps(step) + "\n")

@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from typing import Any
 
 from trl import GRPOConfig
 
-from ipo_ext.config import IPOConfig
+from ipo_ext.integrations._refusals import (
+    BOUNDS,
+    ENTROPY,
+    NO_REFERENCE,
+    OTHER_LOSS,
+    refuse_changed_fields,
+)
 
 _AVERAGES = ("dapo", "bnpo", "dr_grpo", "grpo")
 
-_BOUNDS = "this loss takes its bounds from ipo_config alone: dppo_mask_*, clip_*, ratio_cap"
-_ENTROPY = "this loss has no entropy term"
-_OTHER_LOSS = "it belongs to another loss"
 NOT_HONOURED = {
-    "beta": "this loss has no reference model; its KL is to the sampling policy, kl_tau",
-    "sync_ref_model": "this loss has no reference model",
-    "epsilon": _BOUNDS,
-    "epsilon_high": _BOUNDS,
-    "delta": _BOUNDS,
+    "beta": NO_REFERENCE,
+    "sync_ref_model": NO_REFERENCE,
+    "epsilon": BOUNDS,
+    "epsilon_high": BOUNDS,
+    "delta": BOUNDS,
     "importance_sampling_level": "the ratio of this loss is that of a token",
     "off_policy_mask_threshold": "set a mask rule of ipo_config instead",
     "top_entropy_quantile": "this loss takes every token that is not masked",
-    "entropy_coef": _ENTROPY,
-    "use_adaptive_entropy": _ENTROPY,
-    "sapo_temperature_neg": _OTHER_LOSS,
-    "sapo_temperature_pos": _OTHER_LOSS,
-    "vespo_k_pos": _OTHER_LOSS,
-    "vespo_lambda_pos": _OTHER_LOSS,
-    "vespo_k_neg": _OTHER_LOSS,
-    "vespo_lambda_neg": _OTHER_LOSS,
+    "entropy_coef": ENTROPY,
+    "use_adaptive_entropy": ENTROPY,
+    "sapo_temperature_neg": OTHER_LOSS,
+    "sapo_temperature_pos": OTHER_LOSS,
+    "vespo_k_pos": OTHER_LOSS,
+    "vespo_lambda_pos": OTHER_LOSS,
+    "vespo_k_neg": OTHER_LOSS,
+    "vespo_lambda_neg": OTHER_LOSS,
 }
 
 
 def refuse_other_losses(args: Any) -> None:
     """Raises ``ValueError`` for an option of another loss, of those that the config has."""
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if field.name in NOT_HONOURED and value != field.default:
-            raise ValueError(
-                f"{field.name}: expected the default {field.default!r}, got {value!r}: "
-                f"{NOT_HONOURED[field.name]}"
-            )
+    refuse_changed_fields(args, NOT_HONOURED)
 
 
 def refuse_what_is_not_honoured(args: GRPOConfig) -> None:
@@ -127,12 +123,4 @@ def refuse_raw_logprobs(server_info: dict[str, Any]) -> None:
         raise ValueError(
             f"logprobs_mode of vLLM's server: expected processed_logprobs, got {mode}, from before "
             "temperature: restart it with --logprobs-mode processed_logprobs"
-        )
-
-
-def refuse_a_teacher(config: IPOConfig) -> None:
-    if config.teacher_tau > 0:
-        raise ValueError(
-            f"ipo_config.teacher_tau: expected 0, got {config.teacher_tau!r}: TRL's batches have "
-            "no teacher's log-probabilities"
         )

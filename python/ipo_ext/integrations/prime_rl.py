@@ -8,9 +8,7 @@ its LM head (docs/integrations.md).
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +17,10 @@ from torch import nn
 from ipo_ext._prime_rl_sections import NEWEST
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss, linear_token_logprobs
+from ipo_ext.integrations._batches import cu_seqlens_of
 from ipo_ext.integrations._prime_rl_components import cross_entropy, distillation
+from ipo_ext.integrations._refusals import Sequences, refuse_unequal_lengths
 from ipo_ext.output import IPOOutput
-
-Sequences = Sequence[torch.Tensor]  # one [tokens] of each packed sequence
 
 
 class LossInputs(Protocol):
@@ -134,7 +132,8 @@ def compute_loss(
             "sft_loss: expected False, got True: supervised batches are not this loss; hand them "
             "to prime_rl.trainer.rl.loss.compute_loss"
         )
-    _refuse_unequal_lengths(
+    refuse_unequal_lengths(
+        "trainer_logprobs",
         trainer_logprobs,
         inference_logprobs=inference_logprobs,
         teacher_logprobs=teacher_logprobs,
@@ -205,7 +204,8 @@ def compute_component_loss(
         raise ValueError(
             "ref_logprobs: expected a tensor for each sequence, got None; ref_kl_weights need it"
         )
-    _refuse_unequal_lengths(
+    refuse_unequal_lengths(
+        "trainer_logprobs",
         trainer_logprobs,
         inference_logprobs=inference_logprobs,
         ref_logprobs=ref_logprobs,
@@ -350,34 +350,11 @@ def _packed_loss(
         mask if weights is None else torch.where(weights != 0, mask, False),
         teacher_logprobs=_packed(teacher_logprobs),
         loss_weights=weights,
-        cu_seqlens=_cu_seqlens(trainer_logprobs),
+        cu_seqlens=cu_seqlens_of(trainer_logprobs),
         normalizer=loss_scale,
         config=loss_fn.config,
     )
     return out.loss, dict(out.metrics.items())
-
-
-def _refuse_unequal_lengths(trainer_logprobs: Sequences, **others: Sequences | None) -> None:
-    """Packed one after another, fields of unequal lengths would be read at each other's tokens."""
-    expected = _lengths("trainer_logprobs", trainer_logprobs)
-    if not expected:
-        raise ValueError("trainer_logprobs: expected at least one sequence, got none")
-    for name, sequences in others.items():
-        lengths = expected if sequences is None else _lengths(name, sequences)
-        if lengths != expected:
-            raise ValueError(
-                f"{name}: expected sequences of the lengths of trainer_logprobs, {expected}, got "
-                f"{lengths}"
-            )
-
-
-def _lengths(name: str, sequences: Sequences) -> list[int]:
-    for i, tokens in enumerate(sequences):
-        if not isinstance(tokens, torch.Tensor):
-            raise TypeError(f"{name}[{i}]: expected a tensor [tokens], got {type(tokens).__name__}")
-        if tokens.dim() != 1:
-            raise ValueError(f"{name}[{i}]: expected shape [tokens], got {list(tokens.shape)}")
-    return [len(tokens) for tokens in sequences]
 
 
 def _refuse_other_scales(name: str, scale: float | torch.Tensor) -> None:
@@ -388,8 +365,3 @@ def _refuse_other_scales(name: str, scale: float | torch.Tensor) -> None:
 
 def _packed(sequences: Sequences | None) -> torch.Tensor | None:
     return None if sequences is None else torch.cat(list(sequences))
-
-
-def _cu_seqlens(sequences: Sequences) -> torch.Tensor:
-    ends = itertools.accumulate((len(tokens) for tokens in sequences), initial=0)
-    return torch.tensor(list(ends), dtype=torch.int32).to(sequences[0].device, non_blocking=True)

@@ -11,8 +11,8 @@ from trl import GRPOTrainer
 
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
+from ipo_ext.integrations._refusals import refuse_a_teacher
 from ipo_ext.integrations._trl_options import (
-    refuse_a_teacher,
     refuse_raw_logprobs,
     refuse_what_is_not_honoured,
     warn_of_what_bends_the_ratio,
@@ -44,7 +44,7 @@ class IPOTrainer(GRPOTrainer):
         self._ipo_metrics: dict[str, Any] = {}  # IPOMetrics by mode, since the last log
         self._modes_without_sampler: set[str] = set()
         self._has_warned = False
-        refuse_a_teacher(self.ipo_config)
+        refuse_a_teacher(self.ipo_config, "TRL")
         given = inspect.signature(GRPOTrainer).bind_partial(*args, **kwargs)
         if (options := given.arguments.get("args")) is not None:
             refuse_what_is_not_honoured(options)  # before model and engine are up

@@ -12,8 +12,8 @@ from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
+from ipo_ext.integrations._refusals import refuse_a_teacher
 from ipo_ext.integrations._trl_options import (
-    refuse_a_teacher,
     refuse_other_losses,
     refuse_raw_logprobs,
     warn_of_what_bends_the_ratio,
@@ -43,7 +43,7 @@ class AsyncIPOTrainer(AsyncGRPOTrainer):
     def __init__(self, *args: Any, ipo_config: IPOConfig | None = None, **kwargs: Any) -> None:
         self.ipo_config = ipo_config if ipo_config is not None else IPOConfig()
         self._ipo_metrics: Any = 0  # IPOMetrics since the last log
-        refuse_a_teacher(self.ipo_config)
+        refuse_a_teacher(self.ipo_config, "TRL")
         given = inspect.signature(AsyncGRPOTrainer).bind_partial(*args, **kwargs)
         if (options := given.arguments.get("args")) is not None:
             refuse_other_losses(options)

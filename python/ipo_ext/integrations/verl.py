@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 from typing import Any
@@ -14,6 +13,15 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
+from ipo_ext.integrations._batches import of_mean_one, weights_of
+from ipo_ext.integrations._refusals import (
+    BOUNDS,
+    OTHER_LOSS,
+    refuse_a_teacher,
+    refuse_changed_fields,
+    refuse_other_kinds,
+    refuse_other_shapes,
+)
 
 _DEFAULT = IPOConfig()
 
@@ -28,11 +36,7 @@ def register(ipo_config: IPOConfig = _DEFAULT, name: str = "ipo") -> None:
     Raises:
         ValueError: ``teacher_tau`` is above 0: verl passes no teacher.
     """
-    if ipo_config.teacher_tau > 0:
-        raise ValueError(
-            f"teacher_tau: expected 0, got {ipo_config.teacher_tau!r}: verl passes no teacher's "
-            "log-probabilities to a policy loss"
-        )
+    refuse_a_teacher(ipo_config, "verl")
 
     def policy_loss(
         old_log_prob: torch.Tensor,  # [responses, tokens], as all below
@@ -45,8 +49,13 @@ def register(ipo_config: IPOConfig = _DEFAULT, name: str = "ipo") -> None:
     ) -> tuple[torch.Tensor, dict[str, float]]:
         _refuse_what_is_not_honoured(config)
         _check_handed_over(config.policy_loss.get("rollout_correction"))
-        _refuse_other_tensors(
-            log_prob=log_prob,
+        given = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantages": advantages}
+        if rollout_is_weights is not None:
+            given["rollout_is_weights"] = rollout_is_weights
+        refuse_other_kinds("log_prob", **given)
+        refuse_other_shapes(
+            "log_prob",
+            log_prob,
             old_log_prob=old_log_prob,
             advantages=advantages,
             response_mask=response_mask,
@@ -54,17 +63,14 @@ def register(ipo_config: IPOConfig = _DEFAULT, name: str = "ipo") -> None:
         )
         mask = response_mask.bool()
         weights = _token_weights(mask, loss_agg_mode, config.global_batch_info)
-        # Weights of mean 1 over the tokens, so that weighted metrics do not depend on the mode.
-        total = weights.sum()
-        mean = torch.where(total > 0, total / mask.sum(), 1)
-        weights = weights / mean
+        weights, normalizer = of_mean_one(weights, mask)
         out = ipo_loss(
             log_prob,
             old_log_prob,
             advantages,
             mask,
             loss_weights=weights if rollout_is_weights is None else weights * rollout_is_weights,
-            normalizer=1 / mean,
+            normalizer=normalizer,
             config=ipo_config,
         )
         metrics = _named_as_in_verl(out.metrics)  # waits for the device, so the next need not
@@ -91,11 +97,9 @@ def check_config(config: Any) -> None:
 
 
 def _token_weights(mask: torch.Tensor, mode: str, batch: dict[str, Any]) -> torch.Tensor:
-    """What verl multiplies each token's loss by: its aggregation is linear, the gradient tells."""
-    with torch.enable_grad():
-        losses = torch.zeros(mask.shape, device=mask.device, requires_grad=True)
-        aggregated = agg_loss(loss_mat=losses, loss_mask=mask, loss_agg_mode=mode, **batch)
-    return torch.autograd.grad(aggregated, losses)[0]
+    return weights_of(
+        lambda losses: agg_loss(loss_mat=losses, loss_mask=mask, loss_agg_mode=mode, **batch), mask
+    )
 
 
 def _named_as_in_verl(metrics: Any) -> dict[str, float]:
@@ -109,57 +113,25 @@ def _named_as_in_verl(metrics: Any) -> dict[str, float]:
     }
 
 
-_OTHER_LOSS = "it belongs to another loss"
-_BOUNDS = "this loss takes its bounds from ipo_config alone: dppo_mask_*, clip_*, ratio_cap"
 _NOT_HONOURED = {
-    "clip_ratio": _BOUNDS,
-    "clip_ratio_low": _BOUNDS,
-    "clip_ratio_high": _BOUNDS,
-    "clip_ratio_c": _BOUNDS,
-    "tau_pos": _OTHER_LOSS,
-    "tau_neg": _OTHER_LOSS,
-    "clip_cov_ratio": _OTHER_LOSS,
-    "clip_cov_lb": _OTHER_LOSS,
-    "clip_cov_ub": _OTHER_LOSS,
-    "kl_cov_ratio": _OTHER_LOSS,
-    "ppo_kl_coef": _OTHER_LOSS,
-    "dro_beta": _OTHER_LOSS,
+    "clip_ratio": BOUNDS,
+    "clip_ratio_low": BOUNDS,
+    "clip_ratio_high": BOUNDS,
+    "clip_ratio_c": BOUNDS,
+    "tau_pos": OTHER_LOSS,
+    "tau_neg": OTHER_LOSS,
+    "clip_cov_ratio": OTHER_LOSS,
+    "clip_cov_lb": OTHER_LOSS,
+    "clip_cov_ub": OTHER_LOSS,
+    "kl_cov_ratio": OTHER_LOSS,
+    "ppo_kl_coef": OTHER_LOSS,
+    "dro_beta": OTHER_LOSS,
 }
 
 
 def _refuse_what_is_not_honoured(config: Any) -> None:
     for section in filter(None, (config, config.get("policy_loss"))):
-        for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            if field.name in _NOT_HONOURED and value != field.default:
-                raise ValueError(
-                    f"{field.name}: expected the default {field.default!r}, got {value!r}: "
-                    f"{_NOT_HONOURED[field.name]}"
-                )
-
-
-def _refuse_other_tensors(
-    *, log_prob: torch.Tensor, response_mask: torch.Tensor, **others: torch.Tensor | None
-) -> None:
-    """By verl's names, where ``ipo_loss`` would know them by its own."""
-    given = {"log_prob": log_prob, "response_mask": response_mask, **others}
-    for name, tensor in given.items():
-        if tensor is None and name == "rollout_is_weights":
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.shape != log_prob.shape:
-            raise ValueError(
-                f"{name}: expected shape {list(log_prob.shape)} like log_prob, got "
-                f"{list(tensor.shape)}"
-            )
-        if name != "response_mask" and not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if name != "log_prob" and tensor.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor that does not require grad, because no gradient flows "
-                f"to it; pass {name}.detach()"
-            )
+        refuse_changed_fields(section, _NOT_HONOURED)
 
 
 def _refuse_other_masks(response_mask: torch.Tensor) -> None:
