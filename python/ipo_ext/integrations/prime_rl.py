@@ -182,8 +182,8 @@ def compute_component_loss(
             no cap; ``functools.partial(compute_component_loss, version="2026-08")``.
 
     Returns:
-        The sum of the components, and the metrics. Those of rl are ``[sequences]``, 0 for a sequence
-        without tokens, which upstream leaves out (to know that would synchronise). The others,
+        The sum of the components, and the metrics. Those of rl are ``[sequences]``, 0 for a
+        sequence without tokens, which upstream leaves out (to know that would synchronise). The others,
         ``nll``, ``ref_kl``, ``ref_kl/is_masked``, ``ref_kl/masked_mismatch_kl`` and
         ``ref_kl/unmasked_mismatch_kl``, are ``[1]``, means over the component's tokens.
 
