@@ -34,7 +34,8 @@ nitpick_ignore_regex = [
 myst_heading_anchors = 3  # links to headings, made as GitHub makes them
 myst_enable_extensions: list[str] = []
 
-autodoc_mock_imports = ["skyrl", "torchtitan", "transformers", "trl", "verl"]  # hosts of the integrations
+# Hosts of the integrations.
+autodoc_mock_imports = ["skyrl", "torchtitan", "transformers", "trl", "verl"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 maximum_signature_line_length = 90  # beyond it, an argument a line

@@ -183,8 +183,8 @@ def compute_component_loss(
 
     Returns:
         The sum of the components, and the metrics. Those of rl are ``[sequences]``, 0 for a
-        sequence without tokens, which upstream leaves out (to know that would synchronise). The others,
-        ``nll``, ``ref_kl``, ``ref_kl/is_masked``, ``ref_kl/masked_mismatch_kl`` and
+        sequence without tokens, which upstream leaves out (to know that would synchronise). The
+        others, ``nll``, ``ref_kl``, ``ref_kl/is_masked``, ``ref_kl/masked_mismatch_kl`` and
         ``ref_kl/unmasked_mismatch_kl``, are ``[1]``, means over the component's tokens.
 
     Raises:
