@@ -1,7 +1,7 @@
 // The operators from logits: from a tensor of logits to the kernels' matrix, and the loss of the
 // log-probabilities that come out. The loss from hidden states runs the same steps (faults, rows,
-// loss; where sequences are judged faults, log-probabilities, loss, gradient) one by one, those over rows
-// for each chunk.
+// loss; where sequences are judged faults, log-probabilities, loss, gradient) one by one, those
+// over rows for each chunk.
 #pragma once
 
 #include <tuple>
