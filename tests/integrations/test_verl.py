@@ -24,7 +24,7 @@ from ray import cloudpickle
 from verl.protocol import DataProto
 from verl.trainer.config import RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
-from verl.trainer.ppo.rollout_corr_helper import apply_bypass_mode
+from verl.trainer.ppo.rollout_corr_helper import apply_bypass_mode, compute_rollout_rejection_mask
 from verl.trainer.ppo.v1 import get_trainer_cls, trainer_base
 from verl.utils import tensordict_utils
 from verl.utils.config import omega_conf_to_dataclass
@@ -254,13 +254,118 @@ def test_an_option_of_another_policy_loss_raises(name: str) -> None:
     refused(rf"{name}: expected the default .*, got 9\.0", policy_loss=options)
 
 
+MATRIX = [
+    {"rollout_is": None},
+    {"rollout_is": "token", "rollout_is_threshold": 1.3},
+    {"rollout_is": "token", "rollout_is_threshold": "0.6_1.4"},
+    {"rollout_is": "sequence", "rollout_is_threshold": 1.5},
+    {"rollout_is": "sequence", "rollout_is_threshold": "0.2_1.9"},
+]
+REJECTIONS = [
+    {},
+    {"rollout_rs": "token_k1", "rollout_rs_threshold": "0.7_1.9"},  # not symmetric: mind the sign
+    {"rollout_rs": "token_k1", "rollout_rs_threshold": 1.3},
+    {"rollout_rs": "token_k2", "rollout_rs_threshold": 0.05},
+    {"rollout_rs": "token_k3", "rollout_rs_threshold": "0.05"},
+    {"rollout_rs": "seq_sum_k1", "rollout_rs_threshold": "0.5_4"},
+    {"rollout_rs": "seq_mean_k1", "rollout_rs_threshold": "0.9_1.3"},
+    *(
+        {"rollout_rs": f"seq_{kind}", "rollout_rs_threshold": bound}
+        for kind, bound in (("sum_k2", 0.3), ("sum_k3", 0.3), ("mean_k2", 0.05),
+                            ("mean_k3", 0.05), ("max_k2", 0.2), ("max_k3", 0.2))
+    ),
+    {"rollout_rs": "token_k1,seq_mean_k3", "rollout_rs_threshold": "0.7_1.9, 0.1"},
+]  # fmt: skip
+
+
+def stale_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Log-probabilities whose ratios reach beyond the bounds above, on either side, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    log_prob = -3 * torch.rand(7, 6, generator=generator, dtype=torch.float64)
+    away = 0.3 * torch.randn(7, 6, generator=generator, dtype=torch.float64)
+    away += 0.2 * torch.randn(7, 1, generator=generator, dtype=torch.float64)
+    lengths = torch.tensor([6, 5, 4, 1, 6, 3, 2])[:, None]
+    return {
+        "old_log_prob": log_prob - away,
+        "log_prob": log_prob.requires_grad_(),
+        "advantages": torch.randn(7, 6, generator=generator, dtype=torch.float64),
+        "response_mask": (torch.arange(6) < lengths).double(),
+    }
+
+
+def config_with(mode: str, **correction: Any) -> FSDPActorConfig:
+    handed = RolloutCorrectionConfig(bypass_mode=True, **correction)
+    options = PolicyLossConfig(loss_mode="ipo", rollout_correction=handed)
+    config = actor_config(policy_loss=options, loss_agg_mode=mode)
+    config.global_batch_info.update(GLOBAL)
+    return config
+
+
+def assert_equal_losses(ours: torch.Tensor, verls: torch.Tensor, log_prob: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, verls, rtol=1e-6, atol=1e-9)
+    gradients = [torch.autograd.grad(loss, log_prob)[0] for loss in (ours, verls)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+    assert gradients[0].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rejection", REJECTIONS)
+@pytest.mark.parametrize("weighted", MATRIX)
+def test_verls_reinforce_in_bypass_mode_is_verls(
+    mode: str, rejection: dict[str, Any], weighted: dict[str, Any]
+) -> None:
+    tensors = stale_tensors()
+    adapter.register()
+    config = config_with(mode, loss_type="reinforce", **rejection, **weighted)
+    ours, _ = get_policy_loss_fn("ipo")(**tensors, loss_agg_mode=mode, config=config)
+    verls, _ = get_policy_loss_fn("bypass_mode")(**tensors, loss_agg_mode=mode, config=config)
+    assert_equal_losses(ours, verls, tensors["log_prob"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rejection", REJECTIONS[1:])
+def test_rejection_in_bypass_mode_goes_before_the_average(
+    mode: str, rejection: dict[str, Any]
+) -> None:
+    tensors = stale_tensors()
+    config = config_with(mode, **rejection)
+    adapter.register(IPOConfig(mask_rule="none", kl_tau=0.0))
+    ours, _ = get_policy_loss_fn("ipo")(**tensors, loss_agg_mode=mode, config=config)
+    log_ratio = tensors["log_prob"] - tensors["old_log_prob"]
+    kept, _ = compute_rollout_rejection_mask(
+        log_ratio.detach(), tensors["response_mask"], **rejection
+    )
+    assert 0 < kept.sum() < tensors["response_mask"].sum()
+    losses = -tensors["advantages"] * log_ratio.exp()
+    verls = agg_loss(losses, kept, mode, **config.global_batch_info)
+    assert_equal_losses(ours, verls, tensors["log_prob"])
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("rollout_rs", "token_k1"), ("loss_type", "reinforce")]
-)
-def test_what_bypass_mode_would_leave_to_the_loss_raises(name: str, value: str) -> None:
-    correction = RolloutCorrectionConfig(bypass_mode=True, **{name: value})
-    options = PolicyLossConfig(loss_mode="ipo", rollout_correction=correction)
-    refused(rf"rollout_correction\.{name}: expected .*, got '{value}'", policy_loss=options)
+    ("correction", "message"),
+    [
+        ({"loss_type": "reinforce", "rollout_is_batch_normalize": True},
+         "rollout_correction.rollout_is_batch_normalize: expected False, got True"),
+        ({"loss_type": "vanilla"}, "rollout_correction.loss_type: expected ppo_clip or reinforce"),
+        ({"rollout_rs": "seq_max_k1", "rollout_rs_threshold": 2.0},
+         "rollout_correction.rollout_rs: expected options such as token_k1 or seq_mean_k3, got"),
+        ({"rollout_rs": "token_k1", "rollout_rs_threshold": None},
+         "rollout_correction.rollout_rs_threshold: expected one threshold or one for each of 1 "),
+        ({"rollout_rs": "token_k1,token_k2", "rollout_rs_threshold": "1,2,3"},
+         "rollout_correction.rollout_rs_threshold: expected one threshold or one for each of 2"),
+    ],
+)  # fmt: skip
+def test_a_correction_that_is_not_covered_raises(correction: dict[str, Any], message: str) -> None:
+    adapter.register()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_policy_loss_fn("ipo")(**stale_tensors(), config=config_with("token-mean", **correction))
+
+
+def test_verls_reinforce_takes_no_settings_of_ours() -> None:
+    with pytest.raises(ValueError, match="loss_type: expected 'ppo_clip' with an ipo_config"):
+        get_policy_loss_fn("ipo")(
+            **stale_tensors(), config=config_with("token-mean", loss_type="reinforce")
+        )
 
 
 def verls_tensors() -> dict[str, torch.Tensor]:
@@ -341,10 +446,17 @@ def test_a_micro_batch_without_rows_runs_backward(mode: str) -> None:
 
 
 CONFIGS = ("ppo_trainer", "ppo_megatron_trainer")
-REFUSED = (
-    ("algorithm.rollout_correction.rollout_rs=token_k1", "rollout_rs: expected None"),
-    ("algorithm.rollout_correction.loss_type=reinforce", "loss_type: expected 'ppo_clip'"),
-)
+LEFT_TO_THE_LOSS = (
+    (
+        ("algorithm.rollout_correction.rollout_rs=token_k1",
+         "algorithm.rollout_correction.rollout_rs_threshold=2.0"),
+        "rollout_rs: expected it in actor.policy_loss too",
+    ),
+    (
+        ("algorithm.rollout_correction.loss_type=reinforce",),
+        "loss_type: expected it in actor.policy_loss too",
+    ),
+)  # fmt: skip
 
 
 def guides_command() -> list[str]:
@@ -390,26 +502,33 @@ def test_the_guides_command_trains(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize(("override", "message"), REFUSED)
-def test_a_worker_refuses_what_bypass_mode_leaves_to_the_loss(
-    name: str, override: str, message: str
+@pytest.mark.parametrize(("overrides", "message"), LEFT_TO_THE_LOSS)
+def test_a_worker_applies_what_bypass_mode_leaves_to_the_loss(
+    name: str, overrides: tuple[str, ...], message: str
 ) -> None:
-    config = workers_config(verls_config(*guides_command(), override, name=name))
-    with pytest.raises(ValueError, match=message):
-        loss_in_a_worker(config)
+    config = verls_config(*guides_command(), *overrides, name=name)
+    adapter.check_config(config)
+    adapter.register()
+    torch.manual_seed(1)
+    plain = loss_in_a_worker(actor_config())
+    torch.manual_seed(1)
+    assert loss_in_a_worker(workers_config(config)) != plain
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
-    ("override", "message"),
-    [*REFUSED, ("actor_rollout_ref.actor.clip_ratio=9", "clip_ratio: expected the default")],
+    ("overrides", "message"),
+    [
+        *LEFT_TO_THE_LOSS,
+        (("actor_rollout_ref.actor.clip_ratio=9",), "clip_ratio: expected the default"),
+    ],
 )
 def test_the_whole_config_is_refused_before_anything_starts(
-    name: str, override: str, message: str
+    name: str, overrides: tuple[str, ...], message: str
 ) -> None:
     bypass = "algorithm.rollout_correction.bypass_mode=True"
     with pytest.raises(ValueError, match=message):
-        adapter.check_config(verls_config(bypass, override, name=name))
+        adapter.check_config(verls_config(bypass, *overrides, name=name))
 
 
 def test_a_worker_that_was_handed_nothing_sees_no_correction_and_says_so_once() -> None:

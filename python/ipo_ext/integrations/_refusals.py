@@ -64,12 +64,12 @@ def refuse_other_shapes(like: str, expected: torch.Tensor, **others: torch.Tenso
             )
 
 
-def refuse_other_kinds(policy: str, **given: torch.Tensor) -> None:
-    """By the host's names, where ``ipo_loss`` would know them by its own."""
+def refuse_other_kinds(policy: str, mask: str, **given: torch.Tensor) -> None:
+    """By the host's names, not those of ``ipo_loss``; a mask may be of any dtype."""
     for name, tensor in given.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
+        if name != mask and not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if name != policy and tensor.requires_grad:
             raise ValueError(

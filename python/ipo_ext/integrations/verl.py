@@ -22,6 +22,7 @@ from ipo_ext.integrations._refusals import (
     refuse_other_kinds,
     refuse_other_shapes,
 )
+from ipo_ext.integrations._verl_correction import kept_by, loss_of, rejection_of
 
 _DEFAULT = IPOConfig()
 
@@ -48,21 +49,24 @@ def register(ipo_config: IPOConfig = _DEFAULT, name: str = "ipo") -> None:
         rollout_is_weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         _refuse_what_is_not_honoured(config)
-        _check_handed_over(config.policy_loss.get("rollout_correction"))
-        given = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantages": advantages}
+        correction = _handed_over(config.policy_loss.get("rollout_correction"))
+        given = {
+            "log_prob": log_prob,
+            "old_log_prob": old_log_prob,
+            "advantages": advantages,
+            "response_mask": response_mask,
+        }
         if rollout_is_weights is not None:
             given["rollout_is_weights"] = rollout_is_weights
-        refuse_other_kinds("log_prob", **given)
-        refuse_other_shapes(
-            "log_prob",
-            log_prob,
-            old_log_prob=old_log_prob,
-            advantages=advantages,
-            response_mask=response_mask,
-            rollout_is_weights=rollout_is_weights,
-        )
-        mask = response_mask.bool()
-        weights = _token_weights(mask, loss_agg_mode, config.global_batch_info)
+        refuse_other_kinds("log_prob", "response_mask", **given)
+        refuse_other_shapes("log_prob", log_prob, **given)
+        mask = kept = response_mask.bool()
+        loss_config = ipo_config
+        if correction is not None:
+            loss_config = loss_of(correction, ipo_config)
+            if (rejection := rejection_of(correction)) is not None:
+                kept = kept_by(rejection, log_prob, old_log_prob, mask)
+        weights = _token_weights(kept, loss_agg_mode, config.global_batch_info)
         weights, normalizer = of_mean_one(weights, mask)
         out = ipo_loss(
             log_prob,
@@ -71,7 +75,7 @@ def register(ipo_config: IPOConfig = _DEFAULT, name: str = "ipo") -> None:
             mask,
             loss_weights=weights if rollout_is_weights is None else weights * rollout_is_weights,
             normalizer=normalizer,
-            config=ipo_config,
+            config=loss_config,
         )
         metrics = _named_as_in_verl(out.metrics)  # waits for the device, so the next need not
         _refuse_other_masks(response_mask)
@@ -93,7 +97,12 @@ def check_config(config: Any) -> None:
         ValueError: an option that the loss does not honour is set.
     """
     _refuse_what_is_not_honoured(omega_conf_to_dataclass(config.actor_rollout_ref.actor))
-    _refuse_what_bypass_mode_leaves(config.algorithm.get("rollout_correction"))
+    correction = config.algorithm.get("rollout_correction")
+    handed_over = config.actor_rollout_ref.actor.policy_loss.get("rollout_correction")
+    _refuse_what_is_not_handed_over(correction, handed_over)
+    if correction and correction.get("bypass_mode"):
+        loss_of(correction, IPOConfig())
+        rejection_of(correction)
 
 
 def _token_weights(mask: torch.Tensor, mode: str, batch: dict[str, Any]) -> torch.Tensor:
@@ -146,24 +155,34 @@ def _refuse_other_masks(response_mask: torch.Tensor) -> None:
         )
 
 
-def _check_handed_over(correction: Any) -> None:
-    """Of a worker's config, which lacks ``algorithm``: verl puts a dataclass of defaults there."""
+def _handed_over(correction: Any) -> Any:
+    """What the loss has to apply of a worker's config, which lacks ``algorithm``; None of none.
+
+    verl puts a dataclass of defaults there.
+    """
     if correction == RolloutCorrectionConfig():
         _warn_that_nothing_was_handed_over()
-    else:
-        _refuse_what_bypass_mode_leaves(correction)
+        return None
+    # Decoupled, verl has applied it to the mask and to rollout_is_weights.
+    return correction if correction and correction.get("bypass_mode") else None
 
 
-def _refuse_what_bypass_mode_leaves(correction: Any) -> None:
+def _refuse_what_is_not_handed_over(correction: Any, handed_over: Any) -> None:
+    """verl leaves both to the loss in bypass mode, and does not tell its workers of them."""
     if not correction or not correction.get("bypass_mode"):
-        return  # decoupled: verl has applied it to the mask and to rollout_is_weights
-    for name, expected in (("rollout_rs", None), ("loss_type", "ppo_clip")):
-        value = correction.get(name)
-        if value != expected:
+        return
+    for name, default in (("rollout_rs", None), ("loss_type", "ppo_clip")):
+        value, found = correction.get(name), (handed_over or {}).get(name, default)
+        if value not in (default, found):
             raise ValueError(
-                f"rollout_correction.{name}: expected {expected!r} in bypass mode, got {value!r}: "
-                "verl leaves it to its own bypass loss; set a mask rule of ipo_config instead"
+                f"algorithm.rollout_correction.{name}: expected it in actor.policy_loss too, where "
+                f"the workers read it, got {value!r} there and {found!r} here; add {_HAND_OVER}"
             )
+
+
+_HAND_OVER = (
+    "+actor_rollout_ref.actor.policy_loss.rollout_correction='${algorithm.rollout_correction}'"
+)
 
 
 @functools.cache  # once in each process
@@ -171,8 +190,7 @@ def _warn_that_nothing_was_handed_over() -> None:
     warnings.warn(
         "policy_loss.rollout_correction: verl does not tell its workers of "
         "algorithm.rollout_correction, so rollout_rs and loss_type, which bypass mode leaves to "
-        "the loss, would be ignored here. To have them refused, hand it over: "
-        "+actor_rollout_ref.actor.policy_loss.rollout_correction='${algorithm.rollout_correction}'",
+        f"the loss, are not known here. To have them honoured, hand it over: {_HAND_OVER}",
         stacklevel=4,
     )
 
