@@ -225,8 +225,8 @@ MUTATIONS = (
     Mutation(
         "tile-before-the-barrier",
         TILES,
-        "storage.holds[warp] = warp_holds;\n  __syncthreads();",
-        "storage.holds[warp] = warp_holds;",
+        "  }\n  __syncthreads();\n  if (warp == 0) {\n    double merged",
+        "  }\n  if (warp == 0) {\n    double merged",
         from_logprobs("test_same_bits_whatever_the_schedule"),
     ),
     Mutation(
@@ -273,8 +273,8 @@ MUTATIONS = (
     Mutation(
         "rollout-by-any-token",
         SEQUENCE_RULES,
-        "smaller(select<T>(active, values[k], sequence.smallest[k])",
-        "smaller(values[k]",
+        "smaller(select<T>(active, value, sequence.smallest[k])",
+        "smaller(value",
         rollout_rule("test_an_inactive_token_drops_nothing", "test_any_case"),
     ),
     Mutation(
