@@ -35,6 +35,7 @@ struct IpoLossArgs {
   double* extremes;  // [extreme::kNumRows, segments]
   void* workspace;   // [workspace_bytes(args)], aligned to 16 bytes, uninitialised
 
+  // With params.judges_sequences. Last, so that nothing that all kernels read moves.
   math::SequenceRules sequence_rules;
 };
 

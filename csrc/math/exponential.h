@@ -83,10 +83,15 @@ struct ExponentialConstants<double> {
 template <typename E>
 constexpr E kMaxLog = ExponentialConstants<E>::kHighest;
 
+// Beyond this log-ratio a measure of it says "broken", not how much; sums of its exponential still
+// fit fp32.
+constexpr double kMeasureClamp = 80;
+constexpr double kExpAtMeasureClamp = 5.54062238439351e34;  // the same double as exp(80) - 1 - 80
+
 template <typename T>
 struct Exponential {
   T exp;                  // exp(x), x clamped to kMaxLog; NaN for NaN
-  T exp_minus_1_minus_x;  // finite for -max <= x <= 80; within 12 epsilons, relative
+  T exp_minus_1_minus_x;  // finite for -max <= x <= kMeasureClamp; within 12 epsilons, relative
 };
 
 // Splits x = n ln(2) + f, so that exp(x) = 2^n (1 + f + f^2 tail(f)).

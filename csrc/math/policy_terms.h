@@ -2,6 +2,7 @@
 // gives value and derivative, because most hold a factor constant.
 #pragma once
 
+#include "math/exponential.h"
 #include "math/lanes.h"
 
 namespace ipo_ext::math {
@@ -89,11 +90,6 @@ IPO_HOST_DEVICE PolicyTerm<T> cispo_term(const PolicyInput<T>& token,
       (token.log_ratio > bounds.log_clip_high) | (token.log_ratio < bounds.log_clip_low);
   return {derivative * token.trainer_logprob, derivative, ratio, clipped};
 }
-
-// Beyond this log-ratio a measure of it says "broken", not how much; sums of its exponential still
-// fit fp32.
-constexpr double kMeasureClamp = 80;
-constexpr double kExpAtMeasureClamp = 5.54062238439351e34;  // the same double as exp(80) - 1 - 80
 
 // REINFORCE: no ratio at all; what it counts as is for the metrics alone.
 template <typename T>

@@ -45,7 +45,7 @@ struct SequenceRules {
   SequenceWeight weight;
   double weight_cap;
 
-  IPO_HOST_DEVICE bool read(estimator::Row k) const {
+  IPO_HOST_DEVICE bool use(estimator::Row k) const {
     bool found = false;
     for (int i = 0; i < count; ++i) found |= rules[i].estimator() == k;
     return found;
@@ -55,10 +55,11 @@ struct SequenceRules {
 // What is known of a sequence's active tokens. T is a scalar or, while a SIMD loop runs, a vector.
 template <typename T>
 struct SequenceSums {
-  Wide<T> sums[estimator::kNumRows];  // of k1, 2 k2 and k3
-  T smallest[estimator::kNumRows];  // of x, |x| and k3 where none of them is NaN; +inf over nothing
-  T largest[estimator::kNumRows];   // likewise; -inf over nothing
-  typename Lanes<T>::Count active;
+  Wide<T> sums[estimator::kNumRows];  // of k1, 2 k2 = x^2 and k3; the half is taken at the end
+  // Of x, |x| and k3, NaN aside; +inf over nothing. |x| stands for k2, whose square loses digits.
+  T smallest[estimator::kNumRows];
+  T largest[estimator::kNumRows];     // likewise; -inf over nothing
+  typename Lanes<T>::Count active;    // fewer than 2^32
   typename Lanes<T>::Count negative;  // active tokens of negative advantage
 };
 
@@ -77,8 +78,10 @@ template <typename T>
 IPO_HOST_DEVICE T measured_k3(T x) {
   using E = Element<T>;
   const Mask<T> finite = (x >= -std::numeric_limits<E>::max()) & (x <= kMaxLog<E>);
-  return select<T>(finite, exponential(x).exp_minus_1_minus_x,
-                   x * x * std::numeric_limits<E>::infinity());
+  const Exponential<T> e = exponential(x);
+  const T far = e.exp - E(1) - x;  // cancels nothing there
+  const T k3 = select<T>(x > E(kMeasureClamp), far, e.exp_minus_1_minus_x);
+  return select<T>(finite, k3, x * x * std::numeric_limits<E>::infinity());
 }
 
 template <typename T>
@@ -97,7 +100,7 @@ struct WantedSums {
 };
 
 IPO_HOST_DEVICE WantedSums wanted_by(const SequenceRules& rules) {
-  return {rules.read(estimator::k2), rules.read(estimator::k3), rules.only_negative};
+  return {rules.use(estimator::k2), rules.use(estimator::k3), rules.only_negative};
 }
 
 template <typename T>

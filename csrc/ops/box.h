@@ -89,6 +89,9 @@ inline LossSettings ArgumentReader::read<LossSettings>() {
 #define IPO_EXT_READ_VARIABLE(schema, Type, name) const auto name = read<Type>();
   IPO_EXT_SEQUENCE_SETTINGS(IPO_EXT_READ_VARIABLE)
 #undef IPO_EXT_READ_VARIABLE
+  IPO_EXT_CHECK(settings.params.judges_sequences ||
+                    (sequence_statistics.empty() && sequence_weight == SequenceWeight::kNone),
+                "judges_sequences: expected True with sequence_statistics or a sequence_weight");
   SequenceRules& rules = settings.sequence_rules;
   take_rules(sequence_statistics, sequence_lows, sequence_highs, rules);
   rules.only_negative = only_negative;

@@ -56,8 +56,10 @@ def logit_scaling(
         _check_held("softcap / logit_scale", cap, like, softcap, logit_scale)
     given = scalar("temperature", 1.0, like) if temperature is None else temperature
     wide = cast(torch.Tensor, given).double()
+    lowest, highest = _invertible("temperature", _computed_in(like))
+    scaled = (wide / scale).clamp(lowest, highest)  # as the operators would, but never to infinity
     # What is no temperature stays as it was given, for the message that will say so.
-    return LogitScaling(torch.where(wide > 0, wide / scale, wide), cap)
+    return LogitScaling(torch.where((wide > 0) & wide.isfinite(), scaled, wide), cap)
 
 
 def _softcap(softcap: float, like: torch.Tensor) -> float:

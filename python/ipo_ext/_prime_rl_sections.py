@@ -46,14 +46,15 @@ def constructor_and_arguments(
     section: Mapping[str, Any], version: str | None
 ) -> tuple[str, dict[str, Any]]:
     """Which constructor of ``IPOConfig`` a section stands for, and what it takes."""
-    types = VERSIONS.get(version or NEWEST)
+    version = NEWEST if version is None else version
+    types = VERSIONS.get(version)
     if types is None:
         raise ValueError(f"version: expected one of {', '.join(VERSIONS)}, got {version!r}")
     given = dict(section)
     name = given.pop("type", next(iter(types)))
-    if name not in types:
+    if not isinstance(name, str) or name not in types:
         raise ValueError(
-            f"type: expected one of {', '.join(types)} in a section of {version or NEWEST}, got "
+            f"type: expected one of {', '.join(types)} in a section of {version}, got "
             f"{name!r}{_elsewhere(name)}"
         )
     if given.pop("score_centering", False) is not False:
@@ -66,7 +67,7 @@ def constructor_and_arguments(
         if field not in fields:
             raise ValueError(
                 f"{field}: expected one of {', '.join(fields)} for type={name!r} in a section of "
-                f"{version or NEWEST}, got {field}={value!r}{_elsewhere(field)}"
+                f"{version}, got {field}={value!r}{_elsewhere(field)}"
             )
     return types[name].constructor, {fields[field]: value for field, value in given.items()}
 

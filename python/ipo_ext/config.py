@@ -78,7 +78,7 @@ class IPOConfig:
         ValueError: a field breaks ``0 <= dppo_mask_low``, ``dppo_mask_low <= dppo_mask_high`` (a
             band on the ratio) or "finite and >= 0", a tau or a cap is more than float32 holds, a
             field is not one of its words, the policy form lacks a bound or does not read one that
-            is given, or its bounds are in the wrong order.
+            is given, its bounds are in the wrong order, or rules on sequences make no sense.
     """
 
     dppo_mask_low: float = 0.2

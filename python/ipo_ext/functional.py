@@ -77,7 +77,7 @@ def ipo_loss(
         normalizer: what the sum is divided by, usually the global number of loss tokens: a float
             > 0, or a 0-dim tensor (on the inputs' device or on the CPU; 0 gives loss 0 and zero
             gradients). Default 1.
-        config: bounds and taus.
+        config: which tokens and sequences count, and what they pay.
 
     Returns:
         An ``IPOOutput`` of the 0-dim loss and its metrics; nothing is synchronised.

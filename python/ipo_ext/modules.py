@@ -24,7 +24,7 @@ class IPOLoss(nn.Module):
     """``ipo_loss`` with its config; without parameters or state.
 
     Args:
-        config: bounds and taus; default ``IPOConfig()``.
+        config: which tokens and sequences count, and what they pay; default ``IPOConfig()``.
     """
 
     def __init__(self, config: IPOConfig | None = None) -> None:
@@ -64,7 +64,7 @@ class LinearIPOLoss(nn.Module):
     """``ipo_loss_from_hidden`` with its settings; without parameters: the head's are arguments.
 
     Args:
-        config: bounds and taus; default ``IPOConfig()``.
+        config: which tokens and sequences count, and what they pay; default ``IPOConfig()``.
         softcap, chunk_size, logit_scale: as for ``ipo_loss_from_hidden``.
     """
 

@@ -696,6 +696,13 @@ def unpacked_terms(model: torch.nn.Module, samples: list) -> list[tuple[torch.Te
     return terms
 
 
+@pytest.mark.parametrize("config", [IPOConfig.geometric(0.9, 1.1), IPOConfig.sequence_tis()])
+def test_asynchronous_rows_are_cut_where_samples_end(config: IPOConfig) -> None:
+    trainer = SimpleNamespace(ipo_config=config)
+    ends = AsyncIPOTrainer._cu_seqlens(trainer, torch.tensor([0, 0, 0, 1, 1, 2]))
+    assert ends.tolist() == [0, 3, 5, 6]
+
+
 @pytest.mark.parametrize("token_budget", [0, 40], ids=["by count", "by tokens"])
 @pytest.mark.parametrize("rollout_min_ratio", [0.0, 0.3])
 def test_asynchronous_training_equals_eager(

@@ -4,6 +4,7 @@ its bounds, with numbers that are not finite; from log-probabilities, logits and
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, get_args
@@ -227,6 +228,10 @@ def test_what_is_not_finite(backend: Backend) -> None:
     assert verdicts(backend, sequences, ("max_k3", 0.0, 5.0)) == [True, False, False, True]
     # Of NaN alone there is no extreme, and nothing to drop.
     assert verdicts(backend, [[math.nan]], ("max_k1", 0.9, 1.1)) == [True]
+    # Near the largest ratio k3 is about as large, and finite.
+    for x in (80.5, 88.3, 88.4, 88.7):
+        assert verdicts(backend, [[0.1, x]], ("max_k3", 0.0, 5.0)) == [False]
+        assert verdicts(backend, [[0.1, x]], ("sum_k3", 0.0, 1e300)) == [True]
     # k3 is infinite where the ratio overflows.
     assert verdicts(backend, [[100.0]], ("sum_k3", 0.0, math.inf)) == [False]
     assert verdicts(backend, [[100.0]], ("sum_k1", 0.0, math.inf)) == [True]
@@ -253,6 +258,34 @@ def test_a_weight_that_overflows_drops_its_sequence(backend: Backend) -> None:
 
 # -------------------------------------------------------------------------------------------------
 # What a sequence is
+
+
+@pytest.mark.parametrize("ends", [None, [0], [0, 0, 0]])
+def test_no_tokens(backend: Backend, ends: list[int] | None) -> None:
+    # What was in memory before must not show in the sums, which later sums are added to.
+    dirt = [torch.full((64,), 7.25, dtype=torch.float64, device=backend.device) for _ in range(500)]
+    del dirt
+    nothing = torch.zeros(0, device=backend.device)
+    config = IPOConfig.geometric(0.9, 1.1)
+    cu = None if ends is None else torch.tensor(ends, dtype=torch.int32, device=backend.device)
+    leaf = nothing.clone().requires_grad_()
+    out = ipo_loss(leaf, nothing, nothing, nothing > 0, cu_seqlens=cu, config=config)
+    out.loss.backward()
+    assert float(out.loss.detach()) == 0
+    assert not out.metrics.sums.any()
+
+
+def test_tokens_of_no_sequence(backend: Backend) -> None:
+    two = torch.zeros(2, device=backend.device)
+    cu = torch.tensor([0], dtype=torch.int32, device=backend.device)
+    call = functools.partial(
+        ipo_loss, two, two, two, two == 0, cu_seqlens=cu, config=IPOConfig.geometric(0.9, 1.1)
+    )
+    if backend.faults_raise:
+        with pytest.raises(Exception, match="cu_seqlens: expected a partition"):
+            call()
+    else:
+        assert call().loss.isnan()
 
 
 def geometric(case: LogprobsCase) -> IPOConfig:

@@ -7,11 +7,11 @@
 namespace ipo_ext::cpu {
 
 // The name, the rules and the compute dtype of each version.
-#define IPO_EXT_SPAN_SUMS(X)                           \
-  X(piece_sums_f32, math::Rules::kDefault, float)      \
-  X(piece_sums_f64, math::Rules::kDefault, double)     \
-  X(piece_sums_any_rule_f32, math::Rules::kAny, float) \
-  X(piece_sums_any_rule_f64, math::Rules::kAny, double)
+#define IPO_EXT_SPAN_SUMS(X)                          \
+  X(span_sums_f32, math::Rules::kDefault, float)      \
+  X(span_sums_f64, math::Rules::kDefault, double)     \
+  X(span_sums_any_rule_f32, math::Rules::kAny, float) \
+  X(span_sums_any_rule_f64, math::Rules::kAny, double)
 
 // The name and the compute dtype of what sums sequences.
 #define IPO_EXT_SEQUENCE_SUMS(X) \

@@ -27,7 +27,8 @@ inline __attribute__((always_inline)) void add_chunk(const IpoLossArgs& args, in
   const E* trainer = stage<E>(args.trainer_logprobs, absent, begin, count, staging.trainer_logprob);
   const E* inference =
       stage<E>(args.inference_logprobs, absent, begin, count, staging.inference_logprob);
-  const E* advantage = stage<E>(args.advantages, absent, begin, count, staging.advantage);
+  const TokenInput advantages = wanted.negative ? args.advantages : TokenInput{};
+  const E* advantage = stage<E>(advantages, absent, begin, count, staging.advantage);
   const uint8_t* active = stage_mask<E>(args.loss_mask, begin, count, staging.active);
   for (int64_t i = 0; i < count; i += kLanes<E>) {
     add_to_sequence<T>(sequence, load<T>(trainer + i) - load<T>(inference + i),

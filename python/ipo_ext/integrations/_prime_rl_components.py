@@ -34,6 +34,13 @@ _REF_KL_OF_VERSION = {
 }
 
 
+def check_version(version: str) -> None:
+    if version not in _REF_KL_OF_VERSION:
+        raise ValueError(
+            f"version: expected one of {', '.join(_REF_KL_OF_VERSION)}, got {version!r}"
+        )
+
+
 def cross_entropy(
     trainer: torch.Tensor, weights: torch.Tensor, scale: float | torch.Tensor
 ) -> IPOOutput:
@@ -59,10 +66,6 @@ def distillation(
     scale: float | torch.Tensor,
     version: str,
 ) -> IPOOutput:
-    if version not in _REF_KL_OF_VERSION:
-        raise ValueError(
-            f"version: expected one of {', '.join(_REF_KL_OF_VERSION)}, got {version!r}"
-        )
     return ipo_loss(
         trainer,
         inference,

@@ -23,7 +23,7 @@ NOT_HONOURED = {  # what both trainers have by default, and why another value is
     "eps_clip_c": (None, BOUNDS),
     "use_tis": (False, _COUNTED_TWICE),
     "get_mismatch_metrics": (False, _COUNTED_TWICE),
-    "use_opsm": (False, "set a mask rule of ipo_config instead"),
+    "use_opsm": (False, "set sequence_rules of ipo_config instead"),
     "custom_tis_function_path": (None, OTHER_LOSS),
     "custom_pg_loss_reducer_function_path": (None, OTHER_LOSS),
     "entropy_coef": (0.0, ENTROPY),

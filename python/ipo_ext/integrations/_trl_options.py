@@ -24,7 +24,7 @@ NOT_HONOURED = {
     "epsilon_high": BOUNDS,
     "delta": BOUNDS,
     "importance_sampling_level": "the ratio of this loss is that of a token",
-    "off_policy_mask_threshold": "set a mask rule of ipo_config instead",
+    "off_policy_mask_threshold": "set sequence_rules of ipo_config instead",
     "top_entropy_quantile": "this loss takes every token that is not masked",
     "entropy_coef": ENTROPY,
     "use_adaptive_entropy": ENTROPY,

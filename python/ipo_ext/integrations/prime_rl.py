@@ -18,7 +18,7 @@ from ipo_ext._prime_rl_sections import NEWEST
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss, linear_token_logprobs
 from ipo_ext.integrations._batches import cu_seqlens_of
-from ipo_ext.integrations._prime_rl_components import cross_entropy, distillation
+from ipo_ext.integrations._prime_rl_components import check_version, cross_entropy, distillation
 from ipo_ext.integrations._refusals import Sequences, refuse_unequal_lengths
 from ipo_ext.output import IPOOutput
 
@@ -200,6 +200,7 @@ def compute_component_loss(
                 f"{name}: expected None, got {len(logprobs)} sequences: score centering is not "
                 "covered; switch score_centering off in trainer.loss"
             )
+    check_version(version)
     if ref_kl_weights is not None and ref_logprobs is None:
         raise ValueError(
             "ref_logprobs: expected a tensor for each sequence, got None; ref_kl_weights need it"

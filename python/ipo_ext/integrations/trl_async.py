@@ -105,8 +105,8 @@ class AsyncIPOTrainer(AsyncGRPOTrainer):
         return outputs
 
     def _cu_seqlens(self, samples: torch.Tensor) -> torch.Tensor | None:
-        """Where each sample's terms end, for the rule that asks; to know it synchronises."""
-        if self.ipo_config.rollout_min_ratio == 0:
+        """Where each sample's terms end, for rules that ask; to know it synchronises."""
+        if not self.ipo_config.judges_sequences:
             return None
         _, counts = samples.unique_consecutive(return_counts=True)
         return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()

@@ -55,14 +55,15 @@ auto tiles_kernel(const IpoLossArgs& args) {
 
 int64_t blocks_of_warps(int64_t warps) { return (warps + kWarpsOfBlock - 1) / kWarpsOfBlock; }
 
-// Launches nothing where no sequence is judged.
+// Launches nothing where no sequence is judged. Sequences without tokens have verdicts too.
 template <typename E>
 cudaError_t launch_verdicts(const IpoLossArgs& args, cudaStream_t stream) {
   if (!args.params.judges_sequences) return cudaSuccess;
   const int64_t tiles = judged_segments(args.segments).num_tiles();
-  const cudaError_t error =
-      launch(ipo_loss_sum_sequences<E>, blocks_of_warps(tiles), kThreads, 0, stream, args);
-  if (error != cudaSuccess) return error;
+  cudaError_t error = cudaSuccess;
+  if (tiles > 0)
+    error = launch(ipo_loss_sum_sequences<E>, blocks_of_warps(tiles), kThreads, 0, stream, args);
+  if (error != cudaSuccess || args.segments.count == 0) return error;
   return launch(ipo_loss_judge_sequences<E>, blocks_of_warps(args.segments.count), kThreads, 0,
                 stream, args);
 }
@@ -73,14 +74,14 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
   Device device;
   const cudaError_t unknown = current_device(device);
   if (unknown != cudaSuccess) return unknown;
+  const cudaError_t not_judged = launch_verdicts<E>(args, stream);
+  if (not_judged != cudaSuccess) return not_judged;
   const int64_t tiles = args.segments.num_tiles();
   if (tiles > 0) {
     const auto kernel = args.params.rules() == Rules::kDefault
                             ? tiles_kernel<Rules::kDefault, E>(args)
                             : tiles_kernel<Rules::kAny, E>(args);
-    cudaError_t error = launch_verdicts<E>(args, stream);
-    if (error == cudaSuccess)
-      error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, args);
+    const cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, args);
     if (error != cudaSuccess) return error;
   }
   const int64_t per_block = segments_per_block(args.segments.count);
