@@ -532,7 +532,7 @@ REFUSED = (
     ({"get_mismatch_metrics": True}, "get_mismatch_metrics: expected the default False"),
     ({"custom_tis_function_path": "a.b"}, "custom_tis_function_path: expected the default None"),
     ({"custom_pg_loss_reducer_function_path": "a.b"}, "custom_pg_loss_reducer_function_path: exp"),
-    ({"use_opsm": True}, "use_opsm: expected the default False, got True: set a mask rule"),
+    ({"use_opsm": True}, "use_opsm: expected the default False, got True: set sequence_rules"),
     ({"entropy_coef": 0.01}, r"entropy_coef: expected the default 0\.0, got 0\.01: .* no entropy"),
     ({"observe_training_entropy": True}, "observe_training_entropy: expected the default False"),
     ({"use_kl_loss": True}, "use_kl_loss: expected the default False, got True: .* no reference"),
