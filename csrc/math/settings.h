@@ -38,13 +38,13 @@ namespace ipo_ext::math {
   X("float", E, log_clip_high)      \
   X("float", E, largest_log_ratio)
 
-// What becomes the SequenceRules: the rules' statistics and bounds, and the other members.
-#define IPO_EXT_SEQUENCE_SETTINGS(X)                    \
-  X("int[]", std::vector<int64_t>, sequence_statistics) \
-  X("float[]", std::vector<double>, sequence_lows)      \
-  X("float[]", std::vector<double>, sequence_highs)     \
-  X("bool", bool, only_negative)                        \
-  X("int", SequenceWeight, sequence_weight)             \
+// What becomes the SequenceRules: of each rule statistic, low and high, one after the other, and
+// the other members. None, not an empty list, where there are no rules: AOTInductor (torch 2.13)
+// hands on no empty list.
+#define IPO_EXT_SEQUENCE_SETTINGS(X)                                \
+  X("float[]?", std::optional<std::vector<double>>, sequence_rules) \
+  X("bool", bool, only_negative)                                    \
+  X("int", SequenceWeight, sequence_weight)                         \
   X("float", double, sequence_weight_cap)
 
 // All of them, in the order of the schemas.

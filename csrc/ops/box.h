@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/stableivalue_conversions.h>
 
+#include <limits>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -52,18 +53,28 @@ inline math::SequenceWeight ArgumentReader::read<math::SequenceWeight>() {
   return word_of<math::SequenceWeight>("sequence_weight", read<int64_t>());
 }
 
-inline void take_rules(const std::vector<int64_t>& statistics, const std::vector<double>& lows,
-                       const std::vector<double>& highs, math::SequenceRules& rules) {
-  const size_t count = statistics.size();
-  IPO_EXT_CHECK(count <= math::kNumStatistics && lows.size() == count && highs.size() == count,
-                "sequence_statistics, sequence_lows, sequence_highs: expected at most ",
-                math::kNumStatistics, " elements, as many of each, got ", count, ", ", lows.size(),
-                " and ", highs.size());
+// Returns the infinity that the largest number stands for: AOTInductor (torch 2.14) writes settings
+// as JSON, which has no infinity.
+inline double with_infinities(double bound) {
+  constexpr double kMost = std::numeric_limits<double>::max();
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  return bound >= kMost ? kInfinity : bound <= -kMost ? -kInfinity : bound;
+}
+
+// `given` are the statistic, low and high of each rule, one after the other.
+inline void take_rules(const std::vector<double>& given, math::SequenceRules& rules) {
+  constexpr size_t kNumbers = 3;
+  const size_t count = given.size() / kNumbers;
+  IPO_EXT_CHECK(count <= math::kNumStatistics && given.size() % kNumbers == 0,
+                "sequence_rules: expected 3 numbers for each of at most ", math::kNumStatistics,
+                " rules, got ", given.size(), " numbers");
   rules.count = static_cast<int>(count);
   for (size_t i = 0; i < count; ++i) {
-    IPO_EXT_CHECK(statistics[i] >= 0 && statistics[i] < math::kNumStatistics,
-                  "sequence_statistics: expected the index of a statistic, got ", statistics[i]);
-    rules.rules[i] = {static_cast<int>(statistics[i]), lows[i], highs[i]};
+    const double* rule = given.data() + kNumbers * i;
+    IPO_EXT_CHECK(rule[0] >= 0 && rule[0] < math::kNumStatistics,
+                  "sequence_rules: expected the index of a statistic, got ", rule[0]);
+    rules.rules[i] = {static_cast<int>(rule[0]), with_infinities(rule[1]),
+                      with_infinities(rule[2])};
   }
 }
 
@@ -90,13 +101,14 @@ inline LossSettings ArgumentReader::read<LossSettings>() {
   IPO_EXT_SEQUENCE_SETTINGS(IPO_EXT_READ_VARIABLE)
 #undef IPO_EXT_READ_VARIABLE
   IPO_EXT_CHECK(settings.params.judges_sequences ||
-                    (sequence_statistics.empty() && sequence_weight == SequenceWeight::kNone),
-                "judges_sequences: expected True with sequence_statistics or a sequence_weight");
+                    (!sequence_rules.has_value() && sequence_weight == SequenceWeight::kNone),
+                "judges_sequences: expected True with sequence_rules or a sequence_weight");
   SequenceRules& rules = settings.sequence_rules;
-  take_rules(sequence_statistics, sequence_lows, sequence_highs, rules);
+  if (sequence_rules.has_value()) take_rules(*sequence_rules, rules);
   rules.only_negative = only_negative;
   rules.weight = sequence_weight;
-  rules.weight_cap = sequence_weight_cap;
+  rules.weight_cap = with_infinities(sequence_weight_cap);
+  settings.params.rollout_low = with_infinities(settings.params.rollout_low);
   return settings;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from numbers import Real
 from typing import Any
 
@@ -29,6 +30,19 @@ def to_float(name: str, value: Any) -> float:
         raise ValueError(
             f"{name}: expected a number that float64 holds, got one beyond 1.8e308"
         ) from None
+
+
+MOST = sys.float_info.max
+
+
+def without_infinities(bound: float) -> float:
+    """As the operators take a bound that may be infinite: the largest number stands for infinity.
+
+    AOTInductor (torch 2.14) writes an operator's numbers as JSON, which has no infinity.
+    """
+    # No min(): torch.compile (2.11) would make constants of bounds that change.
+    bound = bound if bound < MOST else MOST
+    return bound if bound > -MOST else -MOST
 
 
 def log_bound(ratio: float, dtype: torch.dtype) -> float:

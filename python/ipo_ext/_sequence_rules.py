@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ipo_ext._numbers import is_number, to_24_bits, to_float
+from ipo_ext._numbers import is_number, to_24_bits, to_float, without_infinities
 
 # In the order of csrc/math/sequence_rules.h.
 SequenceStatistic = Literal[
@@ -54,7 +54,8 @@ def checked_rules(rules: Any) -> tuple[SequenceRule, ...]:
 def statistic_bound(name: SequenceStatistic, bound: float, dtype: torch.dtype) -> float:
     """What the statistic is compared with: of the extremes of k1, in the compute dtype."""
     if not name.endswith("_k1"):
-        return bound
+        return without_infinities(bound)
     log = math.log(bound) if bound > 0 else -math.inf
     is_extreme = name.startswith(("max", "min"))
-    return to_24_bits(log) if is_extreme and dtype == torch.float32 else log
+    rounded = to_24_bits(log) if is_extreme and dtype == torch.float32 else log
+    return without_infinities(rounded)

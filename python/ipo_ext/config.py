@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypedDict,
 import torch
 from typing_extensions import Unpack  # which torch requires
 
-from ipo_ext._numbers import LOG_RANGE, is_number, log_bound, to_float
+from ipo_ext._numbers import LOG_RANGE, MOST, is_number, log_bound, to_float, without_infinities
 from ipo_ext._prime_rl_sections import constructor_and_arguments
 from ipo_ext._sequence_rules import STATISTICS, SequenceRule, checked_rules, statistic_bound
 
@@ -367,7 +367,7 @@ class IPOConfig:
             pg_form=get_args(PolicyForm).index(self.pg_form),
             only_negative=self.sequence_rule_when == "negative_advantage",
             sequence_weight=_WORDS["sequence_weight"].index(self.sequence_weight),
-            sequence_weight_cap=float(self.sequence_weight_cap),
+            sequence_weight_cap=without_infinities(float(self.sequence_weight_cap)),
             **{name: float(getattr(self, name)) for name in _NUMBERS},
             **(self._bounds(dtype, log or log_bound) if made is None else made),
         )
@@ -381,18 +381,17 @@ class IPOConfig:
         else:
             # No min(): torch.compile (2.11) would make constants of bounds that change.
             low, high = (bound if bound < -smallest else -smallest for bound in (low, high))
-        rollout_low = log(self.rollout_min_ratio, dtype) if self.has_rollout_rule else -math.inf
+        rollout_low = log(self.rollout_min_ratio, dtype) if self.has_rollout_rule else -MOST
         bounds = {"low": low, "high": high, "rollout_low": rollout_low}
-        return {**bounds, **self._policy_bounds(dtype, log), **self._rules(dtype)}
+        return {**bounds, **self._policy_bounds(dtype, log), "sequence_rules": self._rules(dtype)}
 
-    def _rules(self, dtype: torch.dtype) -> dict[str, list[Any]]:
-        """Statistics and bounds of the sequence rules; of k1, logarithms of the ratios."""
-        rules = self.sequence_rules
-        return {
-            "sequence_statistics": [STATISTICS.index(name) for name, _, _ in rules],
-            "sequence_lows": [statistic_bound(name, low, dtype) for name, low, _ in rules],
-            "sequence_highs": [statistic_bound(name, high, dtype) for name, _, high in rules],
-        }
+    def _rules(self, dtype: torch.dtype) -> list[float] | None:
+        """Statistic, low and high of each sequence rule; of k1, logarithms of the ratios."""
+        numbers: list[float] = []
+        for name, low, high in self.sequence_rules:
+            bounds = (statistic_bound(name, bound, dtype) for bound in (low, high))
+            numbers += [float(STATISTICS.index(name)), *bounds]
+        return numbers or None
 
     def _policy_bounds(self, dtype: torch.dtype, log: LogBound) -> dict[str, float]:
         """Those of the policy form, as wide as ``dtype`` goes where it has none."""
@@ -530,9 +529,8 @@ else:
             ("log_clip_low", float),
             ("log_clip_high", float),
             ("largest_log_ratio", float),
-            ("sequence_statistics", list[int]),  # indices in SequenceStatistic
-            ("sequence_lows", list[float]),
-            ("sequence_highs", list[float]),
+            # Of each rule the index in SequenceStatistic, low and high, one after the other.
+            ("sequence_rules", list[float] | None),
             ("only_negative", bool),
             ("sequence_weight", int),  # index in SequenceWeight
             ("sequence_weight_cap", float),

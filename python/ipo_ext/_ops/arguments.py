@@ -327,8 +327,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     bool: "bool",
     int: "int",
     float: "float",
-    list[int]: "int[]",
-    list[float]: "float[]",
+    list[float] | None: "float[]?",
     SymInt: "SymInt",
     SymInt | None: "SymInt?",
 }
