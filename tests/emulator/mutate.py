@@ -320,10 +320,10 @@ MUTATIONS = (
         sequence_rules("test_what_is_not_finite"),
     ),
     Mutation(
-        "weight-of-a-dropped-sequence",
+        "weight-without-its-cap",
         SEQUENCE_RULES,
-        "if (!drops_all) verdict.weight = weight;",
-        "verdict.weight = weight;",
+        "const double weight = smaller(uncapped, rules.weight_cap);",
+        "const double weight = uncapped;",
         sequence_rules("test_a_weight_that_overflows_drops_its_sequence"),
     ),
     Mutation(
@@ -451,11 +451,11 @@ MUTATIONS = (
         logits_paths("test_every_device"),
     ),
     Mutation(
-        "splits-without-their-scale",
-        LOGITS,
-        "      storage.scale = scale_of<E>(args, index);\n      finish_row",
-        "      finish_row",
-        logits_paths("test_every_device[emulated-splits-torch.bfloat16-4099-None]"),
+        "k2-without-its-half",
+        SEQUENCE_RULES,
+        "k == estimator::k2 ? 0.5 : 1",
+        "1",
+        sequence_rules("test_bounds_of_k2_are_exact"),
     ),
     Mutation(
         "rows-that-know-no-other-rule",
