@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/cpu_arch.h"
+#include "math/components.h"
 #include "math/metrics.h"
 #include "math/softmax_row.h"
 
@@ -45,4 +46,5 @@ PYBIND11_MODULE(_C, m) {
                                   IPO_EXT_SEGMENT_ROWS(IPO_EXT_NAME)});
   m.attr("EXTREME_ROWS") = names({IPO_EXT_EXTREME_ROWS(IPO_EXT_NAME)});
   m.attr("MEAN_ROWS") = names({IPO_EXT_MEAN_ROWS(IPO_EXT_NAME)});
+  m.attr("COMPONENT_MEAN_ROWS") = names({IPO_EXT_COMPONENT_MEANS(IPO_EXT_NAME)});
 }

@@ -8,6 +8,7 @@
 #include "kernels/inputs.h"
 #include "kernels/parallel_for.h"
 #include "kernels/segments.h"
+#include "math/components.h"
 #include "math/metrics.h"
 #include "math/token_loss.h"
 
@@ -16,6 +17,17 @@ struct CUstream_st;
 namespace ipo_ext {
 
 #define IPO_EXT_MEMBER(member, tensor, ...) TokenInput tensor;
+
+// What stands beside the loss; no tensors for no component.
+struct ComponentArgs {
+  IPO_EXT_COMPONENT_TOKEN_INPUTS(IPO_EXT_MEMBER)  // [tokens], or null
+  ScalarInput ce_scale;
+  ScalarInput ref_kl_scale;
+  math::ComponentParams<double> params = {};  // the inverse normalizers are the kernels' to fill
+  void* means = nullptr;                      // [component_mean::kNumRows] compute
+
+  IPO_HOST_DEVICE bool are_wanted() const { return means != nullptr; }
+};
 
 struct IpoLossArgs {
   DType compute_dtype;          // kFloat32 or kFloat64; the comments below call it "compute"
@@ -37,6 +49,7 @@ struct IpoLossArgs {
 
   // With params.judges_sequences. Last, so that nothing that all kernels read moves.
   math::SequenceRules sequence_rules;
+  ComponentArgs components;
 };
 
 #undef IPO_EXT_MEMBER
@@ -44,19 +57,19 @@ struct IpoLossArgs {
 // What the steps leave for each other, in args.workspace.
 template <typename E>
 struct Workspace {
-  math::TileSums<E>* slots;  // [segments.num_slots()]
-  double* tile_losses;       // [segments.num_tiles()]
-  // Under other rules than the default alone.
-  math::BoundCounts<E>* bound_counts;  // [segments.num_slots()]
-  // Where sequences are judged alone; the tiles of their sums are as large as a backend likes.
-  math::SequenceVerdict* verdicts;        // [segments.count]
-  math::SequenceSums<E>* sequence_slots;  // [judged.num_slots()]
+  math::TileSums<E>* slots;            // [segments.num_slots()]
+  double* tile_losses;                 // [segments.num_tiles()]
+  math::BoundCounts<E>* bound_counts;  // [segments.num_slots()]; under other rules than the default
+  math::SequenceVerdict* verdicts;     // [segments.count]; this and the last where sequences are
+                                       // judged alone
+  math::ComponentTotals* components;   // [segments.num_tiles()]; with components alone
+  math::SequenceSums<E>* sequence_slots;  // [judged.num_slots()]; as large as a backend likes
 
   static size_t bytes(const IpoLossArgs& args, const Segments& segments, const Segments& judged) {
     size_t bytes =
-        segments.num_slots() * sizeof(math::TileSums<E>) + segments.num_tiles() * sizeof(double);
-    if (args.params.rules() == math::Rules::kAny)
-      bytes += segments.num_slots() * sizeof(math::BoundCounts<E>);
+        segments.num_tiles() * sizeof(double) +
+        segments.num_slots() * (sizeof(math::TileSums<E>) + sizeof(math::BoundCounts<E>));
+    if (args.components.are_wanted()) bytes += segments.num_tiles() * sizeof(math::ComponentTotals);
     if (args.params.judges_sequences) {
       bytes += segments.count * sizeof(math::SequenceVerdict) +
                judged.num_slots() * sizeof(math::SequenceSums<E>);
@@ -68,10 +81,12 @@ struct Workspace {
         tile_losses(reinterpret_cast<double*>(slots + args.segments.num_slots())),
         bound_counts(
             reinterpret_cast<math::BoundCounts<E>*>(tile_losses + args.segments.num_tiles())),
-        verdicts(reinterpret_cast<math::SequenceVerdict*>(
-            bound_counts +
-            (args.params.rules() == math::Rules::kAny ? args.segments.num_slots() : 0))),
-        sequence_slots(reinterpret_cast<math::SequenceSums<E>*>(verdicts + args.segments.count)) {}
+        verdicts(
+            reinterpret_cast<math::SequenceVerdict*>(bound_counts + args.segments.num_slots())),
+        components(reinterpret_cast<math::ComponentTotals*>(
+            verdicts + (args.params.judges_sequences ? args.segments.count : 0))),
+        sequence_slots(reinterpret_cast<math::SequenceSums<E>*>(
+            components + (args.components.are_wanted() ? args.segments.num_tiles() : 0))) {}
 };
 
 // Returns what a span adds to the loss, before it is normalized.
@@ -114,6 +129,45 @@ IPO_HOST_DEVICE double inverse_normalizer_of(const IpoLossArgs& args) {
 // whatever the sum.
 IPO_HOST_DEVICE double normalized_loss(double sum, double inverse) {
   return inverse == 0 ? 0 : sum * inverse;
+}
+
+// The settings of the components in the compute dtype.
+template <typename E>
+IPO_HOST_DEVICE math::ComponentParams<E> component_params_for(const ComponentArgs& args) {
+#define IPO_EXT_CAST(schema, Type, name) static_cast<Type>(args.params.name),
+  return {IPO_EXT_COMPONENT_SETTINGS(IPO_EXT_CAST) static_cast<E>(
+              math::inverse_normalizer<E>(load_scalar(args.ce_scale))),
+          static_cast<E>(math::inverse_normalizer<E>(load_scalar(args.ref_kl_scale)))};
+#undef IPO_EXT_CAST
+}
+
+// A token of the components. A missing weight is 0: the component has no tokens.
+template <typename E>
+IPO_HOST_DEVICE math::ComponentToken<E> component_token(const IpoLossArgs& args, int64_t index) {
+#define IPO_EXT_LOAD(member, tensor) load_token<E>(args.components.tensor, index, 0),
+  return {load_token<E>(args.trainer_logprobs, index, 0),
+          load_token<E>(args.inference_logprobs, index, 0),
+          IPO_EXT_COMPONENT_TOKEN_INPUTS(IPO_EXT_LOAD)};
+#undef IPO_EXT_LOAD
+}
+
+// Returns what both components add to the loss.
+template <typename E>
+IPO_HOST_DEVICE double loss_of_components(const ComponentArgs& args,
+                                          const math::ComponentTotals& totals) {
+  using namespace math;
+  const auto normalized = [&](component_sum::Row row, const ScalarInput& normalizer) {
+    return normalized_loss(totals.sums[row], inverse_normalizer<E>(load_scalar(normalizer)));
+  };
+  return normalized(component_sum::ce_loss, args.ce_scale) +
+         normalized(component_sum::ref_kl_loss, args.ref_kl_scale);
+}
+
+template <typename E>
+IPO_HOST_DEVICE void store_component_means(const ComponentArgs& args,
+                                           const math::ComponentTotals& totals) {
+  for (int row = 0; row < math::component_mean::kNumRows; ++row)
+    static_cast<E*>(args.means)[row] = static_cast<E>(math::mean_of(totals, row));
 }
 
 // Stores the means of segment s.

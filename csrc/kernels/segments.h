@@ -26,6 +26,27 @@ struct Segments {
     return value < 0 ? 0 : (value > tokens ? tokens : value);
   }
 
+  // Returns the last segment that begins at or before `token`; of several that begin there, all but
+  // the last are empty.
+  IPO_HOST_DEVICE int64_t containing(int64_t token) const {
+    const int64_t begun = first_from(token + 1);
+    return begun > 0 ? begun - 1 : 0;
+  }
+
+  // Returns the first segment that begins at or behind `token`, `count` if none does.
+  IPO_HOST_DEVICE int64_t first_from(int64_t token) const {
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (begin(middle) < token) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
   // No two spans have the same `tile + segment`: from one to the next in order, the tile, the
   // segment or both move on by one.
   IPO_HOST_DEVICE static int64_t slot(int64_t tile, int64_t segment) { return tile + segment; }

@@ -3,6 +3,7 @@
 // new argument is one line here; a setting is one in math/settings.h.
 #pragma once
 
+#include "math/components.h"
 #include "math/settings.h"
 #include "ops/tensors.h"
 
@@ -25,6 +26,14 @@ namespace ipo_ext {
   X("Tensor?", std::optional<Tensor>, cu_seqlens)       \
   X("Tensor?", std::optional<Tensor>, normalizer)
 
+// What stands beside the loss (math/components.h), whose settings follow; no gradient flows to it.
+#define IPO_EXT_COMPONENT_INPUTS(X)                   \
+  X("Tensor?", std::optional<Tensor>, ce_weights)     \
+  X("Tensor?", std::optional<Tensor>, ref_kl_weights) \
+  X("Tensor?", std::optional<Tensor>, ref_logprobs)   \
+  X("Tensor?", std::optional<Tensor>, ce_scale)  \
+  X("Tensor?", std::optional<Tensor>, ref_kl_scale)
+
 #define IPO_EXT_MEMBER(schema, Type, name) Type name;
 
 struct __attribute__((visibility("hidden"))) LogitScaling {
@@ -33,6 +42,11 @@ struct __attribute__((visibility("hidden"))) LogitScaling {
 
 struct __attribute__((visibility("hidden"))) LossInputs {
   IPO_EXT_LOSS_INPUTS(IPO_EXT_MEMBER)
+};
+
+struct __attribute__((visibility("hidden"))) Components {
+  IPO_EXT_COMPONENT_INPUTS(IPO_EXT_MEMBER)
+  math::ComponentParams<double> params;
 };
 
 #undef IPO_EXT_MEMBER

@@ -92,6 +92,15 @@ inline LossInputs ArgumentReader::read<LossInputs>() {
 }
 
 template <>
+inline Components ArgumentReader::read<Components>() {
+  using E = double;
+  Components components = {
+      IPO_EXT_COMPONENT_INPUTS(IPO_EXT_READ){IPO_EXT_COMPONENT_SETTINGS(IPO_EXT_READ)}};
+  components.params.ref_kl_cap = with_infinities(components.params.ref_kl_cap);
+  return components;
+}
+
+template <>
 inline LossSettings ArgumentReader::read<LossSettings>() {
   using namespace math;
   using E = double;

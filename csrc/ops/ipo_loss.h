@@ -20,9 +20,9 @@ inline void check_partition(const Segments& segments) {
   }
 }
 
-inline void check_normalizer(const ScalarInput& normalizer) {
+inline void check_normalizer(const ScalarInput& normalizer, const char* name) {
   const double value = load_scalar(normalizer);
-  IPO_EXT_CHECK(value >= 0, "normalizer: expected a count of tokens, at least 0, got ", value);
+  IPO_EXT_CHECK(value >= 0, name, ": expected a count of tokens, at least 0, got ", value);
 }
 
 #define IPO_EXT_HOLD(member, tensor, ...) tensor##_(inputs.tensor, like_, #tensor),
@@ -67,7 +67,7 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
   void check_values() const {
     if constexpr (Backend::kFaultsRaise) {
       if (args.segments.cu_seqlens != nullptr) check_partition(args.segments);
-      check_normalizer(args.normalizer);
+      check_normalizer(args.normalizer, "normalizer");
     }
   }
 
@@ -138,6 +138,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss(const Tensor& traine
   call.check_values<Backend>();
   call.run<Backend>();
   return {call.loss, call.gradient, call.means, call.sums, call.extremes};
+}
+
+#define IPO_EXT_TAKE(member, tensor)                 \
+  tensor##_ = PerToken(given.tensor, like, #tensor); \
+  args.tensor = tensor##_.input();
+#define IPO_EXT_DECLARE(member, tensor) PerToken tensor##_;
+
+// What a call has beside its loss: checks the inputs, owns the copies that they needed.
+class __attribute__((visibility("hidden"))) ComponentsCall {
+ public:
+  ComponentsCall(const Tensor& like, const Components& given, DType compute) {
+    IPO_EXT_CHECK(!given.ref_kl_weights.has_value() || given.ref_logprobs.has_value(),
+                  "ref_logprobs: expected a tensor with ref_kl_weights, got None");
+    IPO_EXT_COMPONENT_TOKEN_INPUTS(IPO_EXT_TAKE)
+    args.ce_scale = scalar_input(given.ce_scale, like, "ce_scale");
+    args.ref_kl_scale = scalar_input(given.ref_kl_scale, like, "ref_kl_scale");
+    args.params = given.params;
+    means = empty({math::component_mean::kNumRows},
+                  compute == DType::kFloat64 ? ScalarType::Double : ScalarType::Float, like);
+    args.means = means.mutable_data_ptr();
+  }
+
+  // Checks the values that the backend can look at.
+  template <typename Backend>
+  void check_values() const {
+    if constexpr (!Backend::kFaultsRaise) return;
+    check_normalizer(args.ce_scale, "ce_scale");
+    check_normalizer(args.ref_kl_scale, "ref_kl_scale");
+  }
+
+  ComponentArgs args;
+  Tensor means;
+
+ private:
+  IPO_EXT_COMPONENT_TOKEN_INPUTS(IPO_EXT_DECLARE)
+};
+
+#undef IPO_EXT_DECLARE
+#undef IPO_EXT_TAKE
+
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> component_loss(
+    const Tensor& trainer_logprobs, const LossInputs& inputs, const LossSettings& settings,
+    const Components& given, bool with_gradient) {
+  IpoLossCall call(trainer_logprobs, inputs, std::nullopt, settings, with_gradient);
+  ComponentsCall components(trainer_logprobs, given, call.args.compute_dtype);
+  call.check_values<Backend>();
+  components.check_values<Backend>();
+  call.args.components = components.args;
+  call.run<Backend>();
+  return {call.loss, call.gradient, call.means, call.sums, call.extremes, components.means};
 }
 
 template <typename Backend>

@@ -34,6 +34,7 @@ template <typename Backend>
 const std::vector<Operator>& operators() {
   static const std::vector<Operator> all = {
       IPO_EXT_OPERATOR(ipo_loss),
+      IPO_EXT_OPERATOR(component_loss),
       IPO_EXT_OPERATOR(metric_means),
       IPO_EXT_OPERATOR(ipo_loss_from_logits),
       IPO_EXT_OPERATOR(ipo_loss_from_logits_),

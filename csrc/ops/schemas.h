@@ -9,6 +9,8 @@
 #define LOGIT_SCALING IPO_EXT_LOGIT_SCALING(IPO_EXT_ARGUMENT)
 #define LOSS_INPUTS IPO_EXT_LOSS_INPUTS(IPO_EXT_ARGUMENT)
 #define LOSS_SETTINGS IPO_EXT_LOSS_SETTINGS(IPO_EXT_ARGUMENT)
+#define COMPONENTS \
+  IPO_EXT_COMPONENT_INPUTS(IPO_EXT_ARGUMENT) IPO_EXT_COMPONENT_SETTINGS(IPO_EXT_ARGUMENT)
 #define METRICS ", Tensor means, Tensor sums, Tensor extremes"
 
 namespace ipo_ext::schemas {
@@ -21,6 +23,12 @@ namespace ipo_ext::schemas {
 inline constexpr const char* ipo_loss = "(Tensor trainer_logprobs" LOSS_INPUTS LOSS_SETTINGS
                                         ", bool with_gradient) "
                                         "-> (Tensor loss, Tensor gradient" METRICS ")";
+
+// The same with other objectives beside it, for the tokens of their own weights.
+inline constexpr const char* component_loss =
+    "(Tensor trainer_logprobs" LOSS_INPUTS LOSS_SETTINGS COMPONENTS
+    ", bool with_gradient) "
+    "-> (Tensor loss, Tensor gradient" METRICS ", Tensor component_means)";
 
 inline constexpr const char* metric_means =
     "(Tensor sums, Tensor extremes, bool float64) -> Tensor";
@@ -102,6 +110,7 @@ inline constexpr const char* scale_into = "(Tensor gradient, Tensor factor, Tens
 }  // namespace ipo_ext::schemas
 
 #undef METRICS
+#undef COMPONENTS
 #undef LOSS_SETTINGS
 #undef LOSS_INPUTS
 #undef LOGIT_SCALING

@@ -12,6 +12,8 @@ import torch
 from ipo_ext._number_arguments import logit_scaling, scalar
 from ipo_ext._ops import checks, torch_internals
 from ipo_ext._ops.arguments import (
+    ComponentLossArguments,
+    Components,
     HeadInputs,
     IPOLossArguments,
     IPOLossFromHiddenArguments,
@@ -27,7 +29,7 @@ from ipo_ext._ops.chunks import default_chunk_size
 from ipo_ext._ops.errors import with_torch_errors
 from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_logprobs
 from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
-from ipo_ext._ops.from_logprobs import run_ipo_loss
+from ipo_ext._ops.from_logprobs import run_component_loss, run_ipo_loss
 from ipo_ext._optional_tensors import OptionalTensors, refuse_unknown_names, spells_out_tensors
 from ipo_ext.config import IPOConfig
 from ipo_ext.metrics import IPOMetrics
@@ -94,25 +96,42 @@ def ipo_loss(
         >>> out.metrics["is_masked"]
     """
     refuse_unknown_names(ipo_loss, tensors)
-    _check_config(config)
-    inputs = LossInputs(
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        normalizer=scalar("normalizer", normalizer, trainer_logprobs),
-        **tensors,
+    arguments = _loss_arguments(
+        trainer_logprobs, inference_logprobs, advantages, loss_mask, normalizer, config, tensors
     )
-    checks.check_per_token_loss(trainer_logprobs, inputs, config.teacher_tau)
-    checks.check_no_gradient(inputs)
-    with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
-    compute = checks.compute_dtype(trainer_logprobs, inference_logprobs)
-    if config.judges_sequences:
-        inputs = _with_sequences(inputs)
-    settings = settings_of(config, compute)
-    loss, *rows = with_torch_errors(
-        run_ipo_loss, IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient)
+    loss, *rows = with_torch_errors(run_ipo_loss, arguments)
+    metrics = _metrics(rows, tensors.get("cu_seqlens"), arguments.inputs, config)
+    return IPOOutput(loss, metrics)
+
+
+def component_loss(
+    trainer_logprobs: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    components: Components,
+    normalizer: float | torch.Tensor | None = None,
+    config: IPOConfig = _DEFAULT,
+    **tensors: Unpack[OptionalTensors],
+) -> tuple[IPOOutput, torch.Tensor]:
+    """``ipo_loss`` and what stands beside it, in the same launches.
+
+    Returns:
+        The output, whose loss is the sum of all components, and the means of those beside the
+        loss, ``[len(_C.COMPONENT_MEAN_ROWS)]``.
+    """
+    arguments = _loss_arguments(
+        trainer_logprobs, inference_logprobs, advantages, loss_mask, normalizer, config, tensors
     )
-    return IPOOutput(loss, _metrics(rows, tensors.get("cu_seqlens"), inputs, config))
+    checks.check_components(trainer_logprobs, components)
+    checks.check_no_gradient(components)
+    loss, *rows, means = with_torch_errors(
+        run_component_loss,
+        ComponentLossArguments(*arguments[:-1], components, arguments.with_gradient),
+    )
+    metrics = _metrics(rows, tensors.get("cu_seqlens"), arguments.inputs, config)
+    return IPOOutput(loss, metrics), means
 
 
 @spells_out_tensors
@@ -413,6 +432,33 @@ def _check_may_be_overwritten(logits: torch.Tensor) -> None:
             "Function because inplace is True: autograd lets no one change them; pass "
             "inplace=False or a slice, such as logits[:, :-1]"
         )
+
+
+def _loss_arguments(
+    trainer_logprobs: torch.Tensor,
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    normalizer: float | torch.Tensor | None,
+    config: IPOConfig,
+    tensors: OptionalTensors,
+) -> IPOLossArguments:
+    """Of a call of the loss from log-probabilities, checked."""
+    _check_config(config)
+    inputs = LossInputs(
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        normalizer=scalar("normalizer", normalizer, trainer_logprobs),
+        **tensors,
+    )
+    checks.check_per_token_loss(trainer_logprobs, inputs, config.teacher_tau)
+    checks.check_no_gradient(inputs)
+    with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
+    compute = checks.compute_dtype(trainer_logprobs, inference_logprobs)
+    if config.judges_sequences:
+        inputs = _with_sequences(inputs)
+    return IPOLossArguments(trainer_logprobs, inputs, settings_of(config, compute), with_gradient)
 
 
 def _check_config(config: object) -> None:

@@ -569,11 +569,41 @@ class TestFusedOutputLinear:
         head.weight = torch.nn.Linear(self.hidden_size, self.vocab, bias=False).weight
         assert set(dict(head.named_parameters())) == {"weight"}
 
-    @pytest.mark.parametrize("name", ["labels", "temperature"])
-    def test_needs_what_upstreams_needs(self, name: str) -> None:
+    def test_needs_labels(self) -> None:
         head = prime_rl.FusedOutputLinear(self.hidden_size, self.vocab)
-        with pytest.raises(ValueError, match=rf"{name}: expected a tensor \[B, T\], got None"):
-            head(**{**self.inputs(), name: None})
+        with pytest.raises(ValueError, match=r"labels: expected a tensor \[B, T\], got None"):
+            head(**{**self.inputs(), "labels": None})
+
+    @pytest.mark.parametrize("softcap", [None, 2.0])
+    def test_is_the_summed_cross_entropy_without_a_temperature(self, softcap: float | None) -> None:
+        head = prime_rl.FusedOutputLinear(self.hidden_size, self.vocab, 2, softcap)
+        inputs = self.inputs()
+        hidden, labels = inputs["hidden_states"], inputs["labels"]
+        labels[0, 1] = -100
+        (loss,) = head(hidden, labels).values()
+        logits = hidden.double() @ head.weight.double().T
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        expected = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="sum"
+        )
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+        leaves = (hidden, head.weight)
+        found = torch.autograd.grad(loss, leaves)
+        torch.testing.assert_close(
+            found, torch.autograd.grad(expected, leaves), rtol=1e-4, atol=1e-6
+        )
+
+    def test_a_broken_row_shows_in_the_summed_cross_entropy(self) -> None:
+        """No metric would say that it was left out."""
+        head = prime_rl.FusedOutputLinear(self.hidden_size, self.vocab)
+        inputs = self.inputs()
+        hidden = inputs["hidden_states"].detach().clone()
+        hidden[1, 2] = torch.nan
+        (loss,) = head(hidden.requires_grad_(), inputs["labels"]).values()
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        assert loss.isnan()
+        assert gradient.isfinite().all()
 
     def test_refuses_a_part_of_the_vocabulary(self) -> None:
         head = prime_rl.FusedOutputLinear(self.hidden_size, self.vocab)

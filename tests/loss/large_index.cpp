@@ -20,15 +20,18 @@
 #define IPO_EXT_CPU_ARCH baseline
 #include "kernels/cpu/ipo_loss_simd.cpp"
 #include "kernels/cpu/sequence_simd.cpp"
+#include "kernels/cpu/components_simd.cpp"
 #if defined(__x86_64__)
 #undef IPO_EXT_CPU_ARCH
 #define IPO_EXT_CPU_ARCH x86_64_v3
 #include "kernels/cpu/ipo_loss_simd.cpp"
 #include "kernels/cpu/sequence_simd.cpp"
+#include "kernels/cpu/components_simd.cpp"
 #undef IPO_EXT_CPU_ARCH
 #define IPO_EXT_CPU_ARCH x86_64_v4
 #include "kernels/cpu/ipo_loss_simd.cpp"
 #include "kernels/cpu/sequence_simd.cpp"
+#include "kernels/cpu/components_simd.cpp"
 #endif
 
 namespace {

@@ -81,7 +81,8 @@ def simd_jobs(arch: str, flags: Sequence[str] = ()) -> list[tuple[Path, Sequence
     march = [] if arch == "baseline" else [f"-march={arch.replace('x86_64_', 'x86-64-')}"]
     how = (*FLAGS, f"-DIPO_EXT_CPU_ARCH={arch}", *march, *flags)
     return [
-        (KERNELS / f"{name}_simd.cpp", how) for name in ("ipo_loss", "sequence", "logits", "scale")
+        (KERNELS / f"{name}_simd.cpp", how)
+        for name in ("ipo_loss", "sequence", "components", "logits", "scale")
     ]
 
 

@@ -23,6 +23,7 @@ using SpanSums = TileSums<E> (*)(const IpoLossArgs&, const math::LossParams<E>&,
                                  int64_t end, math::BoundCounts<E>& bounded);
 template <typename E>
 using SequenceSpanSums = math::SequenceSums<E> (*)(const IpoLossArgs&, int64_t begin, int64_t end);
+using AddComponents = math::ComponentTotals (*)(const IpoLossArgs&, int64_t begin, int64_t end);
 
 template <math::Rules kRules, typename E>
 SpanSums<E> best_span_sums();
@@ -46,20 +47,16 @@ SequenceSpanSums<E> best_sequence_sums();
 IPO_EXT_SEQUENCE_SUMS(IPO_EXT_CHOOSE_SEQUENCE_SUMS)
 #undef IPO_EXT_CHOOSE_SEQUENCE_SUMS
 
-// Returns how many segments begin before `token`.
-int64_t segments_before(const Segments& segments, int64_t token) {
-  int64_t low = 0, high = segments.count;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    segments.begin(middle) < token ? low = middle + 1 : high = middle;
+template <typename E>
+AddComponents best_add_components();
+#define IPO_EXT_CHOOSE_ADD_COMPONENTS(name, E)              \
+  template <>                                               \
+  AddComponents best_add_components<E>() {                  \
+    static const AddComponents best = IPO_EXT_CHOOSE(name); \
+    return best;                                            \
   }
-  return low;
-}
-
-// Returns the last segment that begins at or before `token`.
-int64_t segment_of(const Segments& segments, int64_t token) {
-  return segments_before(segments, token + 1) - 1;
-}
+IPO_EXT_ADD_COMPONENTS(IPO_EXT_CHOOSE_ADD_COMPONENTS)
+#undef IPO_EXT_CHOOSE_ADD_COMPONENTS
 
 // Returns the group of tiles that holds all tokens of segment s, or -1. An empty segment belongs to
 // the group in which it begins.
@@ -75,7 +72,7 @@ template <typename Visit>
 void for_each_span(const Segments& segments, int64_t tile, const Visit& visit) {
   int64_t begin = tile * segments.tile_size;
   const int64_t tile_end = std::min(begin + segments.tile_size, segments.tokens);
-  for (int64_t segment = segment_of(segments, begin); begin < tile_end; ++segment) {
+  for (int64_t segment = segments.containing(begin); begin < tile_end; ++segment) {
     const int64_t end = std::min(segments.begin(segment + 1), tile_end);
     if (end <= begin) continue;
     visit(segment, begin, end);
@@ -99,6 +96,10 @@ void run_tile(const IpoLossArgs& args, math::LossParams<E> params, int64_t tile)
     loss += loss_of_span(workspace.slots[slot]);
   });
   workspace.tile_losses[tile] = loss;
+  if (!args.components.are_wanted()) return;
+  const int64_t begin = tile * kTileSize;
+  const int64_t end = std::min(begin + kTileSize, args.segments.tokens);
+  workspace.components[tile] = best_add_components<E>()(args, begin, end);
 }
 
 template <typename E>
@@ -141,7 +142,7 @@ void run_group(const IpoLossArgs& args, const math::LossParams<E>& params, int64
   const int64_t first_tile = group * kTilesPerGroup;
   const int64_t end_tile = std::min(first_tile + kTilesPerGroup, segments.num_tiles());
   for (int64_t tile = first_tile; tile < end_tile; ++tile) run_tile<E>(args, params, tile);
-  int64_t s = segments_before(segments, group * kGroupSize);
+  int64_t s = segments.first_from(group * kGroupSize);
   for (; s < segments.count && group_of_segment(segments, s) == group; ++s) {
     finish_segment<E>(args, s);
   }
@@ -157,6 +158,17 @@ void judge_sequences(const IpoLossArgs& args, const ParallelFor& parallel_for) {
   for (int64_t s = 0; s < args.segments.count; ++s) workspace.verdicts[s] = verdict_on<E>(args, s);
 }
 
+// Stores the components' metrics and returns what they add to the loss.
+template <typename E>
+double finish_components(const IpoLossArgs& args) {
+  const Workspace<E> workspace(args);
+  math::ComponentTotals totals = {};
+  for (int64_t tile = 0; tile < args.segments.num_tiles(); ++tile)
+    totals = math::merge(totals, workspace.components[tile]);
+  store_component_means<E>(args.components, totals);
+  return loss_of_components<E>(args.components, totals);
+}
+
 template <typename E>
 void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
   const math::LossParams<E> params = params_for<E>(args);
@@ -170,8 +182,9 @@ void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
   const Workspace<E> workspace(args);
   double loss = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) loss += workspace.tile_losses[tile];
-  *static_cast<E*>(args.loss) =
-      static_cast<E>(normalized_loss(loss, inverse_normalizer_of<E>(args)));
+  loss = normalized_loss(loss, inverse_normalizer_of<E>(args));
+  if (args.components.are_wanted()) loss += finish_components<E>(args);
+  *static_cast<E*>(args.loss) = static_cast<E>(loss);
   for (int64_t s = 0; s < args.segments.count; ++s) {
     if (group_of_segment(args.segments, s) < 0) finish_segment<E>(args, s);
   }

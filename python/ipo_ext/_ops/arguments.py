@@ -49,6 +49,21 @@ TOKEN_INPUTS = tuple(
 )
 
 
+class Components(NamedTuple):
+    """What stands beside a loss: cross-entropy and distillation, on tokens of their own weights.
+
+    Source: prime-rl's ``compute_component_loss``; docs/math.md, "Components".
+    """
+
+    ce_weights: torch.Tensor | None  # [...]; 0: takes no part
+    ref_kl_weights: torch.Tensor | None  # [...]; likewise
+    ref_logprobs: torch.Tensor | None  # [...]; needed with ref_kl_weights
+    ce_scale: torch.Tensor | None  # [], what the sum of the terms is divided by; default 1
+    ref_kl_scale: torch.Tensor | None  # []; likewise
+    ref_kl_cap: float  # of the ratio; the largest number for none
+    ref_kl_tau: float  # of the squared log-ratio
+
+
 class HeadInputs(NamedTuple):
     """What logits are made of that never exist as a whole."""
 
@@ -97,6 +112,14 @@ class IPOLossArguments(NamedTuple):
     trainer_logprobs: torch.Tensor  # [...]
     inputs: LossInputs
     settings: LossSettings
+    with_gradient: bool
+
+
+class ComponentLossArguments(NamedTuple):
+    trainer_logprobs: torch.Tensor  # [...]
+    inputs: LossInputs
+    settings: LossSettings
+    components: Components
     with_gradient: bool
 
 
@@ -254,6 +277,7 @@ class ChunkLogprobsBackwardArguments(NamedTuple):
 
 OPERATORS: dict[str, type[tuple[Any, ...]]] = {
     "ipo_loss": IPOLossArguments,
+    "component_loss": ComponentLossArguments,
     "metric_means": MetricMeansArguments,
     "ipo_loss_from_logits": IPOLossFromLogitsArguments,
     "ipo_loss_from_logits_": IPOLossFromLogitsInplaceArguments,
@@ -354,6 +378,7 @@ _GROUPS = (
     LogitScaling,
     LossInputs,
     LossSettings,
+    Components,
     HeadInputs,
     LogprobsBackward,
     NeedsGrad,

@@ -28,6 +28,7 @@ NUMBERS = {
     )
     for name in (
         "ipo_loss",
+        "component_loss",
         "ipo_loss_from_logits",
         "ipo_loss_from_logits_",
         "token_logprobs",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ipo_ext import _C
-from ipo_ext._ops.arguments import TOKEN_INPUTS, HeadInputs, LossInputs
+from ipo_ext._ops.arguments import TOKEN_INPUTS, Components, HeadInputs, LossInputs
 from ipo_ext._precision import warn_if_rounded
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,6 +45,19 @@ def check_per_token_loss(
     check_tensor("trainer_logprobs", trainer_logprobs, FLOATING)
     check_device_supported("trainer_logprobs", trainer_logprobs)
     _check_inputs_of_loss(Like("trainer_logprobs", trainer_logprobs), inputs, teacher_tau)
+
+
+def check_components(trainer_logprobs: torch.Tensor, components: Components) -> None:
+    """Raises unless what stands beside the loss agrees with its log-probabilities."""
+    like = Like("trainer_logprobs", trainer_logprobs)
+    for name in ("ce_weights", "ref_kl_weights", "ref_logprobs"):
+        tensor = getattr(components, name)
+        if tensor is not None:
+            _check_per_token(name, tensor, FLOATING, like)
+    for name in ("ce_scale", "ref_kl_scale"):
+        tensor = getattr(components, name)
+        if tensor is not None:
+            _check_scalar(name, tensor, NORMALIZER, like)
 
 
 def check_logits_loss(
@@ -198,13 +211,13 @@ def _check_scalar(
         check_device(name, tensor, like)
 
 
-def check_no_gradient(inputs: LossInputs | None, temperature: torch.Tensor | None = None) -> None:
+def check_no_gradient(
+    inputs: LossInputs | Components | None, temperature: torch.Tensor | None = None
+) -> None:
     """Raises if a tensor to which no gradient flows asks for one."""
-    named = [("temperature", temperature)]
-    if inputs is not None:
-        named += zip(inputs._fields, inputs, strict=True)
-    for name, tensor in named:
-        if tensor is not None and tensor.requires_grad:
+    named = {"temperature": temperature, **({} if inputs is None else inputs._asdict())}
+    for name, tensor in named.items():
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             raise ValueError(
                 f"{name}: expected a tensor that does not require grad, because no gradient flows "
                 f"to it; pass {name}.detach()"

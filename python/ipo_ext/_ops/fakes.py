@@ -15,6 +15,7 @@ from ipo_ext._ops import checks
 from ipo_ext._ops.arguments import (
     ChunkLogprobsArguments,
     ChunkLossArguments,
+    ComponentLossArguments,
     FindFaultsArguments,
     HeadInputs,
     IPOLossArguments,
@@ -72,6 +73,13 @@ def _ipo_loss(arguments: IPOLossArguments) -> Tensors:
         like.new_empty(like.shape if arguments.with_gradient else (0,), dtype=compute),
         _metrics(like, inputs.cu_seqlens, compute),
     )
+
+
+def _component_loss(arguments: ComponentLossArguments) -> Tensors:
+    trainer_logprobs, inputs, settings, components, with_gradient = arguments
+    checks.check_components(trainer_logprobs, components)
+    loss = _ipo_loss(IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient))
+    return (*loss, loss[0].new_empty((len(_C.COMPONENT_MEAN_ROWS),)))
 
 
 def _metric_means(arguments: MetricMeansArguments) -> torch.Tensor:
@@ -192,6 +200,7 @@ def _nothing(_: Any) -> None:
 
 FAKES: dict[str, Callable[[Any], Any]] = {
     "ipo_loss": _ipo_loss,
+    "component_loss": _component_loss,
     "metric_means": _metric_means,
     "ipo_loss_from_logits": _ipo_loss_from_logits,
     "ipo_loss_from_logits_": _ipo_loss_from_logits_inplace,

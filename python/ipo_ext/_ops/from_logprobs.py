@@ -1,4 +1,4 @@
-"""From log-probabilities: how a call for the loss differentiates."""
+"""From log-probabilities: how a call for the loss, alone or with others, differentiates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 
 from ipo_ext._ops import library
-from ipo_ext._ops.arguments import IPOLossArguments, flatten, unflatten
+from ipo_ext._ops.arguments import ComponentLossArguments, IPOLossArguments, flatten
 from ipo_ext._ops.autograd import (
     Formula,
     NoSecondDerivative,
@@ -27,25 +27,36 @@ from ipo_ext._ops.torch_internals import (
 
 def run_ipo_loss(arguments: IPOLossArguments) -> tuple[torch.Tensor, ...]:
     """Loss, means, sums and extremes, differentiable as the inputs ask, or refusing to be."""
-    values = as_operands("ipo_loss", flatten(arguments))
+    return _run("ipo_loss", arguments)
+
+
+def run_component_loss(arguments: ComponentLossArguments) -> tuple[torch.Tensor, ...]:
+    """The same of all components, and the means of those beside the loss."""
+    return _run("component_loss", arguments)
+
+
+def _run(
+    name: str, arguments: IPOLossArguments | ComponentLossArguments
+) -> tuple[torch.Tensor, ...]:
+    values = as_operands(name, flatten(arguments))
     if in_forward_mode():
-        loss, _, *metrics = IPOLossInForwardMode.apply(*values)
+        loss, _, *metrics = _IN_FORWARD_MODE[name].apply(*values)
     elif not is_eager():
-        function: Any = IPOLossFunction.apply
-        run = function if arguments.with_gradient else operator("ipo_loss", values)
+        function: Any = _FUNCTIONS[name].apply
+        run = function if arguments.with_gradient else operator(name, values)
         loss, _, *metrics = run(*values)
     elif arguments.with_gradient:
         metrics = []
-        attach: Any = EagerIPOLoss.apply
-        loss = attach(arguments.trainer_logprobs, values, metrics)
+        attach: Any = EagerLoss.apply
+        loss = attach(arguments.trainer_logprobs, name, values, metrics)
     else:
-        loss, _, *metrics = _below_autograd(values)
+        loss, _, *metrics = _below_autograd(name, values)
     return loss, *metrics
 
 
-def _below_autograd(values: tuple[Any, ...]) -> Any:
+def _below_autograd(name: str, values: tuple[Any, ...]) -> Any:
     with below_autograd():
-        return library.operators().ipo_loss(*values)
+        return getattr(library.operators(), name)(*values)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -53,20 +64,18 @@ def _below_autograd(values: tuple[Any, ...]) -> Any:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    arguments = unflatten(IPOLossArguments, inputs)
+    trainer_logprobs, *_, with_gradient = inputs
     _, gradient, *metrics = output
     ctx.mark_non_differentiable(gradient, *metrics)
-    ctx.with_gradient = arguments.with_gradient
+    ctx.with_gradient = with_gradient
     ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(gradient, arguments.trainer_logprobs)
+    ctx.save_for_backward(gradient, trainer_logprobs)
     ctx.set_materialize_grads(False)  # else backward makes zeros for the four other outputs
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
     if not ctx.with_gradient:
-        raise RuntimeError(
-            "ipo_ext::ipo_loss: expected with_gradient=True to run backward, got False"
-        )
+        raise RuntimeError("ipo_ext: expected with_gradient=True to run backward, got False")
     others = (None,) * (ctx.num_inputs - 1)
     if grad_loss is None:
         return (None, *others)
@@ -87,31 +96,42 @@ class IPOLossFunction(torch.autograd.Function):
     vmap = staticmethod(refuse_vmap)
 
 
-IPOLossInForwardMode = refusing_tangents(IPOLossFunction)
+@with_signature
+class ComponentLossFunction(IPOLossFunction):
+    """``component_loss`` likewise."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(operator("component_loss", inputs)(*inputs))
+
+
+_FUNCTIONS = {"ipo_loss": IPOLossFunction, "component_loss": ComponentLossFunction}
+_IN_FORWARD_MODE = {name: refusing_tangents(function) for name, function in _FUNCTIONS.items()}
 
 # Operator to its formula for whoever calls it through torch.ops: backward, setup_context.
-AUTOGRAD: dict[str, Formula] = {"ipo_loss": (_backward, _setup_context)}
+AUTOGRAD: dict[str, Formula] = dict.fromkeys(_FUNCTIONS, (_backward, _setup_context))
 
 
 # -------------------------------------------------------------------------------------------------
 # The eager form
 
 
-class EagerIPOLoss(torch.autograd.Function):
-    """``ipo_loss`` where nothing traces or transforms it, at half the cost of the general form.
+class EagerLoss(torch.autograd.Function):
+    """The operator where nothing traces or transforms it, at half the cost of the general form.
 
     Autograd sees one input and one output; ``metrics`` receives the rest of what the operator
-    returns for ``values``, its arguments.
+    ``name`` returns for ``values``, its arguments.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         trainer_logprobs: torch.Tensor,
+        name: str,
         values: tuple[Any, ...],
         metrics: list[torch.Tensor],
     ) -> torch.Tensor:
-        loss, gradient, *metrics[:] = _below_autograd(values)
+        loss, gradient, *metrics[:] = _below_autograd(name, values)
         ctx.save_for_backward(gradient)
         # Not saved: of its values none is needed, so it may change before backward.
         ctx.trainer_logprobs = trainer_logprobs
@@ -120,7 +140,7 @@ class EagerIPOLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, ctx.trainer_logprobs, *grad_outputs), None, None
+        return _scaled(gradient, ctx.trainer_logprobs, *grad_outputs), None, None, None
 
 
 # -------------------------------------------------------------------------------------------------

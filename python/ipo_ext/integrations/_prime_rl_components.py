@@ -1,83 +1,66 @@
-"""prime-rl's other two components, cross-entropy and distillation, as settings of the same loss."""
+"""prime-rl's other two components, cross-entropy and distillation, which stand beside its loss."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
 
+from ipo_ext import _C
+from ipo_ext._numbers import without_infinities
+from ipo_ext._ops.arguments import Components
 from ipo_ext._prime_rl_sections import NEWEST
-from ipo_ext.config import IPOConfig
-from ipo_ext.functional import ipo_loss
-from ipo_ext.output import IPOOutput
 
-# -w logprob, the cross-entropy: REINFORCE of an advantage of 1.
-_CE = IPOConfig(mask_rule="none", pg_form="reinforce", kl_tau=0.0)
-# -w (ref - trainer) min(r, 1e4), the difference a constant; dropped where p - q < -0.2.
-_REF_KL = IPOConfig(
-    0.2,
-    math.inf,
-    mask_rule="prob_diff",
-    pg_form="capped",
-    ratio_cap=1e4,
-    adv_tau=0.0,
-    teacher_tau=1.0,
-    kl_tau=0.0,
-)
-# Until 2026-08 without the cap, and every token paid 1e-3 x^2.
-_REF_KL_OF_VERSION = {
-    NEWEST: _REF_KL,
-    "2026-08": dataclasses.replace(
-        _REF_KL, pg_form="ratio", ratio_cap=None, kl_tau=1e-3, kl_scope="active"
-    ),
+# Version of prime-rl to what its distillation makes of the ratio: a cap, and kl_tau.
+_REF_KL = {
+    NEWEST: (1e4, 0.0),
+    "2026-08": (math.inf, 1e-3),
 }
 
 
 def check_version(version: str) -> None:
-    if version not in _REF_KL_OF_VERSION:
-        raise ValueError(
-            f"version: expected one of {', '.join(_REF_KL_OF_VERSION)}, got {version!r}"
-        )
+    if version not in _REF_KL:
+        raise ValueError(f"version: expected one of {', '.join(_REF_KL)}, got {version!r}")
 
 
-def cross_entropy(
-    trainer: torch.Tensor, weights: torch.Tensor, scale: float | torch.Tensor
-) -> IPOOutput:
-    """Its ``teacher_kl``, of a teacher that is certain, is the mean of -logprob."""
-    constant = trainer.detach()
-    return ipo_loss(
-        trainer,
-        constant,
-        torch.ones_like(constant),
-        weights != 0,
-        teacher_logprobs=torch.zeros_like(constant),
-        loss_weights=weights,
-        normalizer=_as_tensor(scale, trainer),
-        config=_CE,
-    )
-
-
-def distillation(
-    trainer: torch.Tensor,
-    inference: torch.Tensor,
-    ref: torch.Tensor,
-    weights: torch.Tensor,
-    scale: float | torch.Tensor,
+def components_of(
     version: str,
-) -> IPOOutput:
-    return ipo_loss(
-        trainer,
-        inference,
-        torch.zeros_like(inference),
-        weights != 0,
-        teacher_logprobs=ref,
-        loss_weights=weights,
-        normalizer=_as_tensor(scale, trainer),
-        config=_REF_KL_OF_VERSION[version],
+    ce_weights: torch.Tensor | None,
+    ref_kl_weights: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    ce_scale: float | torch.Tensor,
+    ref_kl_scale: float | torch.Tensor,
+) -> Components | None:
+    """The operator's arguments, None where nothing stands beside the loss; ``[tokens]`` each."""
+    if ce_weights is None and ref_kl_weights is None:
+        return None
+    cap, tau = _REF_KL[version]
+    return Components(
+        ce_weights,
+        ref_kl_weights,
+        ref_logprobs,
+        ce_scale=_as_tensor(ce_scale),
+        ref_kl_scale=_as_tensor(ref_kl_scale),
+        ref_kl_cap=without_infinities(cap),
+        ref_kl_tau=tau,
     )
 
 
-def _as_tensor(scale: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def metrics_of(means: torch.Tensor, components: Components) -> dict[str, torch.Tensor]:
+    """Upstream's name to a mean ``[1]``, of the components that there are."""
+    rows = dict(zip(_C.COMPONENT_MEAN_ROWS, means.split(1), strict=True))
+    metrics = {}
+    if components.ce_weights is not None:
+        metrics["nll"] = rows["nll"]
+    if components.ref_kl_weights is not None:
+        metrics["ref_kl"] = rows["ref_kl"]
+        for name in ("is_masked", "masked_mismatch_kl", "unmasked_mismatch_kl"):
+            metrics[f"ref_kl/{name}"] = rows[f"ref_kl_{name}"]
+    return metrics
+
+
+def _as_tensor(scale: float | torch.Tensor) -> torch.Tensor:
     """A scale of 0, of a step without tokens of the component, is a loss of 0."""
-    return torch.as_tensor(scale, dtype=torch.float64).to(like.device, non_blocking=True)
+    if isinstance(scale, torch.Tensor):
+        return scale
+    return torch.scalar_tensor(scale, dtype=torch.float64, device="cpu")

@@ -14,11 +14,21 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ipo_ext._ops.arguments import Components
 from ipo_ext._prime_rl_sections import NEWEST
 from ipo_ext.config import IPOConfig
-from ipo_ext.functional import ipo_loss, linear_token_logprobs
+from ipo_ext.functional import (
+    component_loss,
+    ipo_loss,
+    ipo_loss_from_hidden,
+    linear_token_logprobs,
+)
 from ipo_ext.integrations._batches import cu_seqlens_of
-from ipo_ext.integrations._prime_rl_components import check_version, cross_entropy, distillation
+from ipo_ext.integrations._prime_rl_components import (
+    check_version,
+    components_of,
+    metrics_of,
+)
 from ipo_ext.integrations._refusals import Sequences, refuse_unequal_lengths
 from ipo_ext.output import IPOOutput
 
@@ -144,7 +154,7 @@ def compute_loss(
     return _packed_loss(
         trainer_logprobs,
         inference_logprobs,
-        teacher_logprobs,
+        _packed(teacher_logprobs),
         advantages,
         loss_mask,
         None,
@@ -170,7 +180,7 @@ def compute_component_loss(
     inference_mask_logprobs: Sequences | None = None,
     version: str = NEWEST,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """``compute_loss`` of the versions whose loss has three components, a launch for each.
+    """``compute_loss`` of the versions whose loss has three components, all in one launch.
 
     rl is ``rl_loss_fn``'s on the loss mask, ce the cross-entropy and ref_kl the distillation from
     the reference model on the tokens of their own weights, whatever the loss mask says. Each is the
@@ -217,30 +227,21 @@ def compute_component_loss(
         ref_kl_weights=ref_kl_weights,
     )
     _refuse_other_scales("rl_scale", rl_scale)
-    loss, metrics = _packed_loss(
+    reference = _packed(ref_logprobs)
+    components = components_of(
+        version, _packed(ce_weights), _packed(ref_kl_weights), reference, ce_scale, ref_kl_scale
+    )
+    return _packed_loss(
         trainer_logprobs,
         inference_logprobs,
-        ref_logprobs,
+        reference,
         advantages,
         loss_mask,
         rl_weights,
         rl_loss_fn,
         rl_scale,
+        components,
     )
-    trainer = torch.cat(list(trainer_logprobs))
-    if ce_weights is not None:
-        ce = cross_entropy(trainer, torch.cat(list(ce_weights)), ce_scale)
-        loss = loss + ce.loss
-        metrics["nll"] = ce.metrics["teacher_kl"][None]
-    if ref_kl_weights is not None and ref_logprobs is not None:
-        weights = torch.cat(list(ref_kl_weights))
-        inference, ref = torch.cat(list(inference_logprobs)), torch.cat(list(ref_logprobs))
-        ref_kl = distillation(trainer, inference, ref, weights, ref_kl_scale, version)
-        loss = loss + ref_kl.loss
-        metrics["ref_kl"] = ref_kl.metrics["teacher_kl"][None]
-        for name in ("is_masked", "masked_mismatch_kl", "unmasked_mismatch_kl"):
-            metrics[f"ref_kl/{name}"] = ref_kl.metrics[name][None]
-    return loss, metrics
 
 
 class FusedOutputLinear(nn.Linear):
@@ -281,15 +282,19 @@ class FusedOutputLinear(nn.Linear):
 
         Returns:
             ``{"logprobs": [B, T], "entropy": [B, T]}``, a pytree for FSDP's hooks, as upstream's.
+            Without a temperature ``{"loss": []}``, the cross-entropy summed over all labels but
+            -100, its gradients made in the same pass. It is NaN where a label's log-probability is
+            not finite, while the gradients leave that row out.
         """
-        if labels is None or temperature is None:
-            missing = "labels" if labels is None else "temperature"
-            raise ValueError(f"{missing}: expected a tensor [B, T], got None")
+        if labels is None:
+            raise ValueError("labels: expected a tensor [B, T], got None")
         if sampling_mask is not None:
             raise ValueError(
                 "sampling_mask: expected None: log-probabilities over a part of the vocabulary are "
                 "not supported; sample without top-p and top-k, or keep upstream's head"
             )
+        if temperature is None:
+            return {"loss": self._summed_cross_entropy(hidden_states, labels)}
         logprobs, entropy = linear_token_logprobs(
             hidden_states,
             self.weight,
@@ -300,7 +305,28 @@ class FusedOutputLinear(nn.Linear):
         )
         return {"logprobs": logprobs, "entropy": entropy}
 
+    def _summed_cross_entropy(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        constant = torch.ones(labels.shape, device=labels.device)
+        out = ipo_loss_from_hidden(
+            hidden_states,
+            self.weight,
+            labels,
+            inference_logprobs=torch.zeros_like(constant),
+            advantages=constant,
+            loss_mask=labels != _IGNORED_LABEL,
+            softcap=self.softcap,
+            chunk_size=self.chunk_size,
+            config=_CROSS_ENTROPY,
+        )
+        # A policy's loss drops such a token and says so in its metrics; here nothing else would.
+        return torch.where(out.metrics["nonfinite"] > 0, torch.nan, out.loss)
 
+
+_IGNORED_LABEL = -100  # of a row that takes no part, as torch's cross_entropy has it
+# -logprob of every token: REINFORCE of an advantage of 1.
+_CROSS_ENTROPY = IPOConfig(mask_rule="none", pg_form="reinforce", kl_tau=0.0)
 _TEACHER = ("teacher_logprobs", "ref_logprobs")  # upstream renamed it
 _KNOWN_INPUTS = {*LossInputs.__annotations__, *_TEACHER, "loss_weights"}
 
@@ -330,12 +356,13 @@ def _teacher(inputs: LossInputs) -> torch.Tensor | None:
 def _packed_loss(
     trainer_logprobs: Sequences,
     inference_logprobs: Sequences,
-    teacher_logprobs: Sequences | None,
+    teacher_logprobs: torch.Tensor | None,
     advantages: Sequences,
     loss_mask: Sequences,
     loss_weights: Sequences | None,
     loss_fn: SequenceLoss,
     loss_scale: float | torch.Tensor,
+    components: Components | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     if not isinstance(loss_fn, SequenceLoss):
         raise TypeError(
@@ -344,18 +371,24 @@ def _packed_loss(
         )
     mask = torch.cat(list(loss_mask))
     weights = _packed(loss_weights)
-    out = ipo_loss(
+    tokens = (
         torch.cat(list(trainer_logprobs)),
         torch.cat(list(inference_logprobs)),
         torch.cat(list(advantages)),
         mask if weights is None else torch.where(weights != 0, mask, False),
-        teacher_logprobs=_packed(teacher_logprobs),
-        loss_weights=weights,
-        cu_seqlens=cu_seqlens_of(trainer_logprobs),
-        normalizer=loss_scale,
-        config=loss_fn.config,
     )
-    return out.loss, dict(out.metrics.items())
+    others: dict[str, Any] = {
+        "teacher_logprobs": teacher_logprobs,
+        "loss_weights": weights,
+        "cu_seqlens": cu_seqlens_of(trainer_logprobs),
+        "normalizer": loss_scale,
+        "config": loss_fn.config,
+    }
+    if components is None:
+        out = ipo_loss(*tokens, **others)
+        return out.loss, dict(out.metrics.items())
+    out, means = component_loss(*tokens, components=components, **others)
+    return out.loss, {**dict(out.metrics.items()), **metrics_of(means, components)}
 
 
 def _refuse_other_scales(name: str, scale: float | torch.Tensor) -> None:

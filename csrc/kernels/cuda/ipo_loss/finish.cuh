@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "kernels/cuda/common/reduce.cuh"
+#include "kernels/cuda/ipo_loss/components.cuh"
 #include "kernels/cuda/ipo_loss/segments.cuh"
 #include "kernels/cuda/ipo_loss/tile_sums.cuh"
 
@@ -26,11 +27,29 @@ struct Add {
   __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
 };
 
+struct LossStorage {
+  BlockReduceStorage<double, kThreads> loss;
+  BlockReduceStorage<ComponentTotals, kThreads> components;
+};
+
+// Stores the components' metrics and returns what they add to the loss, valid in thread 0. All
+// threads must call.
+template <typename E>
+__device__ __forceinline__ double finish_components(
+    const IpoLossArgs& args, BlockReduceStorage<ComponentTotals, kThreads>& storage) {
+  const Workspace<E> workspace(args);
+  ComponentTotals totals = {};
+  for (int64_t tile = threadIdx.x; tile < args.segments.num_tiles(); tile += kThreads)
+    totals = merge(totals, workspace.components[tile]);
+  totals = block_reduce<kThreads>(totals, MergeComponents(), storage);
+  if (threadIdx.x == 0) store_component_means<E>(args.components, totals);
+  return loss_of_components<E>(args.components, totals);
+}
+
 // Block 0 makes the loss from the tiles and checks cu_seqlens; a fault in it poisons the loss and
 // every gradient.
-template <typename E>
-__device__ void finish_loss(const IpoLossArgs& args,
-                            BlockReduceStorage<double, kThreads>& storage) {
+template <typename E, bool kHasComponents>
+__device__ void finish_loss(const IpoLossArgs& args, LossStorage& storage) {
   const Segments& segments = args.segments;
   const Workspace<E> workspace(args);
 
@@ -46,11 +65,11 @@ __device__ void finish_loss(const IpoLossArgs& args,
   double loss = 0;
   for (int64_t tile = threadIdx.x; tile < segments.num_tiles(); tile += kThreads)
     loss += workspace.tile_losses[tile];
-  loss = block_reduce<kThreads>(loss, Add(), storage);
+  loss = normalized_loss(block_reduce<kThreads>(loss, Add(), storage.loss), inverse);
+  if constexpr (kHasComponents) loss += finish_components<E>(args, storage.components);
 
   const E nan = std::numeric_limits<E>::quiet_NaN();
-  if (threadIdx.x == 0)
-    *static_cast<E*>(args.loss) = poisoned ? nan : static_cast<E>(normalized_loss(loss, inverse));
+  if (threadIdx.x == 0) *static_cast<E*>(args.loss) = poisoned ? nan : static_cast<E>(loss);
   if (poisoned && args.gradient != nullptr) {
     for (int64_t i = threadIdx.x; i < segments.tokens; i += kThreads)
       static_cast<E*>(args.gradient)[i] = nan;
@@ -156,7 +175,7 @@ IPO_HOST_DEVICE int64_t segments_per_block(int64_t segments) {
 }
 
 union FinishStorage {
-  BlockReduceStorage<double, kThreads> loss;
+  LossStorage loss;
   struct {
     SegmentStorage warps[kThreads / kWarpSize];
     BlockReduceStorage<SegmentSums, kThreads> reduction;
@@ -188,11 +207,11 @@ __device__ void finish_segments(const IpoLossArgs& args, int64_t block, FinishSt
 
 // Block 0 finishes the loss, the others the segments. They start while the tiles are still summed,
 // with what does not depend on them.
-template <typename E>
+template <typename E, bool kHasComponents>
 __global__ void __launch_bounds__(kThreads) ipo_loss_finish(const IpoLossArgs args) {
   FinishStorage& storage = shared_storage<FinishStorage>();
   if (blockIdx.x == 0) {
-    finish_loss<E>(args, storage.loss);
+    finish_loss<E, kHasComponents>(args, storage.loss);
   } else {
     finish_segments<E>(args, blockIdx.x - 1, storage);
   }

@@ -3,6 +3,7 @@
 // judged, after a pass over the log-ratios that says which tokens pay. There are no atomics, no
 // synchronisation with the host and no memory but the caller's; results are bitwise equal run to
 // run on any GPU, because tiles depend on the number of tokens alone.
+#include "kernels/cuda/ipo_loss/components.cuh"
 #include "kernels/cuda/ipo_loss/finish.cuh"
 #include "kernels/cuda/ipo_loss/sequences.cuh"
 #include "kernels/cuda/ipo_loss/tiles.cuh"
@@ -53,6 +54,19 @@ auto tiles_kernel(const IpoLossArgs& args) {
                             : ipo_loss_tiles<kRules, E, 1>;
 }
 
+template <typename E>
+cudaError_t launch_tiles(const IpoLossArgs& args, cudaStream_t stream) {
+  const int64_t tiles = args.segments.num_tiles();
+  if (args.components.are_wanted()) {
+    return launch(ipo_loss_tiles_with_components<E>, tiles, kThreads, sizeof(ComponentStorage<E>),
+                  stream, args);
+  }
+  const auto kernel = args.params.rules() == Rules::kDefault
+                          ? tiles_kernel<Rules::kDefault, E>(args)
+                          : tiles_kernel<Rules::kAny, E>(args);
+  return launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, args);
+}
+
 int64_t blocks_of_warps(int64_t warps) { return (warps + kWarpsOfBlock - 1) / kWarpsOfBlock; }
 
 // Launches nothing where no sequence is judged. Sequences without tokens have verdicts too.
@@ -68,9 +82,18 @@ cudaError_t launch_verdicts(const IpoLossArgs& args, cudaStream_t stream) {
                 stream, args);
 }
 
+template <typename E, bool kHasComponents>
+cudaError_t launch_finish(const IpoLossArgs& args, bool may_overlap, cudaStream_t stream) {
+  static const bool can_overlap = supports_pdl(ipo_loss_finish<E, kHasComponents>);
+  const int64_t per_block = segments_per_block(args.segments.count);
+  const int64_t blocks = 1 + (args.segments.count + per_block - 1) / per_block;
+  // Nothing but the tiles may still be under way.
+  return launch_pdl(ipo_loss_finish<E, kHasComponents>, blocks, kThreads, sizeof(FinishStorage),
+                    stream, args, can_overlap && may_overlap);
+}
+
 template <typename E>
 cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
-  static const bool may_overlap = supports_pdl(ipo_loss_finish<E>);
   Device device;
   const cudaError_t unknown = current_device(device);
   if (unknown != cudaSuccess) return unknown;
@@ -78,17 +101,12 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
   if (not_judged != cudaSuccess) return not_judged;
   const int64_t tiles = args.segments.num_tiles();
   if (tiles > 0) {
-    const auto kernel = args.params.rules() == Rules::kDefault
-                            ? tiles_kernel<Rules::kDefault, E>(args)
-                            : tiles_kernel<Rules::kAny, E>(args);
-    const cudaError_t error = launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, args);
+    const cudaError_t error = launch_tiles<E>(args, stream);
     if (error != cudaSuccess) return error;
   }
-  const int64_t per_block = segments_per_block(args.segments.count);
-  const int64_t blocks = 1 + (args.segments.count + per_block - 1) / per_block;
-  // Nothing but the tiles may still be under way.
-  return launch_pdl(ipo_loss_finish<E>, blocks, kThreads, sizeof(FinishStorage), stream, args,
-                    may_overlap && device.capability >= 90 && tiles > 0);
+  const bool may_overlap = device.capability >= 90 && tiles > 0;
+  return args.components.are_wanted() ? launch_finish<E, true>(args, may_overlap, stream)
+                                      : launch_finish<E, false>(args, may_overlap, stream);
 }
 
 }  // namespace

@@ -34,18 +34,4 @@ __device__ __forceinline__ int64_t block_segment_of(const Segments& segments, in
   return first;
 }
 
-// The same by one thread on its own, which searches in halves.
-__device__ __forceinline__ int64_t segment_of(const Segments& segments, int64_t token) {
-  int64_t low = 0, high = segments.count;  // how many begin at or before the token
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (segments.begin(middle) <= token) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low > 0 ? low - 1 : 0;
-}
-
 }  // namespace ipo_ext::cuda

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2) ipo_loss_sum_sequences(const IpoL
   int64_t begin = tile * segments.tile_size;
   const int64_t left = segments.tokens - begin;
   const int64_t tile_end = begin + (left < segments.tile_size ? left : segments.tile_size);
-  for (int64_t segment = segment_of(segments, begin); begin < tile_end && segment < segments.count;
+  for (int64_t segment = segments.containing(begin); begin < tile_end && segment < segments.count;
        ++segment) {
     const int64_t segment_end = segments.begin(segment + 1);
     const int64_t end = segment_end < tile_end ? segment_end : tile_end;

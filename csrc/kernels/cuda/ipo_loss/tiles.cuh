@@ -110,23 +110,12 @@ __device__ __forceinline__ void finish_span(const TileSums<E>& sums, const Bound
   __syncthreads();  // before the next use of storage
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Kernel
-// ---------------------------------------------------------------------------------------------------------------------
-
-// The blocks that a multiprocessor must have registers for. Left to itself the compiler thinks of
-// more and spills, as all rules in fp64 would with two.
-template <Rules kRules, typename E>
-constexpr int kBlocksPerMultiprocessor = kRules == Rules::kAny && sizeof(E) == 8 ? 1 : 2;
-
-// Each block has one tile, each of whose spans it sums to the span's slot. A thread has a vector of
-// kCount neighbouring tokens of every kThreads * kCount, so at most one where four fit a load and
-// there are up to 2^21 tokens; it loads them before it knows their segment.
+// Processes the block's tile, each of whose spans it sums to the span's slot. A thread has a vector
+// of kCount neighbouring tokens of every kThreads * kCount, so at most one where four fit a load
+// and there are up to 2^21 tokens; it loads them before it knows their segment.
 template <Rules kRules, typename E, int kCount>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kRules, E>)
-    ipo_loss_tiles(const IpoLossArgs args) {
+__device__ __forceinline__ void process_tile(const IpoLossArgs& args, TileStorage<E>& storage) {
   constexpr int kRound = kThreads * kCount;
-  TileStorage<E>& storage = shared_storage<TileStorage<E>>();
   const Segments& segments = args.segments;
   pdl_trigger();
 
@@ -186,6 +175,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kRules, E>)
     begin = end;
   }
   if (threadIdx.x == 0) workspace.tile_losses[tile] = storage.loss;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernel
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The blocks that a multiprocessor must have registers for. Left to itself the compiler thinks of
+// more and spills, as all rules in fp64 would with two.
+template <Rules kRules, typename E>
+constexpr int kBlocksPerMultiprocessor = kRules == Rules::kAny && sizeof(E) == 8 ? 1 : 2;
+
+template <Rules kRules, typename E, int kCount>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<kRules, E>)
+    ipo_loss_tiles(const IpoLossArgs args) {
+  process_tile<kRules, E, kCount>(args, shared_storage<TileStorage<E>>());
 }
 
 }  // namespace ipo_ext::cuda
