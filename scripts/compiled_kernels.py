@@ -5,8 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import re
+import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,20 +45,28 @@ def flags(root: Path = ROOT) -> list[str]:
 
 
 def compile_all(
-    architectures: Iterable[str], folder: Path, root: Path = ROOT
+    architectures: Iterable[str],
+    folder: Path,
+    root: Path = ROOT,
+    files: Iterable[Path] | None = None,
+    more_flags: Sequence[str] = (),
 ) -> Iterator[tuple[Path, list[Resources]]]:
-    """Yield the cubin in ``folder`` and the kernels of every (source, "90"), as they are done."""
-    jobs = [(source, architecture) for source in sources(root) for architecture in architectures]
+    """Yield the cubin in ``folder`` and the kernels of every (file, "90"), in order.
+
+    ``files`` are relative to ``root``; default: all that hold kernels.
+    """
+    files = sources(root) if files is None else files
+    jobs = [(file, architecture) for file in files for architecture in architectures]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(lambda job: compile_one(*job, folder, root), jobs)
+        yield from pool.map(lambda job: compile_one(*job, folder, root, more_flags), jobs)
 
 
 def compile_one(
-    source: Path, architecture: str, folder: Path, root: Path
+    source: Path, architecture: str, folder: Path, root: Path, more_flags: Sequence[str] = ()
 ) -> tuple[Path, list[Resources]]:
     cubin = folder / f"{'-'.join(source.with_suffix('').parts)}-{architecture}.cubin"
     command = ["nvcc", *flags(root), "-Xptxas=-v", f"-arch=sm_{architecture}"]
-    command += ["-cubin", str(source), "-o", str(cubin)]
+    command += [*more_flags, "-cubin", str(source), "-o", str(cubin)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(done.stderr)
@@ -76,6 +86,20 @@ def resources(report: str) -> list[Resources]:
         static = int(shared[1]) if shared else 0
         found.append(Resources(*entry.groups(), int(registers[1]), static, stack, stored + loaded))
     return found
+
+
+def nvdisasm() -> str:
+    """The toolkit's program, or the one of the package from PyPI."""
+    if program := shutil.which("nvdisasm"):
+        return program
+    try:
+        files = metadata.files("nvidia-cuda-nvdisasm") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == "nvdisasm":
+            return str(file.locate())
+    raise SystemExit("nvdisasm was not found; install the package nvidia-cuda-nvdisasm")
 
 
 def demangled(symbol: str) -> str:

@@ -17,11 +17,9 @@ import argparse
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
 import compiled_kernels
@@ -61,7 +59,7 @@ def main() -> int:
 def streams(root: Path, architecture: str) -> Kernels:
     """Every kernel of a checkout by its demangled name."""
     kernels: Kernels = {}
-    disassembler = nvdisasm()
+    disassembler = compiled_kernels.nvdisasm()
     with tempfile.TemporaryDirectory() as folder:
         for cubin, resources in compiled_kernels.compile_all([architecture], Path(folder), root):
             opcodes = opcodes_of(disassembler, cubin)
@@ -87,20 +85,6 @@ def opcodes_of(disassembler: str, cubin: Path) -> dict[str, list[str]]:
     pieces = SECTION.split(text)
     found = zip(pieces[1::2], pieces[2::2], strict=True)
     return {symbol: OPCODE.findall(code) for symbol, code in found}
-
-
-def nvdisasm() -> str:
-    """The toolkit's program, or the one of the package from PyPI."""
-    if program := shutil.which("nvdisasm"):
-        return program
-    try:
-        files = metadata.files("nvidia-cuda-nvdisasm") or []
-    except metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == "nvdisasm":
-            return str(file.locate())
-    raise SystemExit("nvdisasm was not found; install the package nvidia-cuda-nvdisasm")
 
 
 def renamed(kernels: Kernels, renames: list[str]) -> Kernels:

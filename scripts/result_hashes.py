@@ -40,6 +40,11 @@ CONFIGS = (
     IPOConfig.icepop(rollout_min_ratio=0.3),
     IPOConfig.prob_diff(),
     IPOConfig.kpop(0.01),
+    IPOConfig.ipo(),
+    IPOConfig.ppo(),
+    IPOConfig.cispo(),
+    IPOConfig.geometric(0.9, 1.1),
+    IPOConfig.sequence_tis(2.0),
 )
 
 
@@ -49,13 +54,13 @@ class Call:
     def __init__(self, operator: str, index: int, ops: Any) -> None:
         self.key, self.ops = f"{operator}/{index}", ops
         self.operator, choose = operator, self.choices("call")
-        self.from_logits = operator not in ("ipo_loss", "loss_and_metrics")
+        self.from_logits = operator not in ("ipo_loss", "component_loss", "loss_and_metrics")
         self.tokens = choose.choice(ROWS if self.from_logits else TOKENS)
         self.vocabulary = choose.choice(COLUMNS)
         self.width = choose.choice((1, 8, 33))
         self.dtype = choose.choice(DTYPES)
-        can_drop_rollouts = operator != "chunk_logprobs_and_gradient"
-        configs = [c for c in CONFIGS if can_drop_rollouts or not c.has_rollout_rule]
+        sees_sequences = operator != "chunk_logprobs_and_gradient"
+        configs = [c for c in CONFIGS if sees_sequences or not c.judges_sequences]
         self.config = choose.choice(configs)
 
     def choices(self, name: str) -> random.Random:
@@ -121,6 +126,27 @@ class Call:
         dtype = self.choices("normalizer dtype").choice((torch.float64, torch.float32, torch.int64))
         return self.some("normalized", lambda: torch.tensor(value, dtype=dtype))
 
+    def ce_weights(self) -> torch.Tensor:
+        return torch.relu(self.normal("ce", self.tokens))
+
+    def ref_kl_weights(self) -> torch.Tensor:
+        return torch.relu(self.normal("ref_kl", self.tokens))
+
+    def ref_logprobs(self) -> torch.Tensor:
+        return -self.normal("ref", self.tokens).abs()
+
+    def ce_scale(self) -> torch.Tensor | None:
+        return self.some("ce_scale", lambda: torch.tensor(3.0))
+
+    def ref_kl_scale(self) -> torch.Tensor | None:
+        return self.some("ref_kl_scale", lambda: torch.tensor(5.0))
+
+    def ref_kl_cap(self) -> float:
+        return self.choices("ref_kl_cap").choice((1.0, 1e4))
+
+    def ref_kl_tau(self) -> float:
+        return self.choices("ref_kl_tau").choice((0.0, 1e-3))
+
     def logits(self) -> torch.Tensor:
         scale = self.choices("scale").choice((0.1, 3.0, 30.0))
         shape = (self.tokens, self.vocabulary)
@@ -156,7 +182,7 @@ class Call:
 
     def settings(self) -> dict[str, Any]:
         compute = torch.promote_types(self.dtype, torch.float32)
-        if self.operator == "ipo_loss":
+        if self.operator in ("ipo_loss", "component_loss"):
             compute = torch.promote_types(compute, self.per_token_dtype("inference"))
         return self.config.settings(compute)._asdict()
 

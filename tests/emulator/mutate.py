@@ -43,6 +43,7 @@ sequence_rules = tests_in("loss/test_sequence_rules.py")
 from_logits = tests_in("loss/test_from_logits.py")
 logits_paths = tests_in("loss/test_logits_paths.py")
 scale = tests_in("loss/test_scale.py")
+components = tests_in("loss/test_components.py")
 
 AROUND_TILES = from_logprobs(
     "test_matches_the_reference_around_tiles",
@@ -71,6 +72,8 @@ SEGMENTS = "kernels/segments.h"
 LOSS = "math/token_loss.h"
 RULES = "math/mask_rules.h"
 SEQUENCE_RULES = "math/sequence_rules.h"
+COMPONENTS = "math/components.h"
+COMPONENT_TILES = "kernels/cuda/ipo_loss/components.cuh"
 METRICS = "math/metrics.h"
 LOGITS = "kernels/cuda/logits/kernels.cuh"
 PASSES = "kernels/cuda/logits/passes.cuh"
@@ -448,6 +451,41 @@ MUTATIONS = (
         PASSES,
         "shifted(splits[split].sums, shift / temperature)",
         "shifted(splits[split].sums, 0 * shift / temperature)",
+        logits_paths("test_every_device"),
+    ),
+    Mutation(
+        "components-without-the-loss",
+        COMPONENT_TILES,
+        "static_cast<E*>(args.gradient)[i] += gradient;",
+        "static_cast<E*>(args.gradient)[i] = gradient;",
+        components("test_all_together_are_the_sum_of_each"),
+    ),
+    Mutation(
+        "components-before-the-loss-is-written",
+        COMPONENT_TILES,
+        "  __syncthreads();  // gradients of other threads",
+        "  // gradients of other threads",
+        components("test_all_together_are_the_sum_of_each"),
+    ),
+    Mutation(
+        "distillation-of-another-bound",
+        COMPONENTS,
+        "params.low = E(0.2);",
+        "params.low = E(0.25);",
+        components("test_all_together_are_the_sum_of_each"),
+    ),
+    Mutation(
+        "distillation-without-its-squares",
+        COMPONENTS,
+        "L::widen(ref_kl.pg_loss + ref_kl.kl_loss)",
+        "L::widen(ref_kl.pg_loss)",
+        components("test_caps_and_the_squared_log_ratio"),
+    ),
+    Mutation(
+        "splits-without-their-scale",
+        LOGITS,
+        "      storage.scale = scale_of<E>(args, index);\n      finish_row",
+        "      finish_row",
         logits_paths("test_every_device"),
     ),
     Mutation(
