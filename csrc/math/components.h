@@ -85,7 +85,7 @@ struct ComponentSums {
   typename Lanes<T>::Count counts[component_count::kNumRows];
 };
 
-// -w logprob: REINFORCE of an advantage of 1.
+// -w logprob: REINFORCE of an advantage of 1. A setting that neither component names is 0 for it.
 template <typename T>
 IPO_HOST_DEVICE TokenLoss<T> cross_entropy(const ComponentToken<T>& token,
                                            const ComponentParams<Element<T>>& settings) {
@@ -96,13 +96,11 @@ IPO_HOST_DEVICE TokenLoss<T> cross_entropy(const ComponentToken<T>& token,
   params.mask_rule = MaskRule::kNone;
   params.pg_form = PolicyForm::kReinforce;
   params.largest_log_ratio = kMaxLog<E>;
-  const Token<T> of_itself = {token.trainer_logprob,
-                              token.trainer_logprob,
-                              splat<T>(E(1)),
-                              T{},
-                              token.ce_weight,
-                              token.ce_weight != E(0),
-                              T{}};
+  Token<T> of_itself = blank_token<T>();
+  of_itself.trainer_logprob = of_itself.inference_logprob = token.trainer_logprob;
+  of_itself.advantage = splat<T>(E(1));
+  of_itself.weight = token.ce_weight;
+  of_itself.active = token.ce_weight != E(0);
   return token_loss<Rules::kAny, T>(of_itself, {splat<T>(E(1)), T{}}, params);
 }
 
@@ -125,9 +123,12 @@ IPO_HOST_DEVICE TokenLoss<T> distillation(const ComponentToken<T>& token,
   params.ratio_cap = settings.ref_kl_cap;
   params.log_ratio_cap = std::numeric_limits<E>::max();
   params.largest_log_ratio = has_cap ? std::numeric_limits<E>::max() : kMaxLog<E>;
-  const Token<T> student = {
-      token.trainer_logprob, token.inference_logprob,     T{}, token.ref_logprob,
-      token.ref_kl_weight,   token.ref_kl_weight != E(0), T{}};
+  Token<T> student = blank_token<T>();
+  student.trainer_logprob = token.trainer_logprob;
+  student.inference_logprob = token.inference_logprob;
+  student.teacher_logprob = token.ref_logprob;
+  student.weight = token.ref_kl_weight;
+  student.active = token.ref_kl_weight != E(0);
   return token_loss<Rules::kAny>(student, params);
 }
 

@@ -46,6 +46,18 @@ struct Token {
 
 #undef IPO_EXT_MEMBER
 
+#define IPO_EXT_ZERO(member, tensor) T{},
+#define IPO_EXT_ABSENT(member, tensor, absent) splat<T>(absent),
+
+// An inactive token that has none of its optional inputs.
+template <typename T>
+IPO_HOST_DEVICE Token<T> blank_token() {
+  return {T{}, IPO_EXT_TOKEN_INPUTS(IPO_EXT_ZERO, IPO_EXT_ABSENT) Mask<T>{}, T{}};
+}
+
+#undef IPO_EXT_ABSENT
+#undef IPO_EXT_ZERO
+
 template <typename T>
 struct TokenLoss {
   Mask<T> active;
