@@ -256,9 +256,7 @@ def component_loss(
     return prime_rl.compute_component_loss(
         **{name: split(tensor) for name, tensor in batch.items()},
         **{name: split(stream) for name, stream in streams.items()},
-        **SCALES,
-        rl_loss_fn=prime_rl.SequenceLoss(IPOConfig.ipo()),
-        **options,
+        **{**SCALES, "rl_loss_fn": prime_rl.SequenceLoss(IPOConfig.ipo()), **options},
     )
 
 
@@ -424,19 +422,29 @@ def test_a_sequence_that_is_no_row_of_tokens_is_refused(name, tokens, error, mes
 def test_a_scale_that_is_no_number_of_tokens_is_refused_by_name(scale: float) -> None:
     with pytest.raises(ValueError, match="loss_scale: expected a number of tokens > 0"):
         packed_loss(loss_scale=scale)
-    batch = {field: split(tensor) for field, tensor in micro_batch().items()}
-    with pytest.raises(ValueError, match="rl_scale: expected a number of tokens > 0"):
-        prime_rl.compute_component_loss(
-            **batch,
-            ref_logprobs=None,
-            rl_weights=None,
-            ce_weights=None,
-            ref_kl_weights=None,
-            rl_loss_fn=prime_rl.SequenceLoss(IPOConfig()),
-            rl_scale=scale,
-            ce_scale=1,
-            ref_kl_scale=1,
-        )
+    with pytest.raises(ValueError, match=r"^rl_scale: expected a number of tokens > 0"):
+        component_loss(*components(), rl_scale=scale)
+
+
+@pytest.mark.parametrize("name", ["ce_scale", "ref_kl_scale"])
+@pytest.mark.parametrize(
+    ("scale", "error"),
+    [
+        (-1.0, ValueError),
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        ("3", TypeError),
+        (None, TypeError),
+        (torch.ones(2), ValueError),
+        (torch.ones((), dtype=torch.bool), TypeError),
+        (torch.ones((), requires_grad=True), ValueError),
+    ],
+)
+def test_the_scale_of_another_component_is_refused_by_name(
+    name: str, scale: object, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=f"^{name}: expected"):
+        component_loss(*components(), **{name: scale})
 
 
 def test_a_rank_without_tokens_runs_backward() -> None:

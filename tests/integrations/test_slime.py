@@ -78,6 +78,13 @@ def reducer(args: Namespace, batch: dict[str, Any]) -> Callable[[torch.Tensor], 
     return reduce
 
 
+def named_log_probs(
+    logits: torch.Tensor, args: Namespace, tokens: list[torch.Tensor], response_lengths: list[int]
+) -> dict[str, list[torch.Tensor]]:
+    batch = {"unconcat_tokens": tokens, "response_lengths": response_lengths}
+    return {"log_probs": log_probs_of_responses(logits, args, batch)}
+
+
 def slimes_log_probs(
     logits: torch.Tensor,
     *,
@@ -89,8 +96,7 @@ def slimes_log_probs(
     top_p_token_ids: Any = None,
 ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
     assert (top_p_token_ids is not None) == (args.rollout_top_p != 1)
-    batch = {"unconcat_tokens": unconcat_tokens, "response_lengths": response_lengths}
-    return torch.empty(0), {"log_probs": log_probs_of_responses(logits, args, batch)}
+    return torch.empty(0), named_log_probs(logits, args, unconcat_tokens, response_lengths)
 
 
 def slimes_top_p(args: Namespace, batch: dict[str, Any]) -> dict[str, Any]:
@@ -108,8 +114,7 @@ def miles_log_probs(
     max_seq_lens: list[int] | None = None,
 ) -> dict[str, list[torch.Tensor]]:
     assert max_seq_lens is not None
-    batch = {"unconcat_tokens": unconcat_tokens, "response_lengths": response_lengths}
-    return {"log_probs": log_probs_of_responses(logits, args, batch)}
+    return named_log_probs(logits, args, unconcat_tokens, response_lengths)
 
 
 SLIME = "slime.backends.megatron_utils.loss"

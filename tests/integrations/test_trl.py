@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -289,18 +290,20 @@ def repeatable_rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, li
     return out
 
 
-def trained(ranks: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+TrainedWeightsAndLogs = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
+
+
+def trained_two_steps(make: Callable[..., Any], ranks: int) -> TrainedWeightsAndLogs:
+    """By the trainer that ``make`` makes, from the same start and on the same eight rows."""
     torch.manual_seed(0)
-    trainer = trainer_of(
-        rollout_func=repeatable_rollout,
-        ipo_config=BAND,
-        per_device_train_batch_size=8 // ranks,
-        max_steps=2,
-        optim="sgd",
-        learning_rate=1.0,
-    )
+    rows = {"per_device_train_batch_size": 8 // ranks, "max_steps": 2}
+    trainer = make(ipo_config=BAND, optim="sgd", learning_rate=1.0, **rows)
     trainer.train()
     return trainer.model.state_dict(), trainer.state.log_history[:2]
+
+
+def trained(ranks: int) -> TrainedWeightsAndLogs:
+    return trained_two_steps(functools.partial(trainer_of, rollout_func=repeatable_rollout), ranks)
 
 
 def train_on_a_rank(rank: int, ranks: int, port: int, result: str, train: Callable) -> None:
@@ -794,23 +797,13 @@ def test_an_asynchronous_row_without_trained_tokens_runs_backward(saved_policy: 
     assert train_async(trainer, check) == 2
 
 
-def trained_asynchronously(
-    model: str, ranks: int
-) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    torch.manual_seed(0)
+def trained_asynchronously(model: str, ranks: int) -> TrainedWeightsAndLogs:
+    def make(**options: Any) -> AsyncGRPOTrainer:
+        return async_trainer_of(model, rollout_samples(48), **options)
+
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch)
-        trainer = async_trainer_of(
-            model,
-            rollout_samples(48),
-            ipo_config=BAND,
-            per_device_train_batch_size=8 // ranks,
-            max_steps=2,
-            optim="sgd",
-            learning_rate=1.0,
-        )
-        trainer.train()
-    return trainer.model.state_dict(), trainer.state.log_history[:2]
+        return trained_two_steps(make, ranks)
 
 
 def test_two_ranks_train_asynchronously_as_one(saved_policy: str, tmp_path: Path) -> None:

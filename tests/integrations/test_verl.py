@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 from hydra import compose, initialize_config_module
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from ray import cloudpickle
 from verl.protocol import DataProto
 from verl.trainer.config import RolloutCorrectionConfig
@@ -450,11 +450,11 @@ LEFT_TO_THE_LOSS = (
     (
         ("algorithm.rollout_correction.rollout_rs=token_k1",
          "algorithm.rollout_correction.rollout_rs_threshold=2.0"),
-        "rollout_rs: expected it in actor.policy_loss too",
+        "rollout_rs: expected the same in actor.policy_loss.rollout_correction",
     ),
     (
         ("algorithm.rollout_correction.loss_type=reinforce",),
-        "loss_type: expected it in actor.policy_loss too",
+        "loss_type: expected the same in actor.policy_loss.rollout_correction",
     ),
 )  # fmt: skip
 
@@ -529,6 +529,41 @@ def test_the_whole_config_is_refused_before_anything_starts(
     bypass = "algorithm.rollout_correction.bypass_mode=True"
     with pytest.raises(ValueError, match=message):
         adapter.check_config(verls_config(bypass, *overrides, name=name))
+
+
+@pytest.mark.parametrize(
+    ("corrected", "name", "value"),
+    [
+        ({"rollout_rs": "token_k1", "rollout_rs_threshold": 2.0}, "rollout_rs_threshold", 3.0),
+        ({"rollout_rs": "token_k1", "rollout_rs_threshold": 2.0}, "rollout_rs_threshold", None),
+        ({"rollout_rs": "token_k1", "rollout_rs_threshold": 2.0}, "bypass_mode", False),
+        ({"loss_type": "reinforce"}, "rollout_is", "token"),
+        ({"loss_type": "reinforce"}, "rollout_is_batch_normalize", True),
+        ({"loss_type": "reinforce"}, "rollout_is_threshold", 3.0),
+        ({}, "rollout_rs", "token_k1"),
+        ({}, "loss_type", "reinforce"),
+    ],
+)
+def test_what_is_handed_over_must_be_what_the_algorithm_says(
+    corrected: dict[str, Any], name: str, value: object
+) -> None:
+    config = verls_config(*guides_command())
+    with open_dict(config):
+        correction = config.algorithm.rollout_correction
+        correction.update(corrected)
+        adapter.check_config(config)
+        handed_over = OmegaConf.create({**correction, name: value})
+        config.actor_rollout_ref.actor.policy_loss.rollout_correction = handed_over
+    with pytest.raises(ValueError, match=r"expected the same in actor\.policy_loss"):
+        adapter.check_config(config)
+
+
+def test_what_no_loss_reads_may_differ_there() -> None:
+    config = verls_config(*guides_command())
+    with open_dict(config):
+        handed_over = OmegaConf.create({**config.algorithm.rollout_correction, "rollout_is": None})
+        config.actor_rollout_ref.actor.policy_loss.rollout_correction = handed_over
+    adapter.check_config(config)
 
 
 def test_a_worker_that_was_handed_nothing_sees_no_correction_and_says_so_once() -> None:

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from ipo_ext._numbers import is_number
 from ipo_ext._prime_rl_sections import NEWEST
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
@@ -39,6 +40,35 @@ def check_version(version: str) -> None:
         raise ValueError(
             f"version: expected one of {', '.join(_REF_KL_OF_VERSION)}, got {version!r}"
         )
+
+
+def check_scale(name: str, scale: float | torch.Tensor, least: int = 1) -> None:
+    """By upstream's name for it, before it is the normalizer of a component.
+
+    A scale of no tokens is 1 upstream where the component always is, else 0.
+    """
+    if isinstance(scale, torch.Tensor):
+        _check_scale_tensor(name, scale)
+    elif not is_number(scale):
+        raise TypeError(
+            f"{name}: expected a number of tokens or a 0-dim tensor, got {type(scale).__name__}"
+        )
+    elif not scale < math.inf or scale < 0 or (scale == 0 and least > 0):
+        bound = "> 0" if least > 0 else ">= 0"
+        raise ValueError(f"{name}: expected a number of tokens {bound} or a tensor, got {scale!r}")
+
+
+def _check_scale_tensor(name: str, scale: torch.Tensor) -> None:
+    if scale.dtype == torch.bool or scale.is_complex():
+        raise TypeError(f"{name}: expected a tensor of floats or integers, got {scale.dtype}")
+    if scale.numel() != 1:
+        raise ValueError(f"{name}: expected a tensor of one element, got {list(scale.shape)}")
+    if scale.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor that does not require grad; pass {name}.detach()"
+        )
+    if scale.is_cpu and not scale >= 0:  # on a GPU, to look would wait for it
+        raise ValueError(f"{name}: expected a number of tokens >= 0, got {scale.item()}")
 
 
 def cross_entropy(

@@ -37,14 +37,9 @@ NOT_HONOURED = {
 }
 
 
-def refuse_other_losses(args: Any) -> None:
-    """Raises ``ValueError`` for an option of another loss, of those that the config has."""
-    refuse_changed_fields(args, NOT_HONOURED)
-
-
 def refuse_what_is_not_honoured(args: GRPOConfig) -> None:
     """Raises ``ValueError`` for an option that this loss would ignore or contradict."""
-    refuse_other_losses(args)
+    refuse_changed_fields(args, NOT_HONOURED)
     if args.loss_type not in _AVERAGES:
         raise ValueError(
             f"loss_type: expected how to average, one of {', '.join(_AVERAGES)}, got "
