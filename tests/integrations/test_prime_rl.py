@@ -12,6 +12,7 @@ import torch
 import ipo_ext
 from ipo_ext import IPOConfig, reference
 from ipo_ext.integrations import prime_rl
+from tests.integrations.eager import record_step
 from tests.support.cases import UPSTREAM_METRICS
 
 SETTINGS = {"dppo_mask_low": 0.5, "dppo_mask_high": 2.0, "adv_tau": 0.9, "kl_tau": 0.01}
@@ -103,7 +104,9 @@ def test_loss_fn_is_the_loss_of_one_sequence(kind) -> None:
         dtype=torch.float64,
     )
     torch.testing.assert_close(out.loss.double(), expected.loss)
-    torch.testing.assert_close(gradient(out.loss, batch), gradient(expected.loss, batch))
+    ours, theirs = gradient(out.loss, batch), gradient(expected.loss, batch)
+    torch.testing.assert_close(ours, theirs)
+    record_step(out.loss.double(), expected.loss, [(ours, theirs)])
     assert out.metrics.keys() >= UPSTREAM_METRICS
     for name, value in out.metrics.items():
         torch.testing.assert_close(value.double(), expected.metrics[name])
@@ -298,6 +301,7 @@ def test_three_components_are_their_formulas() -> None:
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
         ours, theirs = gradient(loss, batch), gradient(expected, batch)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        record_step(loss, expected, [(ours, theirs)])
         for name, value in expected_metrics.items():
             assert metrics[name].shape == (1,)
             assert float(metrics[name]) == pytest.approx(value, rel=1e-6, abs=1e-9), name
