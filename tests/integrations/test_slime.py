@@ -16,6 +16,7 @@ import math
 import re
 import sys
 import types
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from ipo_ext.integrations import slime as adapter
 from ipo_ext.integrations._batches import PER_TOKEN
 from tests.docs.page_blocks import ROOT, blocks_of_page
 from tests.integrations.eager import assert_same_step, token_losses
+from tests.integrations.options import assert_all_are_known
 
 BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.1)
 BAND_LOSS = adapter.custom_loss(BAND)
@@ -571,6 +573,88 @@ def test_every_option_of_the_trainers_losses_is_honoured_or_refused() -> None:
         source = inspect.getsource(importlib.import_module(losses).policy_loss_function)
         read = set(re.findall(r"\bargs(?:\.|, \")(\w+)", source))
         assert read - refused <= KEPT_BY_THE_TRAINERS
+
+
+THE_TRAINERS_OWN = {  # of all arguments, what is not of the loss
+    # advantages and rewards, before it
+    *("advantage_estimator", "gamma", "lambd", "kl_coef", "normalize_advantages", "opd_kl_coef"),
+    *("use_opd", "opd_type", "opd_teacher_load", "opd_teacher_ckpt_step", "opd_teacher_key"),
+    *("opd_teacher_urls", "opd_log_prob_top_k", "opd_reward_weight_mode", "opd_top_k_strategy"),
+    *("opd_topk_per_position", "custom_advantage_function_path"),
+    *("disable_compute_advantages_and_returns", "disable_grpo_std_normalization"),
+    "disable_rewards_normalization",
+    # which samples and tokens there are
+    *("buffer_filter_path", "dynamic_sampling_filter_path", "over_sampling_batch_size"),
+    *("n_samples_per_prompt", "rollout_sample_filter_path", "rollout_sample_hook_path"),
+    *("rollout_all_samples_process_path", "custom_convert_samples_to_train_data_path"),
+    *("loss_mask_type", "mask_offpolicy_in_partial_rollout", "min_batch_collection_ratio"),
+    *("session_sample_picker_path", "session_sample_postprocessor_path"),
+    *("disable_rollout_trim_samples", "async_unused_samples_handler", "pause_generation_mode"),
+    # how log-probabilities are made; what the engine samples by (replayed, or warned of)
+    *("rollout_temperature", "rollout_top_p", "rollout_top_k", "log_probs_chunk_size"),
+    *("log_probs_max_tokens_per_gpu", "custom_megatron_before_log_prob_hook_path"),
+    *("recompute_logprobs_via_prefill", "recompute_loss_function", "true_on_policy_mode"),
+    # what names the loss and the average
+    *("loss_type", "custom_loss_function_path", "calculate_per_token_loss"),
+    # read with an option that is refused: use_tis, use_kl_loss, use_opsm
+    *("tis_clip", "tis_clip_low", "kl_loss_coef", "kl_loss_type", "use_unbiased_kl", "opsm_delta"),
+    # the critic, other losses of the model, metrics, evaluation, checks
+    *("value_clip", "mtp_loss_scaling_factor", "clip_grad", "use_rollout_entropy"),
+    *(
+        "log_correct_samples",
+        "eval_temperature",
+        "eval_top_k",
+        "eval_top_p",
+        "eval_overflow_policy",
+    ),
+    *("n_samples_per_eval_prompt", "moe_input_jitter_eps", "async_max_concurrent_samples"),
+    *("async_data_buffer_capacity_factor", "miles_dsa_topk_backend", "use_rollout_logprobs"),
+}
+NO_LOSS = ("ci_", "update_weight", "check_weight", "miles_router")
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_every_argument_that_may_touch_the_loss_is_known(name: str) -> None:
+    source = Path(importlib.util.find_spec(f"{name}.utils.arguments").origin).read_text()
+    arguments = {found.replace("-", "_") for found in re.findall(r'"--([a-z0-9-]+)"', source)}
+    ours = {argument for argument in arguments if not argument.startswith(NO_LOSS)}
+    assert_all_are_known(ours, THE_TRAINERS_OWN | options.NOT_HONOURED.keys() | {"eps_clip_high"})
+
+
+@pytest.mark.parametrize("function", ["loss", "corrected"])
+@pytest.mark.parametrize(
+    ("module", "sampling", "named"),
+    [
+        (SLIME, {"rollout_top_k": 20}, "top_k=20"),
+        (MILES, {"rollout_top_k": 20}, "top_k=20"),
+        (MILES, {"rollout_top_p": 0.9}, r"top_p=0\.9"),
+        (MILES, {"rollout_top_p": 0.9, "rollout_top_k": 5}, r"top_p=0\.9, top_k=5"),
+    ],
+)
+def test_what_bends_the_ratio_is_warned_of_once(
+    function: str,
+    module: str,
+    sampling: dict[str, Any],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options._warn_once.cache_clear()
+    data, args = batch(), {"loss": arguments, "corrected": correcting}[function](**sampling)
+    call = getattr(Documented(module, monkeypatch), function)
+    logits = Policy()(data)
+    with pytest.warns(UserWarning, match=f"^{named}: completions are drawn from another") as seen:
+        call(args, data, logits)
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(args, data, logits)
+
+
+@pytest.mark.filterwarnings("error:.*drawn from another")
+def test_what_slime_replays_is_not_warned_of(documented: Documented) -> None:
+    options._warn_once.cache_clear()
+    data = batch()
+    documented.loss(arguments(rollout_top_p=0.9), data, Policy()(data))
 
 
 def test_metrics_that_add_up_are_means_over_active_tokens() -> None:

@@ -7,14 +7,16 @@ pass are torchtitan's, and so is the loss that is compared with, loaded from its
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib.util
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +27,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.components.loss import IGNORE_INDEX, ChunkedLossWrapper
+from torchtitan.config import ParallelismConfig
 from torchtitan.distributed.spmd_types import set_current_spmd_mesh
 
 from ipo_ext import IPOConfig
-from ipo_ext.integrations.torchtitan import IPOLoss
+from ipo_ext.integrations.torchtitan import IPOLoss, check_config
 from tests.docs.page_blocks import blocks_of_host
 from tests.integrations.eager import assert_same_step, token_losses
 
@@ -274,3 +277,61 @@ def test_the_docs_block_builds(block: Any) -> None:
     names: dict[str, Any] = {}
     block.run(names)
     assert isinstance(names["loss"].build().loss_fn, IPOLoss)
+
+
+def whole_config(**changes: Any) -> SimpleNamespace:
+    """The options that are checked of torchtitan's, whose own class needs vLLM."""
+    sampling = {"temperature": 1.0, "top_p": 1.0} | changes
+    degree = sampling.pop("tensor_parallel_degree", 1)
+    return SimpleNamespace(
+        trainer=SimpleNamespace(parallelism=ParallelismConfig(tensor_parallel_degree=degree)),
+        generator=SimpleNamespace(sampling=SimpleNamespace(**sampling)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.8}, r"generator\.sampling\.temperature: expected 1, got 0\.8"),
+        ({"tensor_parallel_degree": 2}, r"tensor_parallel_degree: expected 1, got 2"),
+    ],
+)
+def test_the_whole_config_is_checked_before_anything_starts(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_config(whole_config(**changes))
+
+
+def test_what_bends_the_ratio_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"^top_p=0\.95: completions are drawn") as seen:
+        check_config(whole_config(top_p=0.95))
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_config(whole_config())
+
+
+def options_of(file: str, *kinds: str) -> set[str]:
+    """Of a config class, maybe inside another, in a module that needs vLLM: its text is read."""
+    path = Path(torchtitan.__file__).parent / "experiments" / "rl" / file
+    found: Any = ast.parse(path.read_text())
+    for kind in kinds:
+        (found,) = (
+            node for node in found.body if isinstance(node, ast.ClassDef) and node.name == kind
+        )
+    return {node.target.id for node in found.body if isinstance(node, ast.AnnAssign)}
+
+
+def test_every_option_of_sampling_is_known() -> None:
+    """torchtitan's losses have settings of their own; ours is put in their place."""
+    assert options_of("actors/generator.py", "SamplingConfig") == {
+        *("temperature", "top_p"),  # checked by check_config
+        *("max_tokens", "seed", "stop_token_ids"),
+    }
+
+
+def test_what_is_checked_stands_where_torchtitan_has_it() -> None:
+    assert {"trainer", "generator"} <= options_of("controller.py", "Controller", "Config")
+    assert {"parallelism", "loss"} <= options_of("actors/trainer.py", "PolicyTrainer", "Config")
+    assert "sampling" in options_of("actors/generator.py", "VLLMGenerator", "Config")

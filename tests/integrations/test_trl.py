@@ -27,11 +27,13 @@ from trl.generation.vllm_generation import extract_logprobs
 from trl.trainer import grpo_trainer
 
 from ipo_ext import IPOConfig
+from ipo_ext.integrations import _trl_options as trl_options
 from ipo_ext.integrations.trl import IPOTrainer
 from ipo_ext.integrations.trl_async import AsyncIPOTrainer
 from tests.docs.page_blocks import blocks_of_host
 from tests.integrations import async_rollouts
 from tests.integrations.eager import assert_same_step, token_losses
+from tests.integrations.options import assert_all_are_known
 
 SYMBOLS = ["<pad>", "<eos>", *"0123456789+="]
 AVERAGES = ("dapo", "bnpo", "dr_grpo", "grpo")
@@ -367,8 +369,6 @@ def test_every_option_of_a_loss_is_accounted_for() -> None:
     """A new option of a later TRL's loss is honoured or refused here before it is released."""
     import inspect
 
-    from ipo_ext.integrations import _trl_options as options
-
     source = inspect.getsource(GRPOTrainer._compute_loss)
     read = {name for name in GRPOConfig.__dataclass_fields__ if f"args.{name}" in source}
     read |= {name for name in vars(trainer_of()) if f"self.{name}" in source} & set(
@@ -387,7 +387,29 @@ def test_every_option_of_a_loss_is_accounted_for() -> None:
         "vllm_importance_sampling_correction",
         "max_completion_length",
     }
-    assert read <= honoured | set(options.NOT_HONOURED)
+    assert read <= honoured | set(trl_options.NOT_HONOURED)
+
+
+WITH_OTHER_OPTIONS = {  # read with one that is refused, or with TRL's correction, which is off
+    *("use_bias_correction_kl", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
+    *("entropy_target", "vllm_importance_sampling_mode", "vllm_importance_sampling_cap"),
+    *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
+}
+TRLS_OWN = {  # what IPOTrainer and AsyncIPOTrainer leave to TRL
+    *("router_aux_loss_coef", "loss_type", "temperature", "generation_kwargs"),
+    *("vllm_importance_sampling_correction", "mask_truncated_completions", "reward_weights"),
+    *("multi_objective_aggregation", "scale_rewards", "num_generations", "num_generations_eval"),
+    *("generation_batch_size", "steps_per_generation", "ds3_gather_for_generation"),
+    "fork_threshold_tokens",
+}
+
+
+@pytest.mark.parametrize("kind", [GRPOConfig, AsyncGRPOConfig])
+def test_every_option_that_may_touch_the_loss_is_known(kind: type) -> None:
+    added = kind.__dataclass_fields__.keys() - transformers.TrainingArguments.__dataclass_fields__
+    warned_of = set(trl_options._SAMPLING)
+    known = WITH_OTHER_OPTIONS | TRLS_OWN | warned_of | trl_options.NOT_HONOURED.keys()
+    assert_all_are_known(added, known)
 
 
 @pytest.mark.parametrize("place", ["by keyword", "by position"])
@@ -870,10 +892,8 @@ def test_every_option_of_the_asynchronous_trainer_is_accounted_for() -> None:
     """A new option that its loss reads is honoured or refused here before it is released."""
     import inspect
 
-    from ipo_ext.integrations import _trl_options as options
-
     source = inspect.getsource(AsyncGRPOTrainer.compute_loss)
     read = {name for name in AsyncGRPOConfig.__dataclass_fields__ if f"self.{name}" in source}
     read |= {name for name in AsyncGRPOConfig.__dataclass_fields__ if f"args.{name}" in source}
     assert "epsilon" in read
-    assert read <= {"router_aux_loss_coef"} | set(options.NOT_HONOURED)
+    assert read <= {"router_aux_loss_coef"} | set(trl_options.NOT_HONOURED)

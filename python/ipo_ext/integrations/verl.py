@@ -22,6 +22,7 @@ from ipo_ext.integrations._refusals import (
     refuse_other_kinds,
     refuse_other_shapes,
 )
+from ipo_ext.integrations._sampling import warn_of_another_distribution
 from ipo_ext.integrations._verl_correction import (
     HAND_OVER,
     kept_by,
@@ -100,7 +101,9 @@ def check_config(config: Any) -> None:
         config: a ``DictConfig`` with ``actor_rollout_ref.actor`` and ``algorithm``.
 
     Raises:
-        ValueError: an option that the loss does not honour is set.
+        ValueError: an option that the loss does not honour is set, or the ratio would be to
+            log-probabilities from before temperature. What makes the sampler's distribution another
+            than the trained one is warned of.
     """
     _refuse_what_is_not_honoured(omega_conf_to_dataclass(config.actor_rollout_ref.actor))
     correction = config.algorithm.get("rollout_correction")
@@ -109,6 +112,19 @@ def check_config(config: Any) -> None:
     if correction and correction.get("bypass_mode"):
         loss_of(correction, IPOConfig())
         rejection_of(correction)
+        _check_sampling(config.actor_rollout_ref.rollout)
+
+
+def _check_sampling(rollout: Any) -> None:
+    """Where the ratio is to the engine; verl's agent loops set repetition_penalty to 1."""
+    mode = rollout.get("logprobs_mode")
+    if mode != "processed_logprobs" and (rollout.temperature != 1 or mode != "raw_logprobs"):
+        raise ValueError(
+            "rollout.logprobs_mode: expected processed_logprobs, from after temperature, as "
+            f"rollout.temperature is {rollout.temperature!r}, got {mode!r}"
+        )
+    names = ("top_p", "top_k", "do_sample")
+    warn_of_another_distribution({name: rollout.get(name) for name in names})
 
 
 def _token_weights(mask: torch.Tensor, mode: str, batch: dict[str, Any]) -> torch.Tensor:
