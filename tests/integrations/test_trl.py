@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +32,7 @@ from tests.docs.page_blocks import blocks_of_host
 from tests.integrations import async_rollouts
 from tests.integrations.eager import assert_same_step, token_losses
 from tests.integrations.options import assert_all_are_known
+from tests.integrations.ranks import on_ranks
 
 SYMBOLS = ["<pad>", "<eos>", *"0123456789+="]
 AVERAGES = ("dapo", "bnpo", "dr_grpo", "grpo")
@@ -308,21 +307,9 @@ def trained(ranks: int) -> TrainedWeightsAndLogs:
     return trained_two_steps(functools.partial(trainer_of, rollout_func=repeatable_rollout), ranks)
 
 
-def train_on_a_rank(rank: int, ranks: int, port: int, result: str, train: Callable) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    outcome = train(ranks)
-    if rank == 0:
-        torch.save(outcome, result)
-
-
-def assert_two_ranks_train_as_one(train: Callable, folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    result = str(folder / "two.pt")
-    torch.multiprocessing.spawn(train_on_a_rank, (2, port, result, train), nprocs=2)
-    (weights, logs), (expected, expected_logs) = torch.load(result), train(1)
+def assert_two_ranks_train_as_one(train: Callable[[int], TrainedWeightsAndLogs]) -> None:
+    (weights, logs), _ = on_ranks(train, 2)
+    expected, expected_logs = train(1)
     torch.testing.assert_close(weights, expected)
     for log, expected_log in zip(logs, expected_logs, strict=True):
         assert 0 < log["ipo/is_masked"] < 1
@@ -330,8 +317,8 @@ def assert_two_ranks_train_as_one(train: Callable, folder: Path) -> None:
             assert log[name] == pytest.approx(expected_log[name], rel=1e-4, abs=1e-6), name
 
 
-def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    assert_two_ranks_train_as_one(trained, tmp_path)
+def test_two_ranks_train_as_one() -> None:
+    assert_two_ranks_train_as_one(trained)
 
 
 def test_evaluates() -> None:
@@ -828,9 +815,8 @@ def trained_asynchronously(model: str, ranks: int) -> TrainedWeightsAndLogs:
         return trained_two_steps(make, ranks)
 
 
-def test_two_ranks_train_asynchronously_as_one(saved_policy: str, tmp_path: Path) -> None:
-    train = functools.partial(trained_asynchronously, saved_policy)
-    assert_two_ranks_train_as_one(train, tmp_path)
+def test_two_ranks_train_asynchronously_as_one(saved_policy: str) -> None:
+    assert_two_ranks_train_as_one(functools.partial(trained_asynchronously, saved_policy))
 
 
 def test_the_guide_trains_asynchronously(
