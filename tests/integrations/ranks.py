@@ -24,7 +24,10 @@ def on_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         given = (ranks, _free_port(), folder, run, args)
-        started = torch.multiprocessing.spawn(_on_a_rank, given, nprocs=ranks, join=False)
+        # Forked, a rank need not import the host again, which would take longer than the rest.
+        started = torch.multiprocessing.start_processes(
+            _on_a_rank, given, nprocs=ranks, join=False, start_method="fork"
+        )
         deadline = time.monotonic() + timeout
         while not started.join(timeout=1):
             if time.monotonic() > deadline:

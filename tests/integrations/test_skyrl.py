@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import ray
 import torch
+from skyrl.backends.skyrl_train.distributed.strategy import DistributedStrategy
 from skyrl.backends.skyrl_train.utils.ppo_utils import (
     PolicyLossRegistry,
     apply_loss_reduction_to_advantages_minibatch,
     repopulate_all_registries,
 )
 from skyrl.backends.skyrl_train.workers.worker import PolicyWorkerBase
-from skyrl.backends.skyrl_train.workers.worker_utils import reduce_metrics
+from skyrl.backends.skyrl_train.workers.worker_utils import all_reduce_metrics, reduce_metrics
 from skyrl.train.config import (
     AlgorithmConfig,
     OffPolicyCorrectionConfig,
@@ -39,6 +40,7 @@ from ipo_ext.integrations import skyrl as adapter
 from tests.docs.page_blocks import blocks_of_host
 from tests.integrations.eager import assert_same_step, token_losses
 from tests.integrations.options import assert_all_are_known
+from tests.integrations.ranks import in_a_group, on_ranks
 
 BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.0)
 VOCAB, PROMPT, RESPONSE = 14, 3, 6
@@ -124,14 +126,20 @@ def reduced(data: dict[str, torch.Tensor], how: str) -> torch.Tensor:
 def train_step(
     model: Policy, data: dict[str, torch.Tensor], config: AlgorithmConfig, ranks: int = 1
 ) -> dict[str, float]:
-    """Every micro-batch through SkyRL's worker; its metrics reduced as SkyRL does."""
-    made, collected = worker(model, config, ranks), {}
     scaled = data | {"advantages": reduced(data, config.loss_reduction)}
-    for start in range(0, len(TRAINED), MICRO_BATCH):
+    return train_rows(model, scaled, config, ranks)
+
+
+def train_rows(
+    model: nn.Module, scaled: dict[str, torch.Tensor], config: AlgorithmConfig, ranks: int
+) -> dict[str, float]:
+    """Every micro-batch through SkyRL's worker; its metrics reduced as SkyRL does."""
+    made, collected, count = worker(model, config, ranks), {}, len(scaled["sequences"])
+    for start in range(0, count, MICRO_BATCH):
         rows = {name: tensor[start : start + MICRO_BATCH] for name, tensor in scaled.items()}
         absent = {field.name: None for field in dataclasses.fields(Experience)}
         experience = Experience(**absent | rows | {"num_actions": RESPONSE, "info": {}})
-        status = made._forward_backward_micro(experience, MICRO_BATCH / len(TRAINED))
+        status = made._forward_backward_micro(experience, MICRO_BATCH / count)
         status.pop("loss_fn_outputs")
         for name, value in status.items():
             collected.setdefault(name, []).append(value)
@@ -186,6 +194,41 @@ def test_training_equals_eager(how: str, ranks: int) -> None:
         assert metrics["loss_metrics/ipo/pg_loss"] == pytest.approx(expected.item(), rel=1e-5)
         optimizer.step()
     assert 0 < sum(shares) < 3, "some tokens are to be dropped, and some kept"
+
+
+class RanksStrategy(Strategy):
+    world_size = 2
+    all_reduce = DistributedStrategy.all_reduce
+
+
+def step_of_rows(ranks: int) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """Gradients and metrics of this rank's rows of a batch whose last rows have no loss token."""
+    torch.manual_seed(0)
+    model, data, config = Policy(), mini_batch(), algorithm()
+    data["loss_mask"][MICRO_BATCH:] = 0
+    rows = data | {"advantages": reduced(data, config.loss_reduction)}  # before SkyRL deals it out
+    trained = model
+    if ranks > 1:
+        trained = nn.parallel.DistributedDataParallel(model)
+        rank = torch.distributed.get_rank()
+        rows = {name: tensor.chunk(ranks)[rank] for name, tensor in rows.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: "cpu")
+        adapter.register(BAND)
+        metrics = train_rows(trained, rows, config, ranks)
+        if ranks > 1:
+            metrics = all_reduce_metrics(metrics, RanksStrategy(), sum_loss_metrics=True)
+    return [parameter.grad for parameter in model.parameters()], metrics
+
+
+def test_two_ranks_one_of_them_without_tokens_step_as_one() -> None:
+    gradients, metrics = step_of_rows(1)
+    for ours, reported in on_ranks(in_a_group, step_of_rows, 2):
+        for gradient, whole in zip(ours, gradients, strict=True):
+            torch.testing.assert_close(gradient, whole)
+        summed = ("policy_loss", "loss_metrics/ipo/pg_loss")
+        for name in summed:
+            assert reported[name] == pytest.approx(metrics[name], rel=1e-5), name
 
 
 def test_the_kl_term_is_divided_by_the_normalizer() -> None:

@@ -299,6 +299,7 @@ def trained_two_steps(make: Callable[..., Any], ranks: int) -> TrainedWeightsAnd
     torch.manual_seed(0)
     rows = {"per_device_train_batch_size": 8 // ranks, "max_steps": 2}
     trainer = make(ipo_config=BAND, optim="sgd", learning_rate=1.0, **rows)
+    assert trainer.accelerator.num_processes == ranks
     trainer.train()
     return trainer.model.state_dict(), trainer.state.log_history[:2]
 
