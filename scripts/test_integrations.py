@@ -38,7 +38,7 @@ class Host:
     # conftest.py), or packages that are built on a GPU's machine.
     as_they_are: tuple[str, ...] = ()
     # With --quick: all that its tests import and verl's environment, which they run over, lacks.
-    over_verl: tuple[str, ...] = ()
+    over_verl: tuple[str, ...] | None = None
 
 
 AS_THEY_ARE = ("--no-deps", "--ignore-requires-python")
@@ -73,8 +73,12 @@ HOSTS = {
             *("dacite", "json_repair", "einops"),
         ),
     ),
-    "slime": Host("the documented calls, an embedding and a head", extra=False, on_index=False),
-    "prime_rl": Host("the documented calls, log-probabilities", extra=False, on_index=False),
+    "slime": Host(
+        "the documented calls, an embedding and a head", extra=False, on_index=False, over_verl=()
+    ),
+    "prime_rl": Host(
+        "the documented calls, log-probabilities", extra=False, on_index=False, over_verl=()
+    ),
 }
 NIGHTLY_HOSTS = {  # hosts without an adapter, where named
     name: Host("its own trainer") for name in ("deepspeed", "lightning", "transformers")
@@ -101,8 +105,11 @@ class Result:
 
 def environment_of(name: str, folder: Path, options: argparse.Namespace) -> Path:
     host = KNOWN[name]
+    verl = folder.parent / "verl"
+    if options.quick and host.over_verl == () and not options.checkout:
+        return verl / "bin" / "python"
     if options.quick and host.over_verl:
-        python = over_existing(folder, folder.parent / "verl")
+        python = over_existing(folder, verl)
         install(python, *AS_THEY_ARE, *host.over_verl)
         return python
     python = over_existing(folder, options.venv) if options.venv else fresh_environment(folder)

@@ -72,7 +72,7 @@ def custom_loss(ipo_config: IPOConfig = _DEFAULT) -> LossFunction:
         refuse_unequal_lengths(
             "log_probs", logprobs, rollout_log_probs=sampled, advantages=advantages
         )
-        if _is_split(logprobs, batch["response_lengths"]):
+        if _is_split(args, logprobs, batch["response_lengths"]):
             refuse_rules_on_sequences(ipo_config, SPLIT)
         trained = torch.cat(list(logprobs))
         weights = weights_of(sum_of_sample_mean, trained)
@@ -128,7 +128,7 @@ def custom_tis(ipo_config: IPOConfig = _WITHOUT_KL) -> TISFunction:
         sampled = sampled_of(rollout_log_probs)
         refuse_other_masks(loss_masks, response_lengths)
         refuse_unequal_lengths("train_log_probs", train_log_probs, rollout_log_probs=sampled)
-        weights, x = _correction(train_log_probs, sampled, loss_masks, ipo_config)
+        weights, x = _correction(args, train_log_probs, sampled, loss_masks, ipo_config)
         kept = weights != 0
         metrics = {
             "ipo/is_masked": ~kept,
@@ -144,6 +144,7 @@ def custom_tis(ipo_config: IPOConfig = _WITHOUT_KL) -> TISFunction:
 
 
 def _correction(
+    args: Namespace,
     train_log_probs: Sequences,
     rollout_log_probs: Sequences,
     loss_masks: Sequences,
@@ -153,7 +154,7 @@ def _correction(
     trained = torch.cat(list(train_log_probs)).detach().requires_grad_()
     sampled = torch.cat(list(rollout_log_probs))
     mask = torch.ones_like(sampled, dtype=torch.bool)
-    if _is_split(train_log_probs, [len(loss_mask) for loss_mask in loss_masks]):
+    if _is_split(args, train_log_probs, [len(loss_mask) for loss_mask in loss_masks]):
         refuse_rules_on_sequences(config, SPLIT)
     else:
         mask = torch.cat(list(loss_masks)) != 0
@@ -169,5 +170,7 @@ def _correction(
     return torch.autograd.grad(out.loss, trained)[0], trained.detach() - sampled
 
 
-def _is_split(sequences: Sequences, lengths: list[int]) -> bool:
-    return [len(tokens) for tokens in sequences] != lengths
+def _is_split(args: Namespace, sequences: Sequences, lengths: list[int]) -> bool:
+    """Whether ranks share sequences; one rank may all the same hold the whole of each."""
+    is_parallel = getattr(args, "context_parallel_size", 1) > 1
+    return is_parallel or [len(tokens) for tokens in sequences] != lengths
