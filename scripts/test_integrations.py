@@ -4,9 +4,9 @@
 environment, since their requirements conflict, and runs that trainer's tests there. `--venv` takes
 torch from an existing environment, which is only read; otherwise the newest torch is installed.
 
-slime and miles are on no index. Their documented calls are tested; checkouts of them, named by
-`--checkout`, train as well. `--quick` is what CI runs: SkyRL and torchtitan without the packages
-that their losses do not need.
+slime, miles and prime-rl are on no index. Their documented calls are tested; checkouts of the first
+two, named by `--checkout`, train as well. `--quick` is what CI runs: TRL and verl whole, all others
+over verl's environment, with no more packages than their losses need.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ class Host:
 
     trains: str  # the table's words for what its tests run
     extra: bool = True  # whether the package has an extra of its name
-    # Packages that ask for a newer Python than they need (tests/integrations/conftest.py).
-    any_python: tuple[str, ...] = ()
+    distribution: str = ""  # the name on the index, if another
+    on_index: bool = True
+    requirements: tuple[str, ...] = ()  # what its tests need and no extra names
+    # Installed without what they ask for: a newer Python than they need (tests/integrations/
+    # conftest.py), or packages that are built on a GPU's machine.
+    as_they_are: tuple[str, ...] = ()
     # With --quick: all that its tests import and verl's environment, which they run over, lacks.
-    over_verl: tuple[str, ...] = ()
+    over_verl: tuple[str, ...] | None = None
 
 
 AS_THEY_ARE = ("--no-deps", "--ignore-requires-python")
@@ -45,14 +49,36 @@ HOSTS = {
     "verl": Host("its workers' ppo_loss, a two-layer transformer"),
     "skyrl": Host(
         "its worker's micro-batches, an embedding and a head",
-        any_python=("skyrl", "skyrl-gym"),
+        as_they_are=("skyrl", "skyrl-gym"),
         over_verl=("skyrl", "skyrl-gym", "jaxtyping", "loguru", "cloudpathlib", "pybase64"),
     ),
     "torchtitan": Host(
         "ChunkedLossWrapper, an embedding and a head",
         over_verl=("torchtitan", "spmd_types==0.2.3", "tyro", "docstring_parser"),
     ),
-    "slime": Host("the documented calls, an embedding and a head", extra=False),
+    "openrlhf": Host(
+        "the example's loss, log-probabilities",
+        extra=False,
+        requirements=("numpy", "tqdm"),
+        as_they_are=("openrlhf",),
+        over_verl=("openrlhf",),
+    ),
+    "swift": Host(
+        "the example's step of GRPOTrainer, log-probabilities",
+        extra=False,
+        distribution="ms-swift",
+        requirements=("ms-swift", "msgspec"),  # the latter it does not name
+        over_verl=(
+            *("ms-swift", "trl<1", "peft<0.21", "modelscope", "modelscope_hub"),
+            *("dacite", "json_repair", "einops"),
+        ),
+    ),
+    "slime": Host(
+        "the documented calls, an embedding and a head", extra=False, on_index=False, over_verl=()
+    ),
+    "prime_rl": Host(
+        "the documented calls, log-probabilities", extra=False, on_index=False, over_verl=()
+    ),
 }
 NIGHTLY_HOSTS = {  # hosts without an adapter, where named
     name: Host("its own trainer") for name in ("deepspeed", "lightning", "transformers")
@@ -79,15 +105,18 @@ class Result:
 
 def environment_of(name: str, folder: Path, options: argparse.Namespace) -> Path:
     host = KNOWN[name]
+    verl = folder.parent / "verl"
+    if options.quick and host.over_verl == () and not options.checkout:
+        return verl / "bin" / "python"
     if options.quick and host.over_verl:
-        python = over_existing(folder, folder.parent / "verl")
+        python = over_existing(folder, verl)
         install(python, *AS_THEY_ARE, *host.over_verl)
         return python
     python = over_existing(folder, options.venv) if options.venv else fresh_environment(folder)
     package = f"ipo_ext[{name}]" if host.extra else "ipo_ext"
-    if host.any_python:
-        install(python, *AS_THEY_ARE, *host.any_python)
-    install(python, f"{package} @ {options.wheel.as_uri()}", "pytest")
+    if host.as_they_are:
+        install(python, *AS_THEY_ARE, *host.as_they_are)
+    install(python, f"{package} @ {options.wheel.as_uri()}", "pytest", *host.requirements)
     if name == "slime" and options.checkout:
         install(python, *MEGATRON)
         install(python, "--no-deps", "megatron-core==0.16.1")  # later ones import Triton
@@ -114,9 +143,10 @@ def tested(name: str, python: Path, folder: Path, checkouts: list[Path]) -> Resu
 
 
 def version_of(name: str, python: Path) -> str:
-    if not KNOWN[name].extra:
+    host = KNOWN[name]
+    if not host.on_index:
         return "none"
-    code = f"import importlib.metadata as m; print(m.version({name!r}))"
+    code = f"import importlib.metadata as m; print(m.version({host.distribution or name!r}))"
     return run(python, "-c", code).strip()
 
 

@@ -35,17 +35,24 @@ def assert_same_step(
     gradients: Iterable[torch.Tensor],
     theirs: Iterable[torch.Tensor],
 ) -> None:
-    """A training step inside a host against the same one by hand: the loss and every gradient.
-
-    How far apart they are goes to the file that ``IPO_EXT_STEPS`` names, a line for each step, of
-    which ``scripts/test_integrations.py`` makes its table.
-    """
+    """A training step inside a host against the same one by hand: the loss and every gradient."""
     loss, expected = torch.as_tensor(loss).double(), expected.double()
     pairs = [(ours.double(), other.double()) for ours, other in zip(gradients, theirs, strict=True)]
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
     for ours, other in pairs:
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
+    record_step(loss, expected, pairs)
+
+
+def record_step(
+    loss: torch.Tensor, expected: torch.Tensor, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """How far apart they are, a line of the file that ``IPO_EXT_STEPS`` names.
+
+    ``scripts/test_integrations.py`` makes its table of it.
+    """
     if file := os.environ.get("IPO_EXT_STEPS"):
+        pairs = list(pairs)
         difference = max((ours - other).abs().max().item() for ours, other in pairs)
         largest = max(other.abs().max().item() for _, other in pairs)
         step = {

@@ -12,6 +12,7 @@ import torch
 import ipo_ext
 from ipo_ext import IPOConfig, reference
 from ipo_ext.integrations import prime_rl
+from tests.integrations.eager import record_step
 from tests.support.cases import UPSTREAM_METRICS
 
 SETTINGS = {"dppo_mask_low": 0.5, "dppo_mask_high": 2.0, "adv_tau": 0.9, "kl_tau": 0.01}
@@ -103,7 +104,9 @@ def test_loss_fn_is_the_loss_of_one_sequence(kind) -> None:
         dtype=torch.float64,
     )
     torch.testing.assert_close(out.loss.double(), expected.loss)
-    torch.testing.assert_close(gradient(out.loss, batch), gradient(expected.loss, batch))
+    ours, theirs = gradient(out.loss, batch), gradient(expected.loss, batch)
+    torch.testing.assert_close(ours, theirs)
+    record_step(out.loss.double(), expected.loss, [(ours, theirs)])
     assert out.metrics.keys() >= UPSTREAM_METRICS
     for name, value in out.metrics.items():
         torch.testing.assert_close(value.double(), expected.metrics[name])
@@ -256,9 +259,7 @@ def component_loss(
     return prime_rl.compute_component_loss(
         **{name: split(tensor) for name, tensor in batch.items()},
         **{name: split(stream) for name, stream in streams.items()},
-        **SCALES,
-        rl_loss_fn=prime_rl.SequenceLoss(IPOConfig.ipo()),
-        **options,
+        **{**SCALES, "rl_loss_fn": prime_rl.SequenceLoss(IPOConfig.ipo()), **options},
     )
 
 
@@ -300,6 +301,7 @@ def test_three_components_are_their_formulas() -> None:
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
         ours, theirs = gradient(loss, batch), gradient(expected, batch)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        record_step(loss, expected, [(ours, theirs)])
         for name, value in expected_metrics.items():
             assert metrics[name].shape == (1,)
             assert float(metrics[name]) == pytest.approx(value, rel=1e-6, abs=1e-9), name
@@ -424,19 +426,29 @@ def test_a_sequence_that_is_no_row_of_tokens_is_refused(name, tokens, error, mes
 def test_a_scale_that_is_no_number_of_tokens_is_refused_by_name(scale: float) -> None:
     with pytest.raises(ValueError, match="loss_scale: expected a number of tokens > 0"):
         packed_loss(loss_scale=scale)
-    batch = {field: split(tensor) for field, tensor in micro_batch().items()}
-    with pytest.raises(ValueError, match="rl_scale: expected a number of tokens > 0"):
-        prime_rl.compute_component_loss(
-            **batch,
-            ref_logprobs=None,
-            rl_weights=None,
-            ce_weights=None,
-            ref_kl_weights=None,
-            rl_loss_fn=prime_rl.SequenceLoss(IPOConfig()),
-            rl_scale=scale,
-            ce_scale=1,
-            ref_kl_scale=1,
-        )
+    with pytest.raises(ValueError, match=r"^rl_scale: expected a number of tokens > 0"):
+        component_loss(*components(), rl_scale=scale)
+
+
+@pytest.mark.parametrize("name", ["ce_scale", "ref_kl_scale"])
+@pytest.mark.parametrize(
+    ("scale", "error"),
+    [
+        (-1.0, ValueError),
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        ("3", TypeError),
+        (None, TypeError),
+        (torch.ones(2), ValueError),
+        (torch.ones((), dtype=torch.bool), TypeError),
+        (torch.ones((), requires_grad=True), ValueError),
+    ],
+)
+def test_the_scale_of_another_component_is_refused_by_name(
+    name: str, scale: object, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=f"^{name}: expected"):
+        component_loss(*components(), **{name: scale})
 
 
 def test_a_rank_without_tokens_runs_backward() -> None:

@@ -16,26 +16,31 @@ from typing import Any
 import pytest
 import ray
 import torch
+from skyrl.backends.skyrl_train.distributed.strategy import DistributedStrategy
 from skyrl.backends.skyrl_train.utils.ppo_utils import (
     PolicyLossRegistry,
     apply_loss_reduction_to_advantages_minibatch,
     repopulate_all_registries,
 )
 from skyrl.backends.skyrl_train.workers.worker import PolicyWorkerBase
-from skyrl.backends.skyrl_train.workers.worker_utils import reduce_metrics
+from skyrl.backends.skyrl_train.workers.worker_utils import all_reduce_metrics, reduce_metrics
 from skyrl.train.config import (
     AlgorithmConfig,
     OffPolicyCorrectionConfig,
     SAPOConfig,
     SkyRLTrainConfig,
 )
+from skyrl.train.config.config import SamplingParams, TrainerConfig
 from skyrl.train.dataset.replay_buffer import Experience
 from torch import nn
 
 from ipo_ext import IPOConfig
+from ipo_ext.integrations import _skyrl_options
 from ipo_ext.integrations import skyrl as adapter
 from tests.docs.page_blocks import blocks_of_host
 from tests.integrations.eager import assert_same_step, token_losses
+from tests.integrations.options import assert_all_are_known
+from tests.integrations.ranks import in_a_group, on_ranks
 
 BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.0)
 VOCAB, PROMPT, RESPONSE = 14, 3, 6
@@ -121,14 +126,20 @@ def reduced(data: dict[str, torch.Tensor], how: str) -> torch.Tensor:
 def train_step(
     model: Policy, data: dict[str, torch.Tensor], config: AlgorithmConfig, ranks: int = 1
 ) -> dict[str, float]:
-    """Every micro-batch through SkyRL's worker; its metrics reduced as SkyRL does."""
-    made, collected = worker(model, config, ranks), {}
     scaled = data | {"advantages": reduced(data, config.loss_reduction)}
-    for start in range(0, len(TRAINED), MICRO_BATCH):
+    return train_rows(model, scaled, config, ranks)
+
+
+def train_rows(
+    model: nn.Module, scaled: dict[str, torch.Tensor], config: AlgorithmConfig, ranks: int
+) -> dict[str, float]:
+    """Every micro-batch through SkyRL's worker; its metrics reduced as SkyRL does."""
+    made, collected, count = worker(model, config, ranks), {}, len(scaled["sequences"])
+    for start in range(0, count, MICRO_BATCH):
         rows = {name: tensor[start : start + MICRO_BATCH] for name, tensor in scaled.items()}
         absent = {field.name: None for field in dataclasses.fields(Experience)}
         experience = Experience(**absent | rows | {"num_actions": RESPONSE, "info": {}})
-        status = made._forward_backward_micro(experience, MICRO_BATCH / len(TRAINED))
+        status = made._forward_backward_micro(experience, MICRO_BATCH / count)
         status.pop("loss_fn_outputs")
         for name, value in status.items():
             collected.setdefault(name, []).append(value)
@@ -183,6 +194,41 @@ def test_training_equals_eager(how: str, ranks: int) -> None:
         assert metrics["loss_metrics/ipo/pg_loss"] == pytest.approx(expected.item(), rel=1e-5)
         optimizer.step()
     assert 0 < sum(shares) < 3, "some tokens are to be dropped, and some kept"
+
+
+class RanksStrategy(Strategy):
+    world_size = 2
+    all_reduce = DistributedStrategy.all_reduce
+
+
+def step_of_rows(ranks: int) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """Gradients and metrics of this rank's rows of a batch whose last rows have no loss token."""
+    torch.manual_seed(0)
+    model, data, config = Policy(), mini_batch(), algorithm()
+    data["loss_mask"][MICRO_BATCH:] = 0
+    rows = data | {"advantages": reduced(data, config.loss_reduction)}  # before SkyRL deals it out
+    trained = model
+    if ranks > 1:
+        trained = nn.parallel.DistributedDataParallel(model)
+        rank = torch.distributed.get_rank()
+        rows = {name: tensor.chunk(ranks)[rank] for name, tensor in rows.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_device", lambda: "cpu")
+        adapter.register(BAND)
+        metrics = train_rows(trained, rows, config, ranks)
+        if ranks > 1:
+            metrics = all_reduce_metrics(metrics, RanksStrategy(), sum_loss_metrics=True)
+    return [parameter.grad for parameter in model.parameters()], metrics
+
+
+def test_two_ranks_one_of_them_without_tokens_step_as_one() -> None:
+    gradients, metrics = step_of_rows(1)
+    for ours, reported in on_ranks(in_a_group, step_of_rows, 2):
+        for gradient, whole in zip(ours, gradients, strict=True):
+            torch.testing.assert_close(gradient, whole)
+        summed = ("policy_loss", "loss_metrics/ipo/pg_loss")
+        for name in summed:
+            assert reported[name] == pytest.approx(metrics[name], rel=1e-5), name
 
 
 def test_the_kl_term_is_divided_by_the_normalizer() -> None:
@@ -371,14 +417,68 @@ def test_the_whole_config_is_checked_before_anything_starts() -> None:
         adapter.check_config(config)
 
 
-def test_log_probabilities_from_before_temperature_raise() -> None:
+def checked(**options: Any) -> SkyRLTrainConfig:
+    """A whole config with these of its options, by section, and the temperature of both."""
     config = SkyRLTrainConfig()
-    config.generator.sampling_params.logprobs = 1
-    config.generator.sampling_params.temperature = 0.8
+    sections = {
+        "sampling": config.generator.sampling_params,
+        "engine": config.generator.inference_engine,
+        "algorithm": config.trainer.algorithm,
+    }
+    sampled = {"logprobs": 1, **options.get("sampling", {})}
+    trained = {"temperature": sampled.get("temperature", 1.0), **options.get("algorithm", {})}
+    for name, values in (options | {"sampling": sampled, "algorithm": trained}).items():
+        for option, value in values.items():
+            setattr(sections[name], option, value)
+    return config
+
+
+RAW = {"engine_init_kwargs": {"logprobs_mode": "raw_logprobs"}}
+PROCESSED = {"engine_init_kwargs": {"logprobs_mode": "processed_logprobs"}}
+
+
+@pytest.mark.parametrize("engine", [{}, RAW])
+def test_log_probabilities_from_before_temperature_raise(engine: dict[str, Any]) -> None:
+    config = checked(sampling={"temperature": 0.8}, engine=engine)
     with pytest.raises(ValueError, match=r"logprobs_mode: expected processed_logprobs, .* is 0\.8"):
         adapter.check_config(config)
-    config.generator.inference_engine.engine_init_kwargs = {"logprobs_mode": "processed_logprobs"}
-    adapter.check_config(config)
+    adapter.check_config(checked(sampling={"temperature": 0.8}, engine=PROCESSED))
+    adapter.check_config(checked(engine=engine))
+
+
+def test_an_engine_that_reports_logits_raises() -> None:
+    logits = {"engine_init_kwargs": {"logprobs_mode": "processed_logits"}}
+    with pytest.raises(ValueError, match=r"is 1\.0, got 'processed_logits'"):
+        adapter.check_config(checked(engine=logits))
+
+
+def test_another_temperature_of_the_trained_logits_raises() -> None:
+    message = r"algorithm\.temperature: expected .*sampling_params\.temperature, 1\.0, .* got 0\.5"
+    with pytest.raises(ValueError, match=message):
+        adapter.check_config(checked(algorithm={"temperature": 0.5}))
+    adapter.check_config(checked(algorithm={"temperature": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "named"),
+    [
+        ({"top_p": 0.9}, r"top_p=0\.9"),
+        ({"top_k": 20}, "top_k=20"),
+        ({"min_p": 0.1}, r"min_p=0\.1"),
+        ({"additional_kwargs": {"repetition_penalty": 1.2}}, r"repetition_penalty=1\.2"),
+    ],
+)
+def test_what_bends_the_ratio_is_warned_of(sampling: dict[str, Any], named: str) -> None:
+    with pytest.warns(UserWarning, match=f"^{named}: completions are drawn from another") as seen:
+        adapter.check_config(checked(sampling=sampling))
+    assert seen[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error:.*drawn from another")
+def test_what_bends_no_ratio_is_not_warned_of() -> None:
+    adapter.check_config(checked(sampling={"additional_kwargs": {"seed": 3}}))
+    replayed = {"enable_sample_support_replay": True}
+    adapter.check_config(checked(sampling={"top_k": 20}, algorithm=replayed))
 
 
 # Options of AlgorithmConfig that SkyRL applies before, after or beside the policy loss.
@@ -390,11 +490,36 @@ SKYRLS_OWN = {
     *("enable_sample_support_replay", "value_clip", "dynamic_sampling", "max_seq_len"),
     "tis_imp_ratio_cap",  # read with use_tis alone
 }
+OF_SAMPLING = {
+    *("temperature", "logprobs", "top_p", "top_k", "min_p", "additional_kwargs"),  # checked
+    "repetition_penalty",  # SkyRL does not hand it on
+    *("max_generate_length", "stop"),
+}
+OF_THE_CORRECTION = {  # those that SkyRL's own function reads, whose masks are kept
+    *("sequence_mask_metric", "geo_mask_high", "geo_mask_low"),
+    *("product_mask_high", "product_mask_low"),
+    *("outlier_token_is_threshold_low", "outlier_token_is_threshold_high"),
+    *("token_mask_is_threshold_low", "token_mask_is_threshold_high"),
+    *("tis_ratio_type", "token_tis_ratio_clip_high", "sequence_tis_ratio_clip_high"),  # refused
+}
+BESIDE_THE_LOSS = {
+    *("policy", "policy_mini_batch_size", "recompute_old_logprobs_per_minibatch"),
+    *("logprobs_chunk_size", "vocab_entropy_chunk_size", "vocab_entropy_chunk_memory_mb"),
+    *("fused_lm_head_logprob", "fused_lm_head_logprob_backend"),
+    *("num_logger_eval_samples", "num_logger_train_samples"),
+}
+
+
+def names_of(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def test_every_option_of_skyrl_is_honoured_or_refused() -> None:
-    fields = {field.name for field in dataclasses.fields(AlgorithmConfig)}
-    assert fields - SKYRLS_OWN == {*adapter.NOT_HONOURED, "use_tis", "off_policy_correction"}
+    expected = {*_skyrl_options.NOT_HONOURED, "off_policy_correction"}
+    assert names_of(AlgorithmConfig) - SKYRLS_OWN == expected
+    assert names_of(OffPolicyCorrectionConfig) == OF_THE_CORRECTION
+    assert names_of(SamplingParams) == OF_SAMPLING
+    assert_all_are_known(names_of(TrainerConfig), BESIDE_THE_LOSS)
 
 
 def test_a_worker_gets_the_registered_function() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -16,10 +17,11 @@ import math
 import re
 import sys
 import types
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,6 +33,8 @@ from ipo_ext.integrations import slime as adapter
 from ipo_ext.integrations._batches import PER_TOKEN
 from tests.docs.page_blocks import ROOT, blocks_of_page
 from tests.integrations.eager import assert_same_step, token_losses
+from tests.integrations.options import assert_all_are_known
+from tests.integrations.ranks import in_a_group, on_ranks
 
 BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.1)
 BAND_LOSS = adapter.custom_loss(BAND)
@@ -78,6 +82,13 @@ def reducer(args: Namespace, batch: dict[str, Any]) -> Callable[[torch.Tensor], 
     return reduce
 
 
+def named_log_probs(
+    logits: torch.Tensor, args: Namespace, tokens: list[torch.Tensor], response_lengths: list[int]
+) -> dict[str, list[torch.Tensor]]:
+    batch = {"unconcat_tokens": tokens, "response_lengths": response_lengths}
+    return {"log_probs": log_probs_of_responses(logits, args, batch)}
+
+
 def slimes_log_probs(
     logits: torch.Tensor,
     *,
@@ -89,8 +100,7 @@ def slimes_log_probs(
     top_p_token_ids: Any = None,
 ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
     assert (top_p_token_ids is not None) == (args.rollout_top_p != 1)
-    batch = {"unconcat_tokens": unconcat_tokens, "response_lengths": response_lengths}
-    return torch.empty(0), {"log_probs": log_probs_of_responses(logits, args, batch)}
+    return torch.empty(0), named_log_probs(logits, args, unconcat_tokens, response_lengths)
 
 
 def slimes_top_p(args: Namespace, batch: dict[str, Any]) -> dict[str, Any]:
@@ -108,8 +118,7 @@ def miles_log_probs(
     max_seq_lens: list[int] | None = None,
 ) -> dict[str, list[torch.Tensor]]:
     assert max_seq_lens is not None
-    batch = {"unconcat_tokens": unconcat_tokens, "response_lengths": response_lengths}
-    return {"log_probs": log_probs_of_responses(logits, args, batch)}
+    return named_log_probs(logits, args, unconcat_tokens, response_lengths)
 
 
 SLIME = "slime.backends.megatron_utils.loss"
@@ -198,7 +207,7 @@ class Miles(Slime):
         return self.log_probs_of(logits, args=args, **fields)["log_probs"]
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.module = importlib.import_module("miles.backends.training_utils.loss")
+        self.module = importlib.import_module(MODULES["miles"])
         self.losses = importlib.import_module("miles.backends.training_utils.loss_hub.losses")
         self.log_probs_of = importlib.import_module(MILES).get_log_probs_and_entropy
         for name in {*DOCUMENTED} - {MILES}:
@@ -217,23 +226,40 @@ INSTALLED = [name for name in ("slime", "miles") if importlib.util.find_spec(nam
 
 
 @contextlib.contextmanager
-def world_of_one(name: str, folder: Path) -> Iterator[None]:
-    """The process groups that Megatron's functions ask for."""
+def megatrons_groups(name: str, tensor: int = 1, context: int = 1) -> Iterator[None]:
+    """The process groups that Megatron's functions ask for, of all ranks that there are."""
     from megatron.core import mpu
 
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
-    )
-    mpu.initialize_model_parallel()
+    mpu.initialize_model_parallel(tensor, context_parallel_size=context)
     if name == "miles":
         parallel = importlib.import_module("miles.backends.training_utils.parallel")
-        alone = parallel.GroupInfo(rank=0, size=1, group=torch.distributed.group.WORLD)
+        group = parallel.GroupInfo
+        alone = group(rank=0, size=1, group=mpu.get_data_parallel_group())
         fields = ("intra_dp", "intra_dp_cp", "cp", "tp", "pp", "ep", "etp", "indep_dp")
-        parallel.set_parallel_state(parallel.ParallelState(**dict.fromkeys(fields, alone)))
+        rank = torch.distributed.get_rank()
+        split = {
+            "tp": group(rank % tensor, tensor, mpu.get_tensor_model_parallel_group()),
+            "cp": group(rank % context, context, mpu.get_context_parallel_group()),
+            "intra_dp_cp": group(
+                rank % context, context, mpu.get_data_parallel_group(with_context_parallel=True)
+            ),
+        }
+        parallel.set_parallel_state(parallel.ParallelState(**dict.fromkeys(fields, alone) | split))
     try:
         yield
     finally:
         mpu.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def world_of_one(name: str, folder: Path) -> Iterator[None]:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+    )
+    try:
+        with megatrons_groups(name):
+            yield
+    finally:
         torch.distributed.destroy_process_group()
 
 
@@ -245,7 +271,11 @@ def trainer(
         yield Documented(request.param, monkeypatch)
         return
     with world_of_one(request.param, tmp_path):
-        yield {"slime": Slime, "miles": Miles}[request.param](monkeypatch)
+        yield TRAINERS[request.param](monkeypatch)
+
+
+TRAINERS = {"slime": Slime, "miles": Miles}
+MODULES = {"slime": SLIME, "miles": "miles.backends.training_utils.loss"}
 
 
 @pytest.fixture
@@ -273,6 +303,7 @@ def arguments(**options: Any) -> Namespace:
         "rollout_top_p": 1.0,
         "log_probs_chunk_size": -1,
         "allgather_cp": False,
+        "context_parallel_size": 1,
         "advantage_estimator": "grpo",
         "eps_clip": 0.2,
         "eps_clip_high": 0.2,  # filled in with eps_clip
@@ -437,6 +468,88 @@ def test_a_part_of_each_sequence_is_served_and_cannot_drop_the_whole(
         ROLLOUT_LOSS(args, data, logits, local)
 
 
+def test_a_rank_that_holds_whole_sequences_refuses_with_the_others(documented: Documented) -> None:
+    """Of context parallelism: short samples can lie on one rank, and the other has nothing."""
+    data, args = batch(), arguments(context_parallel_size=2)
+    with pytest.raises(ValueError, match=r"min_ratio: expected 0\.0, got 0\.1: under context"):
+        ROLLOUT_LOSS(args, data, Policy()(data), reducer(args, data))
+    tis = adapter.custom_tis(IPOConfig.geometric(0.9, 1.1))
+    names = ("rollout_log_probs", "loss_masks", "response_lengths")
+    with pytest.raises(ValueError, match=r"sequence_rules: expected .*: under context"):
+        tis(
+            args=correcting(context_parallel_size=2),
+            pg_loss=torch.ones(sum(RESPONSES)),
+            train_log_probs=data["log_probs"],
+            **{name: data[name] for name in names},
+        )
+
+
+class Step(NamedTuple):
+    loss: torch.Tensor
+    log: dict[str, torch.Tensor]
+    gradients: tuple[torch.Tensor, ...]
+
+
+def step_in_the_trainer(name: str, function: str, tensor: int = 1, context: int = 1) -> Step:
+    """Of this rank's shard of the vocabulary, or of its part of the sequences."""
+    torch.manual_seed(0)
+    data, model = batch(), Policy()
+    args = {"loss": arguments, "corrected": correcting}[function](context_parallel_size=context)
+    with pytest.MonkeyPatch.context() as patch, megatrons_groups(name, tensor, context):
+        trainer = TRAINERS[name](patch)
+        logits = nn.functional.pad(model(data), (0, 1), value=-30.0)  # Megatron pads vocabularies
+        if context > 1:
+            logits, data = part_of_sequences(name, logits, data)
+        shard = logits.chunk(tensor, -1)[torch.distributed.get_rank() % tensor]
+        loss, log = getattr(trainer, function)(args, data, shard.contiguous())
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return Step(loss.detach(), {key: value.detach() for key, value in log.items()}, gradients)
+
+
+def part_of_sequences(
+    name: str, logits: torch.Tensor, data: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """By the trainer's own functions, as it deals a batch out to ranks."""
+    module = {
+        "slime": "slime.backends.megatron_utils.cp_utils",
+        "miles": "miles.backends.training_utils.cp_utils",
+    }[name]
+    cp_utils = importlib.import_module(module)
+    rows = logits[0].split(data["total_lengths"])
+    lengths = list(zip(data["total_lengths"], data["response_lengths"], strict=True))
+    parts = {
+        field: [
+            cp_utils.slice_log_prob_with_cp(values, *both)
+            for values, both in zip(data[field], lengths, strict=True)
+        ]
+        for field in ("advantages", "log_probs", "rollout_log_probs")
+    }
+    return torch.cat([cp_utils.slice_with_cp(row, 0.0) for row in rows])[None], data | parts
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize(
+    ("function", "split"),
+    [("loss", {"tensor": 2}), ("corrected", {"tensor": 2}), ("loss", {"context": 2})],
+    ids=["loss, tensor parallel", "correction, tensor parallel", "loss, context parallel"],
+)
+def test_two_ranks_step_as_one(name: str, function: str, split: dict[str, int]) -> None:
+    """Each rank's loss is of all of the vocabulary, or of its tokens; gradients add up."""
+    importlib.import_module(MODULES[name])  # once, before ranks are forked
+    (whole,) = on_ranks(in_a_group, step_in_the_trainer, name, function, ranks=1)
+    steps = on_ranks(in_a_group, functools.partial(step_in_the_trainer, **split), name, function)
+    ranks = split.get("context", 1)  # over which Megatron averages
+    losses = sum(step.loss for step in steps) / len(steps)
+    torch.testing.assert_close(losses, whole.loss, rtol=1e-5, atol=1e-6)
+    for *ours, theirs in zip(*(step.gradients for step in steps), whole.gradients, strict=True):
+        torch.testing.assert_close(sum(ours) / ranks, theirs, rtol=1e-4, atol=1e-6)
+    # Of tokens that weigh unequally, means of ranks have no mean but for the losses.
+    names = whole.log if ranks == 1 else ("loss", "ipo/pg_loss", "ipo/kl_loss")
+    for key in names:
+        logged = sum(step.log[key] for step in steps) / (len(steps) / ranks)
+        torch.testing.assert_close(logged, whole.log[key], rtol=1e-5, atol=1e-6)
+
+
 def test_replay_of_top_p_stays_the_trainers(documented: Documented) -> None:
     data = batch()
     documented.loss(arguments(rollout_top_p=0.9), data, Policy()(data))  # asserted in the callee
@@ -566,6 +679,88 @@ def test_every_option_of_the_trainers_losses_is_honoured_or_refused() -> None:
         source = inspect.getsource(importlib.import_module(losses).policy_loss_function)
         read = set(re.findall(r"\bargs(?:\.|, \")(\w+)", source))
         assert read - refused <= KEPT_BY_THE_TRAINERS
+
+
+THE_TRAINERS_OWN = {  # of all arguments, what is not of the loss
+    # advantages and rewards, before it
+    *("advantage_estimator", "gamma", "lambd", "kl_coef", "normalize_advantages", "opd_kl_coef"),
+    *("use_opd", "opd_type", "opd_teacher_load", "opd_teacher_ckpt_step", "opd_teacher_key"),
+    *("opd_teacher_urls", "opd_log_prob_top_k", "opd_reward_weight_mode", "opd_top_k_strategy"),
+    *("opd_topk_per_position", "custom_advantage_function_path"),
+    *("disable_compute_advantages_and_returns", "disable_grpo_std_normalization"),
+    "disable_rewards_normalization",
+    # which samples and tokens there are
+    *("buffer_filter_path", "dynamic_sampling_filter_path", "over_sampling_batch_size"),
+    *("n_samples_per_prompt", "rollout_sample_filter_path", "rollout_sample_hook_path"),
+    *("rollout_all_samples_process_path", "custom_convert_samples_to_train_data_path"),
+    *("loss_mask_type", "mask_offpolicy_in_partial_rollout", "min_batch_collection_ratio"),
+    *("session_sample_picker_path", "session_sample_postprocessor_path"),
+    *("disable_rollout_trim_samples", "async_unused_samples_handler", "pause_generation_mode"),
+    # how log-probabilities are made; what the engine samples by (replayed, or warned of)
+    *("rollout_temperature", "rollout_top_p", "rollout_top_k", "log_probs_chunk_size"),
+    *("log_probs_max_tokens_per_gpu", "custom_megatron_before_log_prob_hook_path"),
+    *("recompute_logprobs_via_prefill", "recompute_loss_function", "true_on_policy_mode"),
+    # what names the loss and the average
+    *("loss_type", "custom_loss_function_path", "calculate_per_token_loss"),
+    # read with an option that is refused: use_tis, use_kl_loss, use_opsm
+    *("tis_clip", "tis_clip_low", "kl_loss_coef", "kl_loss_type", "use_unbiased_kl", "opsm_delta"),
+    # the critic, other losses of the model, metrics, evaluation, checks
+    *("value_clip", "mtp_loss_scaling_factor", "clip_grad", "use_rollout_entropy"),
+    *(
+        "log_correct_samples",
+        "eval_temperature",
+        "eval_top_k",
+        "eval_top_p",
+        "eval_overflow_policy",
+    ),
+    *("n_samples_per_eval_prompt", "moe_input_jitter_eps", "async_max_concurrent_samples"),
+    *("async_data_buffer_capacity_factor", "miles_dsa_topk_backend", "use_rollout_logprobs"),
+}
+NO_LOSS = ("ci_", "update_weight", "check_weight", "miles_router")
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_every_argument_that_may_touch_the_loss_is_known(name: str) -> None:
+    source = Path(importlib.util.find_spec(f"{name}.utils.arguments").origin).read_text()
+    arguments = {found.replace("-", "_") for found in re.findall(r'"--([a-z0-9-]+)"', source)}
+    ours = {argument for argument in arguments if not argument.startswith(NO_LOSS)}
+    assert_all_are_known(ours, THE_TRAINERS_OWN | options.NOT_HONOURED.keys() | {"eps_clip_high"})
+
+
+@pytest.mark.parametrize("function", ["loss", "corrected"])
+@pytest.mark.parametrize(
+    ("module", "sampling", "named"),
+    [
+        (SLIME, {"rollout_top_k": 20}, "top_k=20"),
+        (MILES, {"rollout_top_k": 20}, "top_k=20"),
+        (MILES, {"rollout_top_p": 0.9}, r"top_p=0\.9"),
+        (MILES, {"rollout_top_p": 0.9, "rollout_top_k": 5}, r"top_p=0\.9, top_k=5"),
+    ],
+)
+def test_what_bends_the_ratio_is_warned_of_once(
+    function: str,
+    module: str,
+    sampling: dict[str, Any],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options._warn_once.cache_clear()
+    data, args = batch(), {"loss": arguments, "corrected": correcting}[function](**sampling)
+    call = getattr(Documented(module, monkeypatch), function)
+    logits = Policy()(data)
+    with pytest.warns(UserWarning, match=f"^{named}: completions are drawn from another") as seen:
+        call(args, data, logits)
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(args, data, logits)
+
+
+@pytest.mark.filterwarnings("error:.*drawn from another")
+def test_what_slime_replays_is_not_warned_of(documented: Documented) -> None:
+    options._warn_once.cache_clear()
+    data = batch()
+    documented.loss(arguments(rollout_top_p=0.9), data, Policy()(data))
 
 
 def test_metrics_that_add_up_are_means_over_active_tokens() -> None:

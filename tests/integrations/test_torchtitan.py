@@ -7,30 +7,36 @@ pass are torchtitan's, and so is the loss that is compared with, loaded from its
 
 from __future__ import annotations
 
+import ast
 import copy
 import importlib.util
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torchtitan
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.components.loss import IGNORE_INDEX, ChunkedLossWrapper
+from torchtitan.config import ParallelismConfig
+from torchtitan.distributed.fsdp import disable_fsdp_gradient_division
 from torchtitan.distributed.spmd_types import set_current_spmd_mesh
 
 from ipo_ext import IPOConfig
-from ipo_ext.integrations.torchtitan import IPOLoss
+from ipo_ext.integrations.torchtitan import IPOLoss, check_config
 from tests.docs.page_blocks import blocks_of_host
 from tests.integrations.eager import assert_same_step, token_losses
+from tests.integrations.ranks import in_a_group, on_ranks
 
 BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.1)
 BATCH, LENGTH, VOCAB, CHUNKS = 2, 12, 11, 4
@@ -269,8 +275,131 @@ def test_a_plain_shard_of_the_vocabulary_is_refused(two_ranks: Any) -> None:
         loss_of()(logits, data["labels"], 17, **constants(data))
 
 
+def refusals_on_this_rank() -> list[str]:
+    """Of a shard of the vocabulary, plain and as a DTensor, both of this rank."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    torch.manual_seed(0)
+    data, logits = micro_batch(), torch.randn(BATCH, LENGTH, VOCAB + 1)
+    shard = distribute_tensor(logits, mesh, [Shard(2)])
+    refused = []
+    with set_current_spmd_mesh(mesh):
+        for given in (shard.to_local(), shard):
+            with pytest.raises(ValueError, match="logits: expected a plain tensor") as raised:
+                loss_of()(given, data["labels"], 17, **constants(data))
+            refused.append(str(raised.value))
+    return refused
+
+
+def test_every_tensor_parallel_rank_refuses() -> None:
+    for plain, distributed in on_ranks(in_a_group, refusals_on_this_rank):
+        assert "got a shard: this loss knows no shards" in plain
+        assert "got a DTensor of" in distributed
+
+
+class Step(NamedTuple):
+    """Of a rank, or of the whole, what the optimizer gets and what is reported."""
+
+    gradients: list[torch.Tensor]
+    metrics: dict[str, torch.Tensor]
+
+
+def step_of_rows(ranks: int) -> Step:
+    """A chunked step on this rank's rows of a batch whose last rows have no token that trains."""
+    torch.manual_seed(0)
+    model, data = Policy(), micro_batch((2 * BATCH, LENGTH))
+    data["loss_mask"][BATCH:] = False
+    tokens = int(data["loss_mask"].sum())
+    if ranks > 1:
+        rank = torch.distributed.get_rank()
+        data = {name: tensor.chunk(ranks)[rank] for name, tensor in data.items()}
+        mesh = init_device_mesh("cpu", (ranks,))
+        fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        disable_fsdp_gradient_division(model)
+        for module in (model, model.lm_head):
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply before it adds
+    loss_fn = IPOLoss.Config(ipo_config=BAND)
+    wrapper = ChunkedLossWrapper.Config(num_chunks=CHUNKS, loss_fn=loss_fn).build()
+    wrapper.set_lm_head(model.lm_head)
+    loss, metrics = wrapper(model(data["tokens"]), data["labels"], tokens, **constants(data))
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    whole = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in gradients]
+    return Step(whole, metrics)
+
+
+def test_two_ranks_one_of_them_without_tokens_step_as_one() -> None:
+    """By torchtitan's own FSDP, which adds gradients up."""
+    steps, whole = on_ranks(in_a_group, step_of_rows, 2), step_of_rows(1)
+    for step in steps:
+        for ours, theirs in zip(step.gradients, whole.gradients, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    metrics = combined([step.metrics for step in steps])
+    assert 0 < metrics["loss/ipo/is_masked/mean"] < 1
+    for name, value in whole.metrics.items():
+        torch.testing.assert_close(metrics[name], value)
+
+
 @pytest.mark.parametrize("block", blocks_of_host("torchtitan"), ids=str)
 def test_the_docs_block_builds(block: Any) -> None:
     names: dict[str, Any] = {}
     block.run(names)
     assert isinstance(names["loss"].build().loss_fn, IPOLoss)
+
+
+def whole_config(**changes: Any) -> SimpleNamespace:
+    """The options that are checked of torchtitan's, whose own class needs vLLM."""
+    sampling = {"temperature": 1.0, "top_p": 1.0} | changes
+    degree = sampling.pop("tensor_parallel_degree", 1)
+    return SimpleNamespace(
+        trainer=SimpleNamespace(parallelism=ParallelismConfig(tensor_parallel_degree=degree)),
+        generator=SimpleNamespace(sampling=SimpleNamespace(**sampling)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.8}, r"generator\.sampling\.temperature: expected 1, got 0\.8"),
+        ({"tensor_parallel_degree": 2}, r"tensor_parallel_degree: expected 1, got 2"),
+    ],
+)
+def test_the_whole_config_is_checked_before_anything_starts(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_config(whole_config(**changes))
+
+
+def test_what_bends_the_ratio_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"^top_p=0\.95: completions are drawn") as seen:
+        check_config(whole_config(top_p=0.95))
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_config(whole_config())
+
+
+def options_of(file: str, *kinds: str) -> set[str]:
+    """Of a config class, maybe inside another, in a module that needs vLLM: its text is read."""
+    path = Path(torchtitan.__file__).parent / "experiments" / "rl" / file
+    found: Any = ast.parse(path.read_text())
+    for kind in kinds:
+        (found,) = (
+            node for node in found.body if isinstance(node, ast.ClassDef) and node.name == kind
+        )
+    return {node.target.id for node in found.body if isinstance(node, ast.AnnAssign)}
+
+
+def test_every_option_of_sampling_is_known() -> None:
+    """torchtitan's losses have settings of their own; ours is put in their place."""
+    assert options_of("actors/generator.py", "SamplingConfig") == {
+        *("temperature", "top_p"),  # checked by check_config
+        *("max_tokens", "seed", "stop_token_ids"),
+    }
+
+
+def test_what_is_checked_stands_where_torchtitan_has_it() -> None:
+    assert {"trainer", "generator"} <= options_of("controller.py", "Controller", "Config")
+    assert {"parallelism", "loss"} <= options_of("actors/trainer.py", "PolicyTrainer", "Config")
+    assert "sampling" in options_of("actors/generator.py", "VLLMGenerator", "Config")

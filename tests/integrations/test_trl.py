@@ -6,12 +6,11 @@ import copy
 import dataclasses
 import functools
 import math
-import os
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +25,14 @@ from trl.generation.vllm_generation import extract_logprobs
 from trl.trainer import grpo_trainer
 
 from ipo_ext import IPOConfig
+from ipo_ext.integrations import _trl_options as trl_options
 from ipo_ext.integrations.trl import IPOTrainer
 from ipo_ext.integrations.trl_async import AsyncIPOTrainer
 from tests.docs.page_blocks import blocks_of_host
 from tests.integrations import async_rollouts
 from tests.integrations.eager import assert_same_step, token_losses
+from tests.integrations.options import assert_all_are_known
+from tests.integrations.ranks import on_ranks
 
 SYMBOLS = ["<pad>", "<eos>", *"0123456789+="]
 AVERAGES = ("dapo", "bnpo", "dr_grpo", "grpo")
@@ -289,35 +291,26 @@ def repeatable_rollout(prompts: list[str], trainer: GRPOTrainer) -> dict[str, li
     return out
 
 
-def trained(ranks: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+TrainedWeightsAndLogs = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
+
+
+def trained_two_steps(make: Callable[..., Any], ranks: int) -> TrainedWeightsAndLogs:
+    """By the trainer that ``make`` makes, from the same start and on the same eight rows."""
     torch.manual_seed(0)
-    trainer = trainer_of(
-        rollout_func=repeatable_rollout,
-        ipo_config=BAND,
-        per_device_train_batch_size=8 // ranks,
-        max_steps=2,
-        optim="sgd",
-        learning_rate=1.0,
-    )
+    rows = {"per_device_train_batch_size": 8 // ranks, "max_steps": 2}
+    trainer = make(ipo_config=BAND, optim="sgd", learning_rate=1.0, **rows)
+    assert trainer.accelerator.num_processes == ranks
     trainer.train()
     return trainer.model.state_dict(), trainer.state.log_history[:2]
 
 
-def train_on_a_rank(rank: int, ranks: int, port: int, result: str, train: Callable) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    outcome = train(ranks)
-    if rank == 0:
-        torch.save(outcome, result)
+def trained(ranks: int) -> TrainedWeightsAndLogs:
+    return trained_two_steps(functools.partial(trainer_of, rollout_func=repeatable_rollout), ranks)
 
 
-def assert_two_ranks_train_as_one(train: Callable, folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    result = str(folder / "two.pt")
-    torch.multiprocessing.spawn(train_on_a_rank, (2, port, result, train), nprocs=2)
-    (weights, logs), (expected, expected_logs) = torch.load(result), train(1)
+def assert_two_ranks_train_as_one(train: Callable[[int], TrainedWeightsAndLogs]) -> None:
+    (weights, logs), _ = on_ranks(train, 2)
+    expected, expected_logs = train(1)
     torch.testing.assert_close(weights, expected)
     for log, expected_log in zip(logs, expected_logs, strict=True):
         assert 0 < log["ipo/is_masked"] < 1
@@ -325,8 +318,8 @@ def assert_two_ranks_train_as_one(train: Callable, folder: Path) -> None:
             assert log[name] == pytest.approx(expected_log[name], rel=1e-4, abs=1e-6), name
 
 
-def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    assert_two_ranks_train_as_one(trained, tmp_path)
+def test_two_ranks_train_as_one() -> None:
+    assert_two_ranks_train_as_one(trained)
 
 
 def test_evaluates() -> None:
@@ -364,8 +357,6 @@ def test_every_option_of_a_loss_is_accounted_for() -> None:
     """A new option of a later TRL's loss is honoured or refused here before it is released."""
     import inspect
 
-    from ipo_ext.integrations import _trl_options as options
-
     source = inspect.getsource(GRPOTrainer._compute_loss)
     read = {name for name in GRPOConfig.__dataclass_fields__ if f"args.{name}" in source}
     read |= {name for name in vars(trainer_of()) if f"self.{name}" in source} & set(
@@ -384,7 +375,29 @@ def test_every_option_of_a_loss_is_accounted_for() -> None:
         "vllm_importance_sampling_correction",
         "max_completion_length",
     }
-    assert read <= honoured | set(options.NOT_HONOURED)
+    assert read <= honoured | set(trl_options.NOT_HONOURED)
+
+
+WITH_OTHER_OPTIONS = {  # read with one that is refused, or with TRL's correction, which is off
+    *("use_bias_correction_kl", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
+    *("entropy_target", "vllm_importance_sampling_mode", "vllm_importance_sampling_cap"),
+    *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
+}
+TRLS_OWN = {  # what IPOTrainer and AsyncIPOTrainer leave to TRL
+    *("router_aux_loss_coef", "loss_type", "temperature", "generation_kwargs"),
+    *("vllm_importance_sampling_correction", "mask_truncated_completions", "reward_weights"),
+    *("multi_objective_aggregation", "scale_rewards", "num_generations", "num_generations_eval"),
+    *("generation_batch_size", "steps_per_generation", "ds3_gather_for_generation"),
+    "fork_threshold_tokens",
+}
+
+
+@pytest.mark.parametrize("kind", [GRPOConfig, AsyncGRPOConfig])
+def test_every_option_that_may_touch_the_loss_is_known(kind: type) -> None:
+    added = kind.__dataclass_fields__.keys() - transformers.TrainingArguments.__dataclass_fields__
+    warned_of = set(trl_options._SAMPLING)
+    known = WITH_OTHER_OPTIONS | TRLS_OWN | warned_of | trl_options.NOT_HONOURED.keys()
+    assert_all_are_known(added, known)
 
 
 @pytest.mark.parametrize("place", ["by keyword", "by position"])
@@ -794,28 +807,17 @@ def test_an_asynchronous_row_without_trained_tokens_runs_backward(saved_policy: 
     assert train_async(trainer, check) == 2
 
 
-def trained_asynchronously(
-    model: str, ranks: int
-) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    torch.manual_seed(0)
+def trained_asynchronously(model: str, ranks: int) -> TrainedWeightsAndLogs:
+    def make(**options: Any) -> AsyncGRPOTrainer:
+        return async_trainer_of(model, rollout_samples(48), **options)
+
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch)
-        trainer = async_trainer_of(
-            model,
-            rollout_samples(48),
-            ipo_config=BAND,
-            per_device_train_batch_size=8 // ranks,
-            max_steps=2,
-            optim="sgd",
-            learning_rate=1.0,
-        )
-        trainer.train()
-    return trainer.model.state_dict(), trainer.state.log_history[:2]
+        return trained_two_steps(make, ranks)
 
 
-def test_two_ranks_train_asynchronously_as_one(saved_policy: str, tmp_path: Path) -> None:
-    train = functools.partial(trained_asynchronously, saved_policy)
-    assert_two_ranks_train_as_one(train, tmp_path)
+def test_two_ranks_train_asynchronously_as_one(saved_policy: str) -> None:
+    assert_two_ranks_train_as_one(functools.partial(trained_asynchronously, saved_policy))
 
 
 def test_the_guide_trains_asynchronously(
@@ -877,10 +879,8 @@ def test_every_option_of_the_asynchronous_trainer_is_accounted_for() -> None:
     """A new option that its loss reads is honoured or refused here before it is released."""
     import inspect
 
-    from ipo_ext.integrations import _trl_options as options
-
     source = inspect.getsource(AsyncGRPOTrainer.compute_loss)
     read = {name for name in AsyncGRPOConfig.__dataclass_fields__ if f"self.{name}" in source}
     read |= {name for name in AsyncGRPOConfig.__dataclass_fields__ if f"args.{name}" in source}
     assert "epsilon" in read
-    assert read <= {"router_aux_loss_coef"} | set(options.NOT_HONOURED)
+    assert read <= {"router_aux_loss_coef"} | set(trl_options.NOT_HONOURED)

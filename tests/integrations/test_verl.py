@@ -19,22 +19,30 @@ import pytest
 import torch
 import transformers
 from hydra import compose, initialize_config_module
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from ray import cloudpickle
 from verl.protocol import DataProto
-from verl.trainer.config import RolloutCorrectionConfig
+from verl.trainer.config import AlgoConfig, RolloutCorrectionConfig
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
 from verl.trainer.ppo.rollout_corr_helper import apply_bypass_mode, compute_rollout_rejection_mask
 from verl.trainer.ppo.v1 import get_trainer_cls, trainer_base
 from verl.utils import tensordict_utils
 from verl.utils.config import omega_conf_to_dataclass
-from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig
+from verl.workers.config import (
+    ActorConfig,
+    FSDPActorConfig,
+    McoreActorConfig,
+    PolicyLossConfig,
+    RolloutConfig,
+)
 from verl.workers.utils.losses import ppo_loss
 
 from ipo_ext import IPOConfig, aggregate
+from ipo_ext.integrations import _verl_correction
 from ipo_ext.integrations import verl as adapter
 from tests.docs.page_blocks import blocks_of_host
 from tests.integrations.eager import assert_same_step, token_losses
+from tests.integrations.options import assert_all_are_known
 
 BAND = IPOConfig(dppo_mask_low=0.5, dppo_mask_high=2.0, kl_tau=0.1)
 MODES = (
@@ -450,11 +458,11 @@ LEFT_TO_THE_LOSS = (
     (
         ("algorithm.rollout_correction.rollout_rs=token_k1",
          "algorithm.rollout_correction.rollout_rs_threshold=2.0"),
-        "rollout_rs: expected it in actor.policy_loss too",
+        "rollout_rs: expected the same in actor.policy_loss.rollout_correction",
     ),
     (
         ("algorithm.rollout_correction.loss_type=reinforce",),
-        "loss_type: expected it in actor.policy_loss too",
+        "loss_type: expected the same in actor.policy_loss.rollout_correction",
     ),
 )  # fmt: skip
 
@@ -531,6 +539,41 @@ def test_the_whole_config_is_refused_before_anything_starts(
         adapter.check_config(verls_config(bypass, *overrides, name=name))
 
 
+@pytest.mark.parametrize(
+    ("corrected", "name", "value"),
+    [
+        ({"rollout_rs": "token_k1", "rollout_rs_threshold": 2.0}, "rollout_rs_threshold", 3.0),
+        ({"rollout_rs": "token_k1", "rollout_rs_threshold": 2.0}, "rollout_rs_threshold", None),
+        ({"rollout_rs": "token_k1", "rollout_rs_threshold": 2.0}, "bypass_mode", False),
+        ({"loss_type": "reinforce"}, "rollout_is", "token"),
+        ({"loss_type": "reinforce"}, "rollout_is_batch_normalize", True),
+        ({"loss_type": "reinforce"}, "rollout_is_threshold", 3.0),
+        ({}, "rollout_rs", "token_k1"),
+        ({}, "loss_type", "reinforce"),
+    ],
+)
+def test_what_is_handed_over_must_be_what_the_algorithm_says(
+    corrected: dict[str, Any], name: str, value: object
+) -> None:
+    config = verls_config(*guides_command())
+    with open_dict(config):
+        correction = config.algorithm.rollout_correction
+        correction.update(corrected)
+        adapter.check_config(config)
+        handed_over = OmegaConf.create({**correction, name: value})
+        config.actor_rollout_ref.actor.policy_loss.rollout_correction = handed_over
+    with pytest.raises(ValueError, match=r"expected the same in actor\.policy_loss"):
+        adapter.check_config(config)
+
+
+def test_what_no_loss_reads_may_differ_there() -> None:
+    config = verls_config(*guides_command())
+    with open_dict(config):
+        handed_over = OmegaConf.create({**config.algorithm.rollout_correction, "rollout_is": None})
+        config.actor_rollout_ref.actor.policy_loss.rollout_correction = handed_over
+    adapter.check_config(config)
+
+
 def test_a_worker_that_was_handed_nothing_sees_no_correction_and_says_so_once() -> None:
     """If a later verl hands it over, this fails, and the guide's command can be shorter."""
     correction = "algorithm.rollout_correction"
@@ -597,6 +640,73 @@ def test_every_option_of_the_config_is_accounted_for() -> None:
     """A new option of a later verl's policy losses is honoured or refused here."""
     fields = {field.name for field in dataclasses.fields(PolicyLossConfig)}
     assert fields - set(adapter._NOT_HONOURED) == {"_target_", "loss_mode", "rollout_correction"}
+    fields = {field.name for field in dataclasses.fields(RolloutCorrectionConfig)}
+    compared = set(
+        _verl_correction._left_to_the_loss({"bypass_mode": True, "loss_type": "reinforce"})
+    )
+    assert fields - compared == {"_target_", "rollout_rs", "rollout_rs_threshold"}
+
+
+VERLS_OWN = {  # what verl applies before, after or beside the policy loss
+    *("policy_loss", "loss_agg_mode", "loss_scale_factor", "entropy_coeff", "calculate_entropy"),
+    *("use_kl_loss", "kl_loss_coef", "kl_loss_type", "grad_clip", "entropy_checkpointing"),
+    *("entropy_from_logits_with_chunking", "entropy_from_logits_chunk_size"),
+    "use_rollout_log_probs",  # verl reads it nowhere
+    *("gamma", "adv_estimator", "norm_adv_by_std_in_grpo", "use_kl_in_reward", "kl_penalty"),
+    *("kl_ctrl", "filter_groups", "rollout_correction", "gdpo_reward_weights"),
+}
+OF_ROLLOUTS = {
+    *("temperature", "logprobs_mode", "top_p", "top_k", "do_sample"),  # checked by check_config
+    "calculate_log_probs",  # without it verl raises in bypass mode
+    "repetition_penalty",  # verl's agent loops set it to 1
+    *("over_sample_rate", "cudagraph_capture_sizes", "scheduling_policy"),
+    *("log_prob_micro_batch_size", "log_prob_micro_batch_size_per_gpu"),
+    *("log_prob_use_dynamic_bsz", "log_prob_max_token_len_per_gpu"),
+}
+
+
+@pytest.mark.parametrize("kind", [FSDPActorConfig, McoreActorConfig, AlgoConfig, RolloutConfig])
+def test_every_option_that_may_touch_the_loss_is_known(kind: type) -> None:
+    options = [field.name for field in dataclasses.fields(kind)]
+    known = OF_ROLLOUTS if kind is RolloutConfig else VERLS_OWN | adapter._NOT_HONOURED.keys()
+    assert_all_are_known(options, known)
+
+
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "got"),
+    [
+        (("temperature=0.8", "logprobs_mode=raw_logprobs"), r"is 0\.8, got 'raw_logprobs'"),
+        (("temperature=0.8", "logprobs_mode=null"), r"is 0\.8, got None"),
+        (("logprobs_mode=processed_logits",), r"is 1\.0, got 'processed_logits'"),
+    ],
+)
+def test_the_engines_log_probabilities_are_those_that_it_sampled_by(
+    overrides: tuple[str, ...], got: str
+) -> None:
+    given = [f"{ROLLOUT}.{override}" for override in overrides]
+    with pytest.raises(ValueError, match=f"logprobs_mode: expected processed_logprobs, .* {got}"):
+        adapter.check_config(verls_config(*guides_command(), *given))
+    adapter.check_config(verls_config(*given))  # decoupled, the ratio is to verl's own
+
+
+def test_log_probabilities_from_before_temperature_1_are_those_from_after() -> None:
+    given = f"{ROLLOUT}.logprobs_mode=raw_logprobs"
+    adapter.check_config(verls_config(*guides_command(), given))
+
+
+@pytest.mark.parametrize("option", ["top_p=0.9", "top_k=20", "do_sample=False"])
+def test_what_bends_the_ratio_to_the_engine_is_warned_of(option: str) -> None:
+    config = verls_config(*guides_command(), f"{ROLLOUT}.{option}")
+    with pytest.warns(UserWarning, match=f"^{option}: completions are drawn from another") as seen:
+        adapter.check_config(config)
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*drawn from another")
+        adapter.check_config(verls_config(f"{ROLLOUT}.{option}"))
+        adapter.check_config(verls_config(*guides_command()))
 
 
 def test_another_name_and_another_config() -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ipo_ext import _C
-from ipo_ext._numbers import without_infinities
+from ipo_ext._numbers import is_number, without_infinities
 from ipo_ext._ops.arguments import Components
 from ipo_ext._prime_rl_sections import NEWEST
 
@@ -21,6 +21,35 @@ _REF_KL = {
 def check_version(version: str) -> None:
     if version not in _REF_KL:
         raise ValueError(f"version: expected one of {', '.join(_REF_KL)}, got {version!r}")
+
+
+def check_scale(name: str, scale: float | torch.Tensor, least: int = 1) -> None:
+    """By upstream's name for it, before it is the normalizer of a component.
+
+    A scale of no tokens is 1 upstream where the component always is, else 0.
+    """
+    if isinstance(scale, torch.Tensor):
+        _check_scale_tensor(name, scale)
+    elif not is_number(scale):
+        raise TypeError(
+            f"{name}: expected a number of tokens or a 0-dim tensor, got {type(scale).__name__}"
+        )
+    elif not scale < math.inf or scale < 0 or (scale == 0 and least > 0):
+        bound = "> 0" if least > 0 else ">= 0"
+        raise ValueError(f"{name}: expected a number of tokens {bound} or a tensor, got {scale!r}")
+
+
+def _check_scale_tensor(name: str, scale: torch.Tensor) -> None:
+    if scale.dtype == torch.bool or scale.is_complex():
+        raise TypeError(f"{name}: expected a tensor of floats or integers, got {scale.dtype}")
+    if scale.numel() != 1:
+        raise ValueError(f"{name}: expected a tensor of one element, got {list(scale.shape)}")
+    if scale.requires_grad:
+        raise ValueError(
+            f"{name}: expected a tensor that does not require grad; pass {name}.detach()"
+        )
+    if scale.is_cpu and not scale >= 0:  # on a GPU, to look would wait for it
+        raise ValueError(f"{name}: expected a number of tokens >= 0, got {scale.item()}")
 
 
 def components_of(
@@ -62,5 +91,5 @@ def metrics_of(means: torch.Tensor, components: Components) -> dict[str, torch.T
 def _as_tensor(scale: float | torch.Tensor) -> torch.Tensor:
     """A scale of 0, of a step without tokens of the component, is a loss of 0."""
     if isinstance(scale, torch.Tensor):
-        return scale
+        return scale.reshape(())
     return torch.scalar_tensor(scale, dtype=torch.float64, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from ipo_ext.integrations._refusals import (
     Sequences,
     refuse_changed,
 )
+from ipo_ext.integrations._sampling import warn_of_another_distribution
 
 SPLIT = "under context parallelism a rank sees a part of each sequence and cannot drop the whole"
 _COUNTED_TWICE = "the ratio of this loss is already taken to rollout_log_probs"
@@ -54,6 +56,17 @@ def _refuse_other_losses(args: Namespace) -> None:
             "advantage_estimator: expected one that says how advantages are made, got "
             f"{args.advantage_estimator!r}, which is a loss of its own"
         )
+
+
+def warn_of_what_bends_the_ratio(args: Namespace, replays_top_p: bool) -> None:
+    """Once for what the engine samples by; slime takes the logits over what top-p kept."""
+    top_p = None if replays_top_p else getattr(args, "rollout_top_p", None)
+    _warn_once(top_p, getattr(args, "rollout_top_k", None))
+
+
+@functools.cache
+def _warn_once(top_p: float | None, top_k: int | None) -> None:
+    warn_of_another_distribution({"top_p": top_p, "top_k": top_k}, stacklevel=5)
 
 
 def refuse_what_a_weight_cannot_have(config: IPOConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from trl import GRPOConfig
@@ -14,6 +13,7 @@ from ipo_ext.integrations._refusals import (
     OTHER_LOSS,
     refuse_changed_fields,
 )
+from ipo_ext.integrations._sampling import warn_of_another_distribution
 
 _AVERAGES = ("dapo", "bnpo", "dr_grpo", "grpo")
 
@@ -37,14 +37,9 @@ NOT_HONOURED = {
 }
 
 
-def refuse_other_losses(args: Any) -> None:
-    """Raises ``ValueError`` for an option of another loss, of those that the config has."""
-    refuse_changed_fields(args, NOT_HONOURED)
-
-
 def refuse_what_is_not_honoured(args: GRPOConfig) -> None:
     """Raises ``ValueError`` for an option that this loss would ignore or contradict."""
-    refuse_other_losses(args)
+    refuse_changed_fields(args, NOT_HONOURED)
     if args.loss_type not in _AVERAGES:
         raise ValueError(
             f"loss_type: expected how to average, one of {', '.join(_AVERAGES)}, got "
@@ -75,45 +70,12 @@ def _refuse_wrong_logprobs(args: GRPOConfig) -> None:
 
 
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "vllm_structured_outputs_regex")
-_DRAWS_FROM_THE_POLICY = {
-    "top_p": (1,),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "min_tokens": (0,),
-    "do_sample": (True,),
-    "num_beams": (1,),
-}
-_CHANGES_NO_DISTRIBUTION = {  # where a completion ends, what comes with it
-    *("temperature", "logprobs", "prompt_logprobs"),  # the first two are refused where they do
-    *("max_tokens", "max_new_tokens", "max_time", "stop", "stop_strings", "stop_token_ids"),
-    *("eos_token_id", "bos_token_id", "pad_token_id", "ignore_eos", "include_stop_str_in_output"),
-    *("detokenize", "skip_special_tokens", "spaces_between_special_tokens"),
-    *("seed", "use_cache", "cache_implementation"),
-}
 
 
 def warn_of_what_bends_the_ratio(args: Any) -> None:
-    """Names what makes the sampler's distribution another than the one that is trained."""
+    """Of the sampling options of ``GRPOConfig`` or ``AsyncGRPOConfig``."""
     given = {name: getattr(args, name, None) for name in _SAMPLING}
-    given |= getattr(args, "generation_kwargs", None) or {}
-    bent = [
-        f"{name}={value!r}"
-        for name, value in given.items()
-        if name not in _CHANGES_NO_DISTRIBUTION
-        and value is not None
-        and value not in _DRAWS_FROM_THE_POLICY.get(name, ())
-    ]
-    if bent:
-        warnings.warn(
-            f"{', '.join(bent)}: completions are drawn from another distribution than the trained "
-            "one, so the ratio is off where nothing is stale: more tokens are masked and "
-            "ipo/mismatch_kl reports it; without an engine's log-probabilities nothing does. Leave "
-            "them at their defaults, or widen the bounds of ipo_config (docs/integrations.md)",
-            stacklevel=3,
-        )
+    warn_of_another_distribution(given | (getattr(args, "generation_kwargs", None) or {}))
 
 
 def refuse_raw_logprobs(server_info: dict[str, Any]) -> None:

@@ -19,12 +19,41 @@ from ipo_ext.functional import ipo_loss
 
 _REINFORCE = IPOConfig(mask_rule="none", pg_form="reinforce", kl_tau=0.0)
 
+HAND_OVER = (
+    "+actor_rollout_ref.actor.policy_loss.rollout_correction='${algorithm.rollout_correction}'"
+)
+
 
 class Bounds(NamedTuple):
     """Of a ratio."""
 
     low: float
     high: float
+
+
+def refuse_what_is_not_handed_over(correction: Any, handed_over: Any) -> None:
+    """verl does not tell its workers of what it leaves to the loss in bypass mode."""
+    theirs, ours = correction or {}, handed_over or {}
+    for name in dict.fromkeys([*_left_to_the_loss(theirs), *_left_to_the_loss(ours)]):
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"algorithm.rollout_correction.{name}: expected the same in "
+                "actor.policy_loss.rollout_correction, which the workers read, got "
+                f"{theirs.get(name)!r} and there {ours.get(name)!r}; to have both alike add "
+                f"{HAND_OVER}"
+            )
+
+
+def _left_to_the_loss(correction: Any) -> list[str]:
+    """The options by which the loss differs from what it is without a correction."""
+    if not correction.get("bypass_mode"):
+        return []
+    names: list[str] = []
+    if correction.get("rollout_rs"):
+        names += ["rollout_rs", "rollout_rs_threshold"]
+    if correction.get("loss_type", "ppo_clip") != "ppo_clip":
+        names += ["loss_type", "rollout_is", "rollout_is_threshold", "rollout_is_batch_normalize"]
+    return [*names, "bypass_mode"] if names else []
 
 
 def loss_of(correction: Any, ipo_config: IPOConfig) -> IPOConfig:

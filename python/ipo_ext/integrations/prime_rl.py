@@ -8,7 +8,6 @@ its LM head (docs/integrations.md).
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +24,7 @@ from ipo_ext.functional import (
 )
 from ipo_ext.integrations._batches import cu_seqlens_of
 from ipo_ext.integrations._prime_rl_components import (
+    check_scale,
     check_version,
     components_of,
     metrics_of,
@@ -150,7 +150,7 @@ def compute_loss(
         advantages=advantages,
         loss_mask=loss_mask,
     )
-    _refuse_other_scales("loss_scale", loss_scale)
+    check_scale("loss_scale", loss_scale)
     return _packed_loss(
         trainer_logprobs,
         inference_logprobs,
@@ -198,8 +198,10 @@ def compute_component_loss(
         ``ref_kl/unmasked_mismatch_kl``, are ``[1]``, means over the component's tokens.
 
     Raises:
-        ValueError: ``ref_kl_weights`` without ``ref_logprobs``, or the log-probabilities of a
-            sampling mask, which score centering alone reads.
+        ValueError: ``ref_kl_weights`` without ``ref_logprobs``, the log-probabilities of a
+            sampling mask, which score centering alone reads, or a scale that is no number of tokens
+            (``rl_scale`` above 0, the others at least 0).
+        TypeError: a scale that is neither a number nor a tensor of numbers.
     """
     for name, logprobs in (
         ("trainer_mask_logprobs", trainer_mask_logprobs),
@@ -226,7 +228,9 @@ def compute_component_loss(
         ce_weights=ce_weights,
         ref_kl_weights=ref_kl_weights,
     )
-    _refuse_other_scales("rl_scale", rl_scale)
+    check_scale("rl_scale", rl_scale)
+    check_scale("ce_scale", ce_scale, least=0)
+    check_scale("ref_kl_scale", ref_kl_scale, least=0)
     reference = _packed(ref_logprobs)
     components = components_of(
         version, _packed(ce_weights), _packed(ref_kl_weights), reference, ce_scale, ref_kl_scale
@@ -389,12 +393,6 @@ def _packed_loss(
         return out.loss, dict(out.metrics.items())
     out, means = component_loss(*tokens, components=components, **others)
     return out.loss, {**dict(out.metrics.items()), **metrics_of(means, components)}
-
-
-def _refuse_other_scales(name: str, scale: float | torch.Tensor) -> None:
-    """A number of tokens that is 0 on a rank without any is to be 1 there, as upstream has it."""
-    if not isinstance(scale, torch.Tensor) and not 0 < scale < math.inf:
-        raise ValueError(f"{name}: expected a number of tokens > 0 or a tensor, got {scale!r}")
 
 
 def _packed(sequences: Sequences | None) -> torch.Tensor | None:

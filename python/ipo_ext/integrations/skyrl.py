@@ -15,12 +15,11 @@ from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry, regis
 from ipo_ext._numbers import is_number
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
-from ipo_ext.integrations._refusals import (
-    BOUNDS,
-    OTHER_LOSS,
-    refuse_a_teacher,
-    refuse_changed_fields,
-    refuse_other_shapes,
+from ipo_ext.integrations._refusals import refuse_a_teacher, refuse_other_shapes
+from ipo_ext.integrations._skyrl_options import (
+    refuse_what_is_not_honoured,
+    refuse_wrong_logprobs,
+    warn_of_what_bends_the_ratio,
 )
 
 _DEFAULT = IPOConfig(kl_tau=0.0)
@@ -94,61 +93,21 @@ def register(
 def check_config(config: Any) -> None:
     """Checks SkyRL's whole config before anything starts.
 
-    The loss itself refuses the same options, but in its first step, and it cannot see how the
-    engine reports log-probabilities.
+    The loss itself refuses the same options of ``trainer.algorithm``, but in its first step, and it
+    cannot see how the engine samples. What makes that another distribution than the trained one is
+    warned of.
 
     Args:
         config: a ``SkyRLTrainConfig``.
 
     Raises:
-        ValueError: an option that the loss does not honour is set, or the engine reports no
-            log-probabilities, or those from before temperature.
+        ValueError: an option that the loss does not honour is set, the engine reports no
+            log-probabilities, or those from before temperature, or the trained logits are divided
+            by another temperature than the sampled ones.
     """
     refuse_what_is_not_honoured(config.trainer.algorithm)
-    sampling, engine = config.generator.sampling_params, config.generator.inference_engine
-    if sampling.logprobs is None:
-        raise ValueError(
-            "generator.sampling_params.logprobs: expected 1, got None: the ratio of this loss is "
-            "taken to the engine's log-probabilities"
-        )
-    mode = engine.engine_init_kwargs.get("logprobs_mode")
-    processed = engine.enable_return_sample_support_set or mode == "processed_logprobs"
-    if sampling.temperature != 1 and not processed:
-        raise ValueError(
-            "generator.inference_engine.engine_init_kwargs.logprobs_mode: expected "
-            f"processed_logprobs, as sampling_params.temperature is {sampling.temperature!r}, got "
-            f"{mode!r}: vLLM then reports log-probabilities from before temperature"
-        )
-
-
-_LOSS_SECTIONS = ("sapo", "clip_cov", "kl_cov", "cispo", "dppo")
-NOT_HONOURED = {
-    "eps_clip_low": BOUNDS,
-    "eps_clip_high": BOUNDS,
-    "clip_ratio_c": BOUNDS,
-    **dict.fromkeys(_LOSS_SECTIONS, OTHER_LOSS),
-}
-_COUNTED_TWICE = (
-    "the ratio of this loss is already taken to the engine's log-probabilities, this one would "
-    "count it twice"
-)
-
-
-def refuse_what_is_not_honoured(algorithm: Any) -> None:
-    """Raises ``ValueError`` for an option of ``AlgorithmConfig`` that this loss would ignore."""
-    refuse_changed_fields(algorithm, NOT_HONOURED, "algorithm.")
-    refuse_changed_fields(algorithm, {"use_tis": _COUNTED_TWICE}, "algorithm.")
-    correction = algorithm.off_policy_correction
-    refuse_changed_fields(
-        correction, {"tis_ratio_type": _COUNTED_TWICE}, "algorithm.off_policy_correction."
-    )
-    bounds = ("token_mask_is_threshold_low", "token_mask_is_threshold_high")
-    missing = [name for name in bounds if getattr(correction, name) is None]
-    if len(missing) == 1:
-        raise ValueError(
-            f"algorithm.off_policy_correction.{missing[0]}: expected a number beside the other "
-            "threshold, got None: SkyRL ignores one without the other"
-        )
+    refuse_wrong_logprobs(config)
+    warn_of_what_bends_the_ratio(config)
 
 
 def _check_kl_normalizer(kl_tau: float, kl_normalizer: float | None) -> None:

@@ -6,8 +6,6 @@ each sample, of this rank's part of the sample under context parallelism.
 
 from __future__ import annotations
 
-import inspect
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,7 +33,9 @@ from ipo_ext.integrations._slime_options import (
     refuse_what_the_loss_ignores,
     refuse_what_the_weight_ignores,
     sampled_of,
+    warn_of_what_bends_the_ratio,
 )
+from ipo_ext.integrations._slime_trainer import replays_top_p, response_logprobs
 
 Metrics = dict[str, torch.Tensor]
 LossFunction = Callable[..., tuple[torch.Tensor, Metrics]]
@@ -64,14 +64,15 @@ def custom_loss(ipo_config: IPOConfig = _DEFAULT) -> LossFunction:
         sum_of_sample_mean: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, Metrics]:
         refuse_what_the_loss_ignores(args)
+        warn_of_what_bends_the_ratio(args, replays_top_p())
         sampled = sampled_of(batch.get("rollout_log_probs"))
         refuse_other_masks(batch["loss_masks"], batch["response_lengths"])
-        logprobs = _response_logprobs(args, batch, logits)
+        logprobs = response_logprobs(args, batch, logits)
         advantages = batch["advantages"]
         refuse_unequal_lengths(
             "log_probs", logprobs, rollout_log_probs=sampled, advantages=advantages
         )
-        if _is_split(logprobs, batch["response_lengths"]):
+        if _is_split(args, logprobs, batch["response_lengths"]):
             refuse_rules_on_sequences(ipo_config, SPLIT)
         trained = torch.cat(list(logprobs))
         weights = weights_of(sum_of_sample_mean, trained)
@@ -123,10 +124,11 @@ def custom_tis(ipo_config: IPOConfig = _WITHOUT_KL) -> TISFunction:
         **_: Any,
     ) -> tuple[torch.Tensor, Sequences, Metrics]:
         refuse_what_the_weight_ignores(args)
+        warn_of_what_bends_the_ratio(args, replays_top_p())
         sampled = sampled_of(rollout_log_probs)
         refuse_other_masks(loss_masks, response_lengths)
         refuse_unequal_lengths("train_log_probs", train_log_probs, rollout_log_probs=sampled)
-        weights, x = _correction(train_log_probs, sampled, loss_masks, ipo_config)
+        weights, x = _correction(args, train_log_probs, sampled, loss_masks, ipo_config)
         kept = weights != 0
         metrics = {
             "ipo/is_masked": ~kept,
@@ -141,32 +143,8 @@ def custom_tis(ipo_config: IPOConfig = _WITHOUT_KL) -> TISFunction:
     return tis_function
 
 
-def _response_logprobs(
-    args: Namespace, batch: Mapping[str, Any], logits: torch.Tensor
-) -> Sequences:
-    """By the function of the trainer that is running, with all of the batch that it takes."""
-    module = next((sys.modules[name] for name in _TRAINERS if name in sys.modules), None)
-    if module is None:
-        raise RuntimeError(
-            f"custom_loss: expected a trainer that has imported one of {', '.join(_TRAINERS)}, for "
-            "its get_log_probs_and_entropy, got none of them"
-        )
-    compute = module.get_log_probs_and_entropy
-    options = {name: batch[name] for name in inspect.signature(compute).parameters if name in batch}
-    if hasattr(module, "get_rollout_top_p_logprob_kwargs"):
-        options |= module.get_rollout_top_p_logprob_kwargs(args, batch)
-    computed = compute(logits, args=args, **options)
-    return (computed[1] if isinstance(computed, tuple) else computed)["log_probs"]
-
-
-_TRAINERS = (  # the modules that hold get_log_probs_and_entropy
-    "slime.backends.megatron_utils.loss",
-    "miles.backends.training_utils.loss_hub.logit_processors",
-    "miles.backends.training_utils.loss.hub.logit_processors",  # since 2026-09
-)
-
-
 def _correction(
+    args: Namespace,
     train_log_probs: Sequences,
     rollout_log_probs: Sequences,
     loss_masks: Sequences,
@@ -176,7 +154,7 @@ def _correction(
     trained = torch.cat(list(train_log_probs)).detach().requires_grad_()
     sampled = torch.cat(list(rollout_log_probs))
     mask = torch.ones_like(sampled, dtype=torch.bool)
-    if _is_split(train_log_probs, [len(loss_mask) for loss_mask in loss_masks]):
+    if _is_split(args, train_log_probs, [len(loss_mask) for loss_mask in loss_masks]):
         refuse_rules_on_sequences(config, SPLIT)
     else:
         mask = torch.cat(list(loss_masks)) != 0
@@ -192,5 +170,7 @@ def _correction(
     return torch.autograd.grad(out.loss, trained)[0], trained.detach() - sampled
 
 
-def _is_split(sequences: Sequences, lengths: list[int]) -> bool:
-    return [len(tokens) for tokens in sequences] != lengths
+def _is_split(args: Namespace, sequences: Sequences, lengths: list[int]) -> bool:
+    """Whether ranks share sequences; one rank may all the same hold the whole of each."""
+    is_parallel = getattr(args, "context_parallel_size", 1) > 1
+    return is_parallel or [len(tokens) for tokens in sequences] != lengths

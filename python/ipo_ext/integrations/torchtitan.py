@@ -18,6 +18,7 @@ from ipo_ext.integrations._refusals import (
     refuse_other_shapes,
     refuse_rules_on_sequences,
 )
+from ipo_ext.integrations._sampling import warn_of_another_distribution
 
 
 class IPOLoss(BaseLoss):
@@ -89,6 +90,34 @@ class IPOLoss(BaseLoss):
             config=self.ipo_config,
         )
         return out.loss, _named_as_in_torchtitan(out.loss, out.metrics, mask.sum() / normalizer)
+
+
+def check_config(config: Any) -> None:
+    """Checks the whole config of torchtitan's RL trainer before anything starts.
+
+    The loss hears of none of it. What makes the generator's distribution another than the trained
+    one is warned of.
+
+    Args:
+        config: a ``Controller.Config``, with ``trainer.parallelism`` and ``generator.sampling``.
+
+    Raises:
+        ValueError: the vocabulary is split, or the generator samples at another temperature than
+            1, by which torchtitan divides neither its logits nor vLLM's log-probabilities.
+    """
+    degree = config.trainer.parallelism.tensor_parallel_degree
+    if degree > 1:
+        raise ValueError(
+            f"trainer.parallelism.tensor_parallel_degree: expected 1, got {degree}: this loss "
+            "knows no shards of the vocabulary"
+        )
+    sampling = config.generator.sampling
+    if sampling.temperature != 1:
+        raise ValueError(
+            f"generator.sampling.temperature: expected 1, got {sampling.temperature!r}, by which "
+            "torchtitan divides neither the trained logits nor the generator's log-probabilities"
+        )
+    warn_of_another_distribution({"top_p": sampling.top_p}, stacklevel=3)
 
 
 def _refuse_a_part_of_the_vocabulary(logits: torch.Tensor) -> None:

@@ -12,9 +12,9 @@ from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import ipo_loss
-from ipo_ext.integrations._refusals import refuse_a_teacher
+from ipo_ext.integrations._refusals import refuse_a_teacher, refuse_changed_fields
 from ipo_ext.integrations._trl_options import (
-    refuse_other_losses,
+    NOT_HONOURED,
     refuse_raw_logprobs,
     warn_of_what_bends_the_ratio,
 )
@@ -46,7 +46,7 @@ class AsyncIPOTrainer(AsyncGRPOTrainer):
         refuse_a_teacher(self.ipo_config, "TRL")
         given = inspect.signature(AsyncGRPOTrainer).bind_partial(*args, **kwargs)
         if (options := given.arguments.get("args")) is not None:
-            refuse_other_losses(options)
+            refuse_changed_fields(options, NOT_HONOURED)
             warn_of_what_bends_the_ratio(options)
         super().__init__(*args, **kwargs)
 

@@ -22,7 +22,14 @@ from ipo_ext.integrations._refusals import (
     refuse_other_kinds,
     refuse_other_shapes,
 )
-from ipo_ext.integrations._verl_correction import kept_by, loss_of, rejection_of
+from ipo_ext.integrations._sampling import warn_of_another_distribution
+from ipo_ext.integrations._verl_correction import (
+    HAND_OVER,
+    kept_by,
+    loss_of,
+    refuse_what_is_not_handed_over,
+    rejection_of,
+)
 
 _DEFAULT = IPOConfig()
 
@@ -94,15 +101,30 @@ def check_config(config: Any) -> None:
         config: a ``DictConfig`` with ``actor_rollout_ref.actor`` and ``algorithm``.
 
     Raises:
-        ValueError: an option that the loss does not honour is set.
+        ValueError: an option that the loss does not honour is set, or the ratio would be to
+            log-probabilities from before temperature. What makes the sampler's distribution another
+            than the trained one is warned of.
     """
     _refuse_what_is_not_honoured(omega_conf_to_dataclass(config.actor_rollout_ref.actor))
     correction = config.algorithm.get("rollout_correction")
     handed_over = config.actor_rollout_ref.actor.policy_loss.get("rollout_correction")
-    _refuse_what_is_not_handed_over(correction, handed_over)
+    refuse_what_is_not_handed_over(correction, handed_over)
     if correction and correction.get("bypass_mode"):
         loss_of(correction, IPOConfig())
         rejection_of(correction)
+        _check_sampling(config.actor_rollout_ref.rollout)
+
+
+def _check_sampling(rollout: Any) -> None:
+    """Where the ratio is to the engine; verl's agent loops set repetition_penalty to 1."""
+    mode = rollout.get("logprobs_mode")
+    if mode != "processed_logprobs" and (rollout.temperature != 1 or mode != "raw_logprobs"):
+        raise ValueError(
+            "rollout.logprobs_mode: expected processed_logprobs, from after temperature, as "
+            f"rollout.temperature is {rollout.temperature!r}, got {mode!r}"
+        )
+    names = ("top_p", "top_k", "do_sample")
+    warn_of_another_distribution({name: rollout.get(name) for name in names})
 
 
 def _token_weights(mask: torch.Tensor, mode: str, batch: dict[str, Any]) -> torch.Tensor:
@@ -167,30 +189,12 @@ def _handed_over(correction: Any) -> Any:
     return correction if correction and correction.get("bypass_mode") else None
 
 
-def _refuse_what_is_not_handed_over(correction: Any, handed_over: Any) -> None:
-    """verl leaves both to the loss in bypass mode, and does not tell its workers of them."""
-    if not correction or not correction.get("bypass_mode"):
-        return
-    for name, default in (("rollout_rs", None), ("loss_type", "ppo_clip")):
-        value, found = correction.get(name), (handed_over or {}).get(name, default)
-        if value not in (default, found):
-            raise ValueError(
-                f"algorithm.rollout_correction.{name}: expected it in actor.policy_loss too, where "
-                f"the workers read it, got {value!r} there and {found!r} here; add {_HAND_OVER}"
-            )
-
-
-_HAND_OVER = (
-    "+actor_rollout_ref.actor.policy_loss.rollout_correction='${algorithm.rollout_correction}'"
-)
-
-
 @functools.cache  # once in each process
 def _warn_that_nothing_was_handed_over() -> None:
     warnings.warn(
         "policy_loss.rollout_correction: verl does not tell its workers of "
         "algorithm.rollout_correction, so rollout_rs and loss_type, which bypass mode leaves to "
-        f"the loss, are not known here. To have them honoured, hand it over: {_HAND_OVER}",
+        f"the loss, are not known here. To have them honoured, hand it over: {HAND_OVER}",
         stacklevel=4,
     )
 
