@@ -95,7 +95,7 @@ template <>
 inline Components ArgumentReader::read<Components>() {
   using E = double;
   Components components = {
-      IPO_EXT_COMPONENT_INPUTS(IPO_EXT_READ){IPO_EXT_COMPONENT_SETTINGS(IPO_EXT_READ)}};
+      IPO_EXT_COMPONENT_INPUTS(IPO_EXT_READ){IPO_EXT_COMPONENT_SETTINGS(IPO_EXT_READ) 0, 0}};
   components.params.ref_kl_cap = with_infinities(components.params.ref_kl_cap);
   return components;
 }
