@@ -124,7 +124,8 @@ def environment_of(name: str, folder: Path, options: argparse.Namespace) -> Path
 
 
 def install(python: Path, *packages: str) -> None:
-    run(python, "-m", "pip", "install", "--quiet", *packages)
+    # Python compiles what the tests import, which is a small part of the trainers' requirements.
+    run(python, "-m", "pip", "install", "--quiet", "--no-compile", *packages)
 
 
 def tested(name: str, python: Path, folder: Path, checkouts: list[Path]) -> Result:

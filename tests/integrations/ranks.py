@@ -12,11 +12,21 @@ from typing import Any
 
 import torch
 
+from tests.integrations import conftest  # noqa: F401  # a spawned rank needs what it sets up, too
+
 
 def on_ranks(
-    run: Callable[..., Any], *args: Any, ranks: int = 2, timeout: float = 240
+    run: Callable[..., Any],
+    *args: Any,
+    ranks: int = 2,
+    start_method: str = "fork",
+    timeout: float = 240,
 ) -> list[Any]:
     """What ``run(*args)`` returns on each rank, whose environment is that of ``torchrun``.
+
+    Args:
+        start_method: "spawn" where this process has begun what a fork waits for, such as compiling;
+            a fork need not import the host again, which can take longer than all else.
 
     Raises:
         AssertionError: they have not ended after ``timeout`` seconds; they are then stopped.
@@ -24,9 +34,8 @@ def on_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         given = (ranks, _free_port(), folder, run, args)
-        # Forked, a rank need not import the host again, which would take longer than the rest.
         started = torch.multiprocessing.start_processes(
-            _on_a_rank, given, nprocs=ranks, join=False, start_method="fork"
+            _on_a_rank, given, nprocs=ranks, join=False, start_method=start_method
         )
         deadline = time.monotonic() + timeout
         while not started.join(timeout=1):

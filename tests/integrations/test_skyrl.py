@@ -201,11 +201,11 @@ class RanksStrategy(Strategy):
     all_reduce = DistributedStrategy.all_reduce
 
 
-def step_of_rows(ranks: int) -> tuple[list[torch.Tensor], dict[str, float]]:
-    """Gradients and metrics of this rank's rows of a batch whose last rows have no loss token."""
+def step_of_rows(ranks: int, left: int) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """Gradients and metrics of this rank's rows; of the last rows ``left`` columns may train."""
     torch.manual_seed(0)
     model, data, config = Policy(), mini_batch(), algorithm()
-    data["loss_mask"][MICRO_BATCH:] = 0
+    data["loss_mask"][MICRO_BATCH:, left:] = 0
     rows = data | {"advantages": reduced(data, config.loss_reduction)}  # before SkyRL deals it out
     trained = model
     if ranks > 1:
@@ -221,9 +221,10 @@ def step_of_rows(ranks: int) -> tuple[list[torch.Tensor], dict[str, float]]:
     return [parameter.grad for parameter in model.parameters()], metrics
 
 
-def test_two_ranks_one_of_them_without_tokens_step_as_one() -> None:
-    gradients, metrics = step_of_rows(1)
-    for ours, reported in on_ranks(in_a_group, step_of_rows, 2):
+@pytest.mark.parametrize("left", [0, 3], ids=["a rank without tokens", "a rank with few"])
+def test_two_ranks_step_as_one(left: int) -> None:
+    gradients, metrics = step_of_rows(1, left)
+    for ours, reported in on_ranks(in_a_group, step_of_rows, 2, left):
         for gradient, whole in zip(ours, gradients, strict=True):
             torch.testing.assert_close(gradient, whole)
         summed = ("policy_loss", "loss_metrics/ipo/pg_loss")

@@ -303,11 +303,11 @@ class Step(NamedTuple):
     metrics: dict[str, torch.Tensor]
 
 
-def step_of_rows(ranks: int) -> Step:
-    """A chunked step on this rank's rows of a batch whose last rows have no token that trains."""
+def step_of_rows(ranks: int, left: int) -> Step:
+    """A chunked step on this rank's rows; of the last rows ``left`` columns may train."""
     torch.manual_seed(0)
     model, data = Policy(), micro_batch((2 * BATCH, LENGTH))
-    data["loss_mask"][BATCH:] = False
+    data["loss_mask"][BATCH:, left:] = False
     tokens = int(data["loss_mask"].sum())
     if ranks > 1:
         rank = torch.distributed.get_rank()
@@ -328,9 +328,10 @@ def step_of_rows(ranks: int) -> Step:
     return Step(whole, metrics)
 
 
-def test_two_ranks_one_of_them_without_tokens_step_as_one() -> None:
+@pytest.mark.parametrize("left", [0, 3], ids=["a rank without tokens", "a rank with few"])
+def test_two_ranks_step_as_one(left: int) -> None:
     """By torchtitan's own FSDP, which adds gradients up."""
-    steps, whole = on_ranks(in_a_group, step_of_rows, 2), step_of_rows(1)
+    steps, whole = on_ranks(in_a_group, step_of_rows, 2, left), step_of_rows(1, left)
     for step in steps:
         for ours, theirs in zip(step.gradients, whole.gradients, strict=True):
             torch.testing.assert_close(ours, theirs)
