@@ -10,6 +10,7 @@ import sys
 COMMANDS = {
     "demo": ("ipo_ext.demo", "train a small policy with the loss, on CPU"),
     "info": ("ipo_ext.diagnostics.info", "print what was built and what it runs under"),
+    "mismatch": ("ipo_ext.mismatch", "say how far engine and trainer are apart, and why"),
     "verify": ("ipo_ext.diagnostics.verify", "check every operator on this machine's devices"),
 }
 

@@ -1,0 +1,361 @@
+"""Why trainer and engine are apart: each cause is one function, which looks for its evidence.
+
+Causes that can be told for sure are hypotheses under which the log-ratios of a sample become
+smaller: the best is taken, and the others are looked for in what it leaves. What no hypothesis
+explains is compared with measured levels, which are shared by causes that look alike
+(``lookalikes``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .counterfactuals import (
+    PREVIOUS,
+    PREVIOUS_HEAD,
+    Hypothesis,
+    Laboratory,
+    Truncation,
+)
+from .lookalikes import level_of
+from .statistics import UNLIKELY, Statistics, measure
+
+SURE, ALIKE, CLEAN, OPEN = "sure", "alike", "clean", "open"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A cause.
+
+    Attributes:
+        certainty: ``SURE``; ``ALIKE``, where others look the same; ``CLEAN``, nothing to mend;
+            ``OPEN``, what could not be looked for.
+        title: the cause in a few words, with its twin where it has one.
+        evidence: what was measured.
+        advice: what to do.
+    """
+
+    certainty: str
+    title: str
+    evidence: str
+    advice: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A hypothesis that explains more of a sample than the one before it, as a finding."""
+
+    hypothesis: Hypothesis
+    left: float
+    finding: Finding
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Log-ratios ``[n]`` of the same tokens under two hypotheses."""
+
+    before: torch.Tensor
+    after: torch.Tensor
+
+    @property
+    def left(self) -> float:
+        """The share of the squared log-ratios that is left; each square counts as at most 1."""
+        return _squares(self.after).mean().item() / max(_squares(self.before).mean().item(), 1e-30)
+
+    @property
+    def is_no_chance(self) -> bool:
+        gains = _squares(self.before) - _squares(self.after)
+        error = gains.std() / math.sqrt(len(gains))
+        return len(gains) >= _FEWEST and bool(gains.mean() > _STANDARD_ERRORS * error)
+
+    def __str__(self) -> str:
+        return f"the mean of |x| falls from {_size(self.before)} to {_size(self.after)} nats"
+
+
+_FEWEST = 30  # tokens, for a cause to be named
+_STANDARD_ERRORS = 4
+_NOTHING = 1e-9  # a mean square that is float32's rounding: no cause is looked for in it
+
+# The share of the squares that a cause may leave, to be named. A shift leaves next to nothing; old
+# weights and a truncation stand beside the noise of low precision.
+_LEFT = {"shift": 0.1, "weights": 0.75, "temperature": 0.5, "truncation": 0.75}
+
+# The mean square has one valley: it is looked for coarsely, then around the best, twice.
+_TEMPERATURES = (0.2, 0.3, 0.4, 0.55, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+_FINER = ((-0.1, -0.05, 0.05, 0.1), (-0.03, -0.02, -0.01, 0.01, 0.02, 0.03))
+_TRUNCATIONS = (
+    *(Truncation("top_p", step / 100) for step in range(50, 100)),
+    *(Truncation("top_k", k) for k in (2, 5, 10, 20, 30, 40, 50, 64, 100)),
+    *(Truncation("min_p", share) for share in (0.01, 0.02, 0.05, 0.1, 0.2)),
+)
+
+
+def causes(laboratory: Laboratory, statistics: Statistics) -> list[Finding]:
+    """Everything that could be found, the surest first."""
+    findings = [each for each in (zeros(statistics), rounded(laboratory)) if each]
+    hypothesis = Hypothesis()
+    for _ in range(len(_LOOKED_FOR)):
+        if _mean_square(laboratory, hypothesis) < _NOTHING:
+            break
+        found = [look(laboratory, hypothesis) for look in _LOOKED_FOR]
+        candidates = [each for each in found if each is not None]
+        if not candidates:
+            break
+        best = min(candidates, key=lambda each: each.left)
+        findings.append(best.finding)
+        hypothesis = best.hypothesis
+    findings.append(what_is_left(laboratory, hypothesis, statistics))
+    if laboratory.policy is None:
+        findings.append(without_a_model())
+    return findings
+
+
+# ---------------------------------------------------------------------------------------------
+# Values that say by themselves what they are
+
+
+def zeros(statistics: Statistics) -> Finding | None:
+    """Zeros where a value is missing: no engine is certain of what the trainer finds unlikely."""
+    if not statistics.impossible_zeros:
+        return None
+    return Finding(
+        SURE,
+        "missing log-probabilities, written as 0",
+        f"{statistics.zeros:,} of {statistics.tokens:,} tokens have a log-probability of exactly "
+        f"0, a probability of 1; the trainer's is below {UNLIKELY:g} for "
+        f"{statistics.impossible_zeros:,} of them",
+        "leave these tokens out of the loss mask; they were inserted by a tool or a template, or "
+        "the engine was not asked for log-probabilities",
+    )
+
+
+def rounded(laboratory: Laboratory) -> Finding | None:
+    """Values that were stored in bfloat16: none needs more than its 8 bits of a mantissa."""
+    values = laboratory.engine[(laboratory.engine != 0) & laboratory.engine.isfinite()]
+    if len(values) < _FEWEST or not torch.equal(values.bfloat16().double(), values):
+        return None
+    return Finding(
+        SURE,
+        "log-probabilities that were stored in bfloat16",
+        f"each of {len(values):,} of the engine's values is a number of bfloat16",
+        "keep them in float32: rounding alone makes log-ratios of 0.2% of the log-probability",
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Hypotheses
+
+
+def shift(laboratory: Laboratory, so_far: Hypothesis) -> Candidate | None:
+    """The engine's values stand one place too early or too late."""
+    if so_far.shift:
+        return None
+    tried = [_tried(laboratory, so_far, "shift", shift=places) for places in (-1, 1)]
+    best = _best(tried)
+    if best is None:
+        return None
+    hypothesis, comparison = best
+    late = hypothesis.shift > 0
+    return Candidate(
+        hypothesis,
+        comparison.left,
+        Finding(
+            SURE,
+            f"a shift by one token ({hypothesis.shift:+d})",
+            f"compared with the engine's value one place {'later' if late else 'earlier'}, "
+            f"{comparison}",
+            "the list of log-probabilities starts "
+            + ("with one that belongs to no sampled token" if late else "one token late")
+            + "; the log-probability of a token belongs in its own place",
+        ),
+    )
+
+
+def weights(laboratory: Laboratory, so_far: Hypothesis) -> Candidate | None:
+    """The engine had the weights of before, all of them or those of the head."""
+    if PREVIOUS not in laboratory.weights or so_far.weights in (PREVIOUS, PREVIOUS_HEAD):
+        return None
+    tried = [
+        _tried(laboratory, so_far, "weights", weights=old) for old in (PREVIOUS, PREVIOUS_HEAD)
+    ]
+    best = _best(tried)
+    if best is None:
+        return None
+    hypothesis, comparison = best
+    head_alone = hypothesis.weights == PREVIOUS_HEAD
+    assert laboratory.previous is not None
+    return Candidate(
+        hypothesis,
+        comparison.left,
+        Finding(
+            SURE,
+            "an old head over new weights" if head_alone else "old weights",
+            f"with {'the head' if head_alone else 'the weights'} of {laboratory.previous.name}, "
+            f"{comparison}",
+            "the engine did not take the new head: reload it by all of state_dict(), "
+            "lm_head.weight among it, even if it is tied to the embeddings"
+            if head_alone
+            else "these rollouts are stale by design, or the engine's weights were not replaced",
+        ),
+    )
+
+
+def temperature(laboratory: Laboratory, so_far: Hypothesis) -> Candidate | None:
+    """The engine's logits were divided by another number than the trainer's, or by none."""
+    if laboratory.policy is None or so_far.temperature is not None:
+        return None
+    nearest = _nearest_temperature(laboratory, so_far, _TEMPERATURES)
+    for steps in _FINER:
+        around = [round(nearest + step, 2) for step in (0.0, *steps) if nearest + step > 0]
+        nearest = _nearest_temperature(laboratory, so_far, around)
+    best = _best([_tried(laboratory, so_far, "temperature", temperature=nearest)])
+    if best is None:
+        return None
+    hypothesis, comparison = best
+    found = hypothesis.temperature
+    assert found is not None
+    divided_by = laboratory.temperatures.unique().tolist()
+    trainer = ", ".join(f"{each:g}" for each in divided_by[:3])
+    evidence = f"at temperature {found:g} instead of {trainer}, {comparison}"
+    raw = abs(found - 1) < 0.015
+    return Candidate(
+        hypothesis,
+        comparison.left,
+        Finding(
+            SURE,
+            "raw log-probabilities of the engine, before its temperature"
+            if raw
+            else f"another temperature: the engine's log-probabilities are at {found:g}",
+            evidence,
+            'ask for processed ones (vLLM: logprobs_mode="processed_logprobs")'
+            if raw
+            else f"divide the trainer's logits by {found:g} too, or sample at {trainer}",
+        ),
+    )
+
+
+def truncation(laboratory: Laboratory, so_far: Hypothesis) -> Candidate | None:
+    """The engine renormalised over the tokens that top_p, top_k or min_p left."""
+    if laboratory.policy is None or so_far.truncation is not None:
+        return None
+    engine = laboratory.engine_of(so_far)
+    columns = engine[:, None] - laboratory.truncated(so_far, _TRUNCATIONS)
+    known = ~engine.isnan()
+    nearest = int(_squares(columns[known]).mean(0).argmin())
+    best = _best([_tried(laboratory, so_far, "truncation", truncation=_TRUNCATIONS[nearest])])
+    if best is None:
+        return None
+    hypothesis, comparison = best
+    return Candidate(
+        hypothesis,
+        comparison.left,
+        Finding(
+            SURE,
+            f"renormalised by a truncated sampler: about {hypothesis.truncation}",
+            f"renormalised over what {hypothesis.truncation} keeps, {comparison}",
+            "sample with top_p=1, top_k=0 and min_p=0, or take raw log-probabilities: the "
+            "trainer's softmax is over the whole vocabulary, so every ratio is below 1",
+        ),
+    )
+
+
+_LOOKED_FOR = (shift, weights, temperature, truncation)
+
+
+def _nearest_temperature(
+    laboratory: Laboratory, so_far: Hypothesis, temperatures: Sequence[float]
+) -> float:
+    engine = laboratory.engine_of(so_far)
+    columns = laboratory.at_temperatures(so_far, temperatures) - engine[:, None]
+    known = ~engine.isnan()
+    return temperatures[int(_squares(columns[known]).mean(0).argmin())]
+
+
+def _tried(
+    laboratory: Laboratory, so_far: Hypothesis, what: str, **changed: object
+) -> tuple[Hypothesis, Comparison] | None:
+    """A changed hypothesis and what it changes; None if that is too little, or may be chance."""
+    hypothesis = dataclasses.replace(so_far, **changed)  # type: ignore[arg-type]
+    comparison = _compared(laboratory, so_far, hypothesis)
+    named = comparison.left <= _LEFT[what] and comparison.is_no_chance
+    return (hypothesis, comparison) if named else None
+
+
+def _best(
+    tried: Sequence[tuple[Hypothesis, Comparison] | None],
+) -> tuple[Hypothesis, Comparison] | None:
+    found = [each for each in tried if each is not None]
+    return min(found, key=lambda each: each[1].left) if found else None
+
+
+def _compared(laboratory: Laboratory, before: Hypothesis, after: Hypothesis) -> Comparison:
+    pair = [_log_ratios(laboratory, hypothesis) for hypothesis in (before, after)]
+    known = ~(pair[0].isnan() | pair[1].isnan()) & (laboratory.engine != 0)
+    return Comparison(pair[0][known], pair[1][known])
+
+
+def _log_ratios(laboratory: Laboratory, hypothesis: Hypothesis) -> torch.Tensor:
+    return laboratory.trainer_of(hypothesis) - laboratory.engine_of(hypothesis)
+
+
+def _mean_square(laboratory: Laboratory, hypothesis: Hypothesis) -> float:
+    x = _log_ratios(laboratory, hypothesis)
+    x = x[~x.isnan()]
+    return _squares(x).mean().item() if len(x) else 0.0
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    """At most 1 each: a few broken tokens decide nothing."""
+    return (x * x).clamp(max=1.0)
+
+
+def _size(x: torch.Tensor) -> str:
+    return f"{x.abs().clamp(max=100).mean():.2g}"
+
+
+# ---------------------------------------------------------------------------------------------
+# What is left
+
+
+def what_is_left(laboratory: Laboratory, hypothesis: Hypothesis, statistics: Statistics) -> Finding:
+    """The level of the mismatch that no hypothesis explains, and the causes of that level."""
+    trainer, engine = laboratory.trainer_of(hypothesis), laboratory.engine_of(hypothesis)
+    known = ~(trainer - engine).isnan() & (engine != 0)
+    if not known.any():
+        return Finding(
+            OPEN, "nothing is left to be explained", "no token has both log-probabilities"
+        )
+    left = measure(trainer[known], engine[known])
+    explained = hypothesis != Hypothesis()
+    k3 = left.k3 if explained or statistics.impossible_zeros else statistics.overall.k3
+    level = level_of(k3)
+    after = "after that, " if explained else ""
+    evidence = (
+        f"{after}k3 is {k3:.2g} nats a token and x has a standard deviation of "
+        f"{left.deviation:.2g}; {level.measured}"
+    )
+    return Finding(
+        CLEAN if level.is_clean else ALIKE,
+        level.title,
+        evidence,
+        "" if level.is_clean else _advice(level.advice, laboratory),
+    )
+
+
+def _advice(advice: str, laboratory: Laboratory) -> str:
+    if laboratory.previous is not None:
+        return f"{advice}; the weights of {laboratory.previous.name} do not explain it"
+    return f"{advice}; --previous DIR tells stale weights, and a stale head, from the rest"
+
+
+def without_a_model() -> Finding:
+    return Finding(
+        OPEN,
+        "temperature, raw values, truncation and old weights were not looked for",
+        "they need a model: the file's own log-probabilities were compared",
+        "--model DIR",
+    )

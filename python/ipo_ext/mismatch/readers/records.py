@@ -1,0 +1,260 @@
+"""A file as a stream of records, in memory that does not grow with it: JSON, msgpack, parquet.
+
+The kind of a file is decided by its first bytes, never by its name. Pickles are recognised in order
+to be refused: they run code when they are loaded.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from ..extras import need
+from ..rollouts import BadRecord
+
+_CHUNK = 1 << 20  # bytes that are read at a time where lines do not say how many
+_LINES_TO_TRY = 16  # of a file whose first line is no JSON value: is it lines, or one long value?
+
+
+class Refused(ValueError):
+    """A file that cannot be read at all: what was found, and what to do, in words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A JSON object, a row of parquet or an array of msgpack, or what is wrong in its place."""
+
+    where: str
+    value: Any = None
+    error: str | None = None
+
+
+def records_of(path: Path) -> tuple[str, Iterator[Record]]:
+    """The kind of a file, and its records one after the other."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise Refused(f"cannot be opened: {error.strerror}") from error
+    if not start:
+        raise Refused("is empty")
+    if start[:4] == b"PAR1":
+        return "parquet", _parquet_rows(path)
+    if start[:2] == b"\x1f\x8b":
+        start = _start_of_gzip(path)
+    _refuse_pickles(start)
+    if _is_msgpack_array(start[0]):
+        return "msgpack", _msgpack_arrays(path)
+    return "JSON", _json_values(path)
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked where it is packed by gzip."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else path.open("rb")  # type: ignore[return-value]
+
+
+def _start_of_gzip(path: Path) -> bytes:
+    try:
+        with gzip.open(path) as file:
+            start = file.read(16)
+    except (OSError, EOFError) as error:
+        raise Refused(f"is packed by gzip, and broken: {error}") from error
+    if not start:
+        raise Refused("is empty, packed by gzip")
+    return start
+
+
+def _refuse_pickles(start: bytes) -> None:
+    if (
+        start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        or start[:4] == b"PK\x03\x04"
+    ):
+        what = "a pickle" if start[0] == 0x80 else "a zip archive, as torch.save writes it"
+        raise Refused(
+            f"is {what}: it is not loaded, since that would run whatever code it holds; write the "
+            "rollouts as JSON lines or parquet instead (ipo_ext.mismatch.dump)"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# JSON
+
+
+def _json_values(path: Path) -> Iterator[Record]:
+    if _has_a_value_a_line(path):
+        yield from _json_lines(path)
+    else:
+        yield from _long_json(path)
+
+
+def _has_a_value_a_line(path: Path) -> bool:
+    """Whether one of the first lines is an object by itself; a list of objects is no such line."""
+    with opened(path) as file:
+        for number in range(_LINES_TO_TRY):
+            line = file.readline().strip()
+            if number == 0 and line.startswith(b"["):
+                return False
+            if len(line) > 2 and line.startswith(b"{") and isinstance(_value_or_none(line), dict):
+                return True
+    return False
+
+
+def _value_or_none(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    with opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _json_line(f"{path}:{number}", line)
+
+
+def _json_line(where: str, line: bytes) -> Record:
+    try:
+        return Record(where, json.loads(line))
+    except UnicodeDecodeError as error:
+        return Record(where, error=f"expected UTF-8 text: {error.reason} at byte {error.start}")
+    except ValueError as error:
+        return Record(where, error=f"expected a JSON object: {error}")
+    except RecursionError:
+        return Record(where, error="expected a JSON object, got one that is nested too deeply")
+
+
+def _long_json(path: Path) -> Iterator[Record]:
+    """Of one value over several lines, or of a list, whose elements are read one at a time."""
+    with opened(path) as file:
+        text = _Text(file)
+        opening = text.peek()
+        if opening == "[":
+            yield from _elements(path, text)
+        elif opening == "{":
+            yield Record(f"{path}", _whole(text))
+        else:
+            raise Refused(f"is no JSON, msgpack or parquet: it starts with {text.shown()}")
+
+
+def _elements(path: Path, text: _Text) -> Iterator[Record]:
+    text.skip(1)
+    number = 0
+    while (character := text.peek()) != "]":
+        if character == "":
+            yield Record(f"{path}", error="ends within a list, as a file that was cut does")
+            return
+        if character == ",":
+            text.skip(1)
+            continue
+        number += 1
+        where = f"{path}, element {number}"
+        try:
+            value = text.value()
+        except ValueError as error:
+            yield Record(where, error=f"expected a JSON object: {error}; what follows is not read")
+            return
+        yield Record(where, value)
+
+
+def _whole(text: _Text) -> Any:
+    try:
+        return text.value()
+    except ValueError as error:
+        raise Refused(f"starts as JSON does, but: {error}") from error
+
+
+class _Text:
+    """Text of a file from which JSON values are taken; it holds one value, and what was read on."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.decode = codecs.getincrementaldecoder("utf-8-sig")(errors="replace").decode
+        self.decoder = json.JSONDecoder()
+        self.held = ""
+        self.ended = False
+
+    def _read_on(self) -> None:
+        """As much again as is held: a value is not tried once for each of its chunks."""
+        read = self.file.read(max(_CHUNK, len(self.held)))
+        self.ended = not read
+        self.held += self.decode(read, final=self.ended)
+
+    def peek(self) -> str:
+        """The next character that is no white space, or nothing at the end."""
+        while True:
+            self.held = self.held.lstrip()
+            if self.held or self.ended:
+                return self.held[:1]
+            self._read_on()
+
+    def skip(self, characters: int) -> None:
+        self.held = self.held[characters:]
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.held)
+                # A number at the end of what is held may go on; objects and lists do not.
+                if end < len(self.held) or self.ended or isinstance(value, (dict, list)):
+                    self.skip(end)
+                    return value
+            except RecursionError as error:
+                raise ValueError("it is nested too deeply") from error
+            except ValueError:
+                if self.ended:
+                    raise
+            self._read_on()
+
+    def shown(self) -> str:
+        return repr(self.held[:40])
+
+
+# ---------------------------------------------------------------------------------------------
+# msgpack and parquet
+
+
+def _is_msgpack_array(byte: int) -> bool:
+    return 0x90 <= byte <= 0x9F or byte in (0xDC, 0xDD)
+
+
+def _msgpack_arrays(path: Path) -> Iterator[Record]:
+    """The elements of the one array that the file holds."""
+    msgpack = need("msgpack", "a msgpack file")
+    with opened(path) as file:
+        unpacker = msgpack.Unpacker(file, raw=False, strict_map_key=False, max_buffer_size=1 << 30)
+        count = unpacker.read_array_header()
+        for number in range(1, count + 1):
+            where = f"{path}, element {number}"
+            try:
+                value = unpacker.unpack()
+            except Exception as error:  # the package has no common class for what it raises
+                kind = type(error).__name__
+                yield Record(where, error=f"cannot be unpacked ({kind}); what follows is not read")
+                return
+            yield Record(where, value)
+
+
+def _parquet_rows(path: Path) -> Iterator[Record]:
+    parquet = need("pyarrow.parquet", "a parquet file")
+    try:
+        file = parquet.ParquetFile(path)
+    except Exception as error:  # pyarrow's own classes, which are not there where it is not
+        raise Refused(f"starts as parquet does, but cannot be read: {error}") from error
+    number = 0
+    with file:
+        for batch in file.iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                number += 1
+                yield Record(f"{path}, row {number}", row)
+
+
+__all__ = ["BadRecord", "Record", "Refused", "opened", "records_of"]

@@ -1,0 +1,219 @@
+"""Each cause is planted into rollouts of a tiny model, and named; nothing else is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.mismatch import planted
+from tests.mismatch.conftest import Run
+from tests.mismatch.planted import Sampled, rounded, written
+
+LOW_PRECISION = 0.05  # the standard deviation of x that a bfloat16 engine has
+
+
+@pytest.mark.parametrize("deviation", [0.0, LOW_PRECISION])
+def test_a_clean_rollout_is_accused_of_nothing(
+    run: Run, directory: Path, sampled: Sampled, tmp_path: Path, deviation: float
+) -> None:
+    logprobs = sampled.logprobs()
+    logprobs = rounded(logprobs, deviation)
+    output = run(written(tmp_path / "f", sampled.rows(logprobs)), "--model", directory)
+    assert output.status == 0
+    assert output.certain == []
+    (clean,) = output.clean
+    assert clean.startswith("low precision as usual" if deviation else "nothing: float32")
+
+
+@pytest.mark.parametrize("deviation", [0.0, LOW_PRECISION])
+@pytest.mark.parametrize(("moved_by", "sign"), [(1, "+1"), (-1, "-1")])
+def test_a_shift_is_named_with_its_direction(
+    run: Run,
+    sampled: Sampled,
+    directory: Path,
+    tmp_path: Path,
+    moved_by: int,
+    sign: str,
+    deviation: float,
+) -> None:
+    logprobs = sampled.logprobs()
+    engine = rounded(logprobs, deviation).roll(moved_by, 1)
+    output = run(written(tmp_path / "f", sampled.rows(engine)), "--model", directory)
+    assert output.certain == [f"a shift by one token ({sign})"]
+    assert len(output.clean) == 1
+
+
+@pytest.mark.parametrize("deviation", [0.0, LOW_PRECISION])
+@pytest.mark.parametrize("temperature", [0.7, 0.9, 1.2])
+def test_a_temperature_that_the_trainer_ignores(
+    run: Run,
+    model: planted.LlamaForCausalLM,
+    directory: Path,
+    tmp_path: Path,
+    deviation: float,
+    temperature: float,
+) -> None:
+    def scaled(logits: torch.Tensor) -> torch.Tensor:
+        return logits / temperature
+
+    sampled = planted.sample(model, scaled)
+    logprobs = sampled.logprobs(scaled)
+    logprobs = rounded(logprobs, deviation)
+    output = run(written(tmp_path / "f", sampled.rows(logprobs)), "--model", directory)
+    (found,) = output.certain
+    assert found.startswith("another temperature: the engine's log-probabilities are at ")
+    assert float(found.split()[-1]) == pytest.approx(temperature, abs=0.02)
+    assert len(output.clean) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.2])
+def test_raw_values_where_the_file_says_a_temperature(
+    run: Run, model: planted.LlamaForCausalLM, directory: Path, tmp_path: Path, temperature: float
+) -> None:
+    sampled = planted.sample(model, lambda logits: logits / temperature)
+    rows = sampled.rows(sampled.logprobs(), temperature=temperature)
+    output = run(written(tmp_path / "raw", rows), "--model", directory)
+    assert output.certain == ["raw log-probabilities of the engine, before its temperature"]
+    processed = sampled.logprobs(lambda logits: logits / temperature)
+    rows = sampled.rows(processed, temperature=temperature)
+    output = run(written(tmp_path / "processed", rows), "--model", directory)
+    assert output.certain == []
+
+
+@pytest.mark.parametrize("deviation", [0.0, LOW_PRECISION])
+@pytest.mark.parametrize(
+    ("processed", "name"),
+    [
+        (planted.top_p(0.9), "top_p 0.9"),
+        (planted.top_p(0.8), "top_p 0.8"),
+        (planted.top_k(20), "top_k 20"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_truncated_sampler_is_named(
+    run: Run,
+    model: planted.LlamaForCausalLM,
+    directory: Path,
+    tmp_path: Path,
+    deviation: float,
+    processed: Callable[[torch.Tensor], torch.Tensor],
+    name: str,
+) -> None:
+    sampled = planted.sample(model, processed)
+    logprobs = sampled.logprobs(processed)
+    logprobs = rounded(logprobs, deviation)
+    output = run(written(tmp_path / "f", sampled.rows(logprobs)), "--model", directory)
+    (found,) = output.certain
+    kind, value = name.split()
+    assert f"about {kind}" in found
+    assert float(found.split()[-1]) == pytest.approx(float(value), rel=0.03)
+
+
+def test_zeros_for_missing_values_are_counted_and_hide_no_other_cause(
+    run: Run, sampled: Sampled, directory: Path, tmp_path: Path
+) -> None:
+    logprobs = sampled.logprobs(lambda logits: logits / 0.7)
+    logprobs[:10] = 0.0
+    output = run(written(tmp_path / "f", sampled.rows(logprobs)), "--model", directory)
+    zeros, temperature = output.certain
+    assert zeros == "missing log-probabilities, written as 0"
+    assert temperature == "another temperature: the engine's log-probabilities are at 0.7"
+
+
+def test_values_that_were_stored_in_bfloat16(
+    run: Run, sampled: Sampled, directory: Path, tmp_path: Path
+) -> None:
+    rows = sampled.rows(sampled.logprobs().bfloat16().float())
+    output = run(written(tmp_path / "f", rows), "--model", directory)
+    assert output.certain == ["log-probabilities that were stored in bfloat16"]
+
+
+@pytest.mark.parametrize("deviation", [0.0, LOW_PRECISION])
+@pytest.mark.parametrize(
+    ("old", "name"),
+    [("", "old weights"), ("lm_head", "an old head over new weights")],
+)
+def test_old_weights_are_named_with_previous_and_open_without(
+    run: Run,
+    model: planted.LlamaForCausalLM,
+    directory: Path,
+    tmp_path: Path,
+    old: str,
+    name: str,
+    deviation: float,
+) -> None:
+    everything = planted.moved(model, 0.06)
+    everything.save_pretrained(tmp_path / "previous")
+    engine = everything
+    if old:
+        engine = planted.moved(model, 0.0)
+        engine.lm_head.weight.data.copy_(everything.lm_head.weight)
+    sampled = planted.sample(engine)
+    logprobs = sampled.logprobs()
+    logprobs = rounded(logprobs, deviation)
+    rollouts = written(tmp_path / "f", sampled.rows(logprobs))
+    without = run(rollouts, "--model", directory)
+    assert without.certain == []
+    (twins,) = without.findings("one of several that look alike")
+    assert " or " in twins
+    output = run(rollouts, "--model", directory, "--previous", tmp_path / "previous")
+    assert output.certain == [name]
+    assert len(output.clean) == 1
+
+
+def test_previous_weights_that_the_engine_did_not_have(
+    run: Run, model: planted.LlamaForCausalLM, sampled: Sampled, directory: Path, tmp_path: Path
+) -> None:
+    planted.moved(model, 0.06).save_pretrained(tmp_path / "previous")
+    logprobs = sampled.logprobs()
+    logprobs = rounded(logprobs, 0.15)
+    rollouts = written(tmp_path / "f", sampled.rows(logprobs))
+    output = run(rollouts, "--model", directory, "--previous", tmp_path / "previous")
+    assert output.certain == []
+    assert f"the weights of {tmp_path / 'previous'} do not explain it" in output.text
+
+
+@pytest.mark.parametrize(
+    ("deviation", "title"),
+    [
+        (0.10, "weights one step old, or 4-bit weights in small groups"),
+        (0.25, "an fp8 KV cache"),
+        (0.45, "int8 weights and activations, or weights four steps old and more"),
+        (1.20, "weights rounded to 4 bits, or weights of another model"),
+    ],
+)
+def test_what_looks_alike_is_named_with_its_twin(
+    run: Run, sampled: Sampled, directory: Path, tmp_path: Path, deviation: float, title: str
+) -> None:
+    logprobs = sampled.logprobs()
+    logprobs = rounded(logprobs, deviation)
+    output = run(written(tmp_path / "f", sampled.rows(logprobs)), "--model", directory)
+    assert output.certain == []
+    (found,) = output.findings("one of several that look alike")
+    assert found.startswith(title)
+
+
+def test_without_a_model_a_shift_is_still_named_and_the_rest_is_open(
+    run: Run, sampled: Sampled, tmp_path: Path
+) -> None:
+    logprobs = sampled.logprobs()
+    rows = sampled.rows(logprobs.roll(1, 1))
+    for row, trainer in zip(rows, logprobs.tolist(), strict=True):
+        row["trainer_logprobs"] = trainer
+    output = run(written(tmp_path / "f", rows))
+    assert output.certain == ["a shift by one token (+1)"]
+    assert len(output.findings("open")) == 1
+
+
+def test_an_infinite_log_probability_decides_nothing(
+    run: Run, sampled: Sampled, directory: Path, tmp_path: Path
+) -> None:
+    logprobs = sampled.logprobs()
+    logprobs[0, 3] = -math.inf
+    output = run(written(tmp_path / "f", sampled.rows(logprobs)), "--model", directory)
+    assert output.certain == []
+    assert "infinite" in output.text
