@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -286,3 +287,246 @@ class _Trap:
 
 def _spring() -> None:
     _Trap.sprung = True
+
+
+# ---------------------------------------------------------------------------------------------
+# SGLang and llama.cpp
+
+
+def sglang(**changed: Any) -> dict[str, Any]:
+    facts = {
+        "prompt_tokens": 2,
+        "weight_version": "5",
+        "input_token_logprobs": [[None, 5, None], [-2.0, 6, None]],
+        "output_token_logprobs": [[-0.5, 7, None], [-1.0, 8, " a"]],
+    }
+    return {"text": "x", "output_ids": [7, 8], "meta_info": {**facts, **changed}}
+
+
+def test_sglang_with_the_prompt_in_the_response(tmp_path: Path) -> None:
+    rollout = the_rollout(written(tmp_path / "f", [sglang()]))
+    assert (prompt_of(rollout), answer_of(rollout)) == ([5, 6], [7, 8])
+    assert logprobs_of(rollout) == [-0.5, -1.0]
+    assert set(rollout.versions or ()) == {"5"}
+
+
+def test_sglang_with_the_prompt_in_the_request(tmp_path: Path) -> None:
+    request = {"input_ids": [3, 4, 5], "sampling_params": {"temperature": 0.7}}
+    exchange = {"request": request, "response": sglang(input_token_logprobs=[])}
+    rollout = the_rollout(written(tmp_path / "f", [exchange]))
+    assert prompt_of(rollout) == [3, 4, 5]
+    assert rollout.temperature is not None
+    assert rollout.temperature[0] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"input_token_logprobs": [[-2.0, 6, None]]}, "prompt: its token ids are not in the resp"),
+        ({"output_token_logprobs": None}, "output_token_logprobs: the response has none; ask SG"),
+        ({"output_token_logprobs": [[-0.5]]}, "is not laid out as SGLang responses are (IndexEr"),
+    ],
+)
+def test_sglang_without_what_is_needed(tmp_path: Path, changed: dict[str, Any], why: str) -> None:
+    _, _, (problem,) = read_all(written(tmp_path / "f", [sglang(**changed)]))
+    assert problem.why.startswith(why)
+
+
+def llama_cpp(name: str = "logprob", values: tuple[float, float] = (-0.5, -1.0)) -> dict[str, Any]:
+    entries = [{"id": 7 + place, "token": "x", name: value} for place, value in enumerate(values)]
+    return {
+        "content": "xx",
+        "prompt": "text",
+        "completion_probabilities": entries,
+        "generation_settings": {"temperature": 0.8},
+    }
+
+
+def test_llama_cpp_with_its_request(tmp_path: Path) -> None:
+    exchange = {"request": {"prompt": [5, 6]}, "response": llama_cpp()}
+    rollout = the_rollout(written(tmp_path / "f", [exchange]))
+    assert (prompt_of(rollout), answer_of(rollout)) == ([5, 6], [7, 8])
+    assert logprobs_of(rollout) == [-0.5, -1.0]
+    assert rollout.temperature is not None
+    assert rollout.temperature[0] == 0.8
+
+
+def test_llama_cpp_with_probabilities_after_sampling(tmp_path: Path) -> None:
+    exchange = {"request": {"prompt": [5, 6]}, "response": llama_cpp("prob", (0.5, 0.0))}
+    rollout = the_rollout(written(tmp_path / "f", [exchange]))
+    assert logprobs_of(rollout) == [pytest.approx(-0.6931471805599453), -float("inf")]
+
+
+def test_llama_cpp_without_its_request(tmp_path: Path) -> None:
+    _, _, (problem,) = read_all(written(tmp_path / "f", [llama_cpp()]))
+    assert problem.why.startswith("prompt: its token ids are not in the response; send ids as the")
+
+
+# ---------------------------------------------------------------------------------------------
+# prime-rl and verifiers
+
+
+def export(**changed: Any) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "step": 12,
+        "env_name": "sums",
+        "token_ids": [5, 6, 7, 8],
+        "position_ids": [0, 1, 2, 3],
+        "loss_mask": [False, False, True, True],
+        "advantages": [0.0, 0.0, 1.0, 1.0],
+        "inference_logprobs": [0.0, 0.0, -0.5, None],
+        "trainer_logprobs": [-3.0, -2.0, -0.6, -1.1],
+        **changed,
+    }
+
+
+def test_a_token_export_needs_no_model(tmp_path: Path) -> None:
+    rollout = the_rollout(written(tmp_path / "f", [export()]))
+    assert (prompt_of(rollout), answer_of(rollout)) == ([5, 6], [7, 8])
+    assert rollout.inference_logprobs.isnan().tolist() == [False, False, False, True]
+    assert rollout.trainer_logprobs is not None
+    assert rollout.trainer_logprobs.tolist() == [-3.0, -2.0, -0.6, -1.1]
+    assert (set(rollout.versions or ()), rollout.environment) == ({"12"}, "sums")
+
+
+@pytest.mark.parametrize("name", ["loss_mask", "inference_logprobs", "trainer_logprobs"])
+def test_an_export_whose_columns_are_unequal(tmp_path: Path, name: str) -> None:
+    row = export(**{name: export()[name][:-1]})
+    _, _, (problem,) = read_all(written(tmp_path / "f", [row]))
+    assert problem.why == f"{name}: expected as many as token_ids has, 4, got 3"
+
+
+def batch(*between: Any) -> list[Any]:
+    """Two packed sequences and padding; what stands behind the positions differs by version."""
+    return [
+        [5, 6, 7, 8, 9, 0],
+        [False, True, True, False, True, False],
+        [0.0] * 6,
+        [0.0, -0.5, -1.0, 0.0, -1.5, 0.0],
+        [0, 1, 2, 0, 1, 0],
+        *between,
+    ]
+
+
+TEMPERATURES = [1.0, 0.7, 0.7, 1.0, 0.8, 1.0]
+ENVIRONMENTS = ["sums", "sums", "sums", "maze", "maze", ""]
+
+
+@pytest.mark.parametrize(
+    ("between", "named"),
+    [
+        ([[3, 2, 1], TEMPERATURES, ENVIRONMENTS, [3, 2, 1], None], True),
+        ([TEMPERATURES, ENVIRONMENTS, None], True),
+        ([TEMPERATURES], False),
+    ],
+    ids=["2026-09", "2026-03", "2026-01"],
+)
+def test_batches_of_every_version_of_prime_rl(
+    tmp_path: Path, between: list[Any], named: bool
+) -> None:
+    path = tmp_path / "rank_0.bin"
+    path.write_bytes(msgpack.packb([batch(*between), batch(*between)]))
+    found, what, problems = read_all(path)
+    assert problems == []
+    assert str(what) == f"{path}: prime-rl batches (msgpack), 2 records, 4 rollouts"
+    first, second, *_ = found
+    assert (prompt_of(first), answer_of(first)) == ([5], [6, 7])
+    assert (prompt_of(second), answer_of(second)) == ([8], [9])
+    assert logprobs_of(first) == [-0.5, -1.0]
+    assert second.temperature is not None
+    assert second.temperature.tolist() == [1.0, 0.8]
+    assert first.environment == ("sums" if named else None)
+    assert second.environment == ("maze" if named else None)
+
+
+def test_a_batch_that_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(msgpack.packb([batch(TEMPERATURES), batch(TEMPERATURES)])[:-9])
+    found, _, (problem,) = read_all(path)
+    assert len(found) == 2
+    assert problem.where == f"{path}, element 2"
+    assert "what follows is not read" in problem.why
+
+
+def trace(**changed: Any) -> dict[str, Any]:
+    """A question, an answer, and two ways to go on: the second question is answered twice."""
+    question = {"parent": None, "token_ids": [1, 2], "mask": [False, False], "logprobs": []}
+    answer = {"parent": 0, "token_ids": [3, 4, 5], "mask": [False, True, True]}
+    further = {"parent": 1, "token_ids": [6], "mask": [False], "logprobs": []}
+    one = {"parent": 2, "token_ids": [7], "mask": [True], "logprobs": [-0.75]}
+    other = {"parent": 2, "token_ids": [8, 9], "mask": [True, True], "logprobs": [-1.0, -2.0]}
+    answer = {**answer, "logprobs": [-0.25, -0.5], **changed}
+    return {"env_id": "maze", "nodes": [question, answer, further, one, other]}
+
+
+def test_each_branch_of_a_trace_and_what_branches_share_once(tmp_path: Path) -> None:
+    path = written(tmp_path / "f", [trace(), {"traces": [trace()]}])
+    found, _, problems = read_all(path)
+    assert problems == []
+    assert len(found) == 4
+    one, other, *_ = found
+    assert (one.token_ids.tolist(), answer_of(one)) == ([1, 2, 3, 4, 5, 6, 7], [4, 5, 7])
+    assert logprobs_of(one) == [-0.25, -0.5, -0.75]
+    assert (other.token_ids.tolist(), answer_of(other)) == ([1, 2, 3, 4, 5, 6, 8, 9], [8, 9])
+    assert (one.environment, one.trainer_logprobs) == ("maze", None)
+
+
+def test_what_a_trainer_stamped_on_a_trace(tmp_path: Path) -> None:
+    one = read_all(written(tmp_path / "f", [trace(trainer_logprobs=[-0.3, -0.6])]))[0][0]
+    assert one.trainer_logprobs is not None
+    assert one.trainer_logprobs.isnan().tolist() == [True, True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"logprobs": [-0.25]}, "nodes[1].logprobs: expected as many as its mask has, 2, got 1"),
+        ({"mask": [True]}, "nodes[1].mask: expected as many as token_ids has, 3, got 1"),
+        ({"parent": 9}, "nodes[1].parent: expected an earlier node, got 9"),
+        ({"parent": 1}, "nodes[1].parent: expected an earlier node, got 1"),
+        ({"parent": "x"}, "is not laid out as verifiers traces are"),
+    ],
+)
+def test_a_bad_trace(tmp_path: Path, changed: dict[str, Any], why: str) -> None:
+    _, _, (problem,) = read_all(written(tmp_path / "f", [trace(**changed)]))
+    assert problem.why.startswith(why)
+
+
+def test_a_trace_of_an_evaluation_has_no_ids(tmp_path: Path) -> None:
+    bare = {"nodes": [{"parent": None, "token_ids": []}, {"parent": 0, "token_ids": []}]}
+    _, _, (problem,) = read_all(written(tmp_path / "f", [bare]))
+    assert problem.why.startswith("nodes: none has token_ids, as in evaluations over an API")
+
+
+# ---------------------------------------------------------------------------------------------
+# Text without ids
+
+
+@pytest.mark.parametrize(
+    ("row", "host", "write"),
+    [
+        (
+            {"step": 1, "prompt": "a", "completion": "b", "reward": 1.0, "advantage": 0.5},
+            "TRL's logged completions",
+            "sampling_per_token_logps",
+        ),
+        (
+            {"input": "a", "output": "b", "gts": "c", "score": 1.0, "step": 3},
+            "verl's rollout_data_dir",
+            "rollout_log_probs",
+        ),
+        ({"messages": [{"role": "user", "content": "a"}]}, "a log of chat messages", "token ids"),
+    ],
+)
+def test_dumps_of_text_are_refused_with_what_the_host_can_write(
+    tmp_path: Path, row: dict[str, Any], host: str, write: str
+) -> None:
+    lines, table = written(tmp_path / "f", [row]), tmp_path / "g"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), table)
+    for path in (lines, table):
+        with pytest.raises(Refused) as refused:
+            read_all(path)
+        assert f"is {host}, which has text but no token ids" in str(refused.value)
+        assert write in str(refused.value)
+        assert "tokenising text again changes ids" in str(refused.value)

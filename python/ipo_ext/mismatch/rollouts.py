@@ -65,11 +65,11 @@ def rollout_of_completion(
     before = len(prompt)
 
     def padded(name: str, values: Any) -> torch.Tensor:
-        _check_length(name, values, len(answer), "token_ids")
+        check_length(name, values, len(answer), "token_ids")
         return torch.cat([torch.full((before,), math.nan, dtype=torch.float64), values])
 
     if isinstance(version, (list, tuple)):
-        _check_length("version", version, len(answer), "token_ids")
+        check_length("version", version, len(answer), "token_ids")
         version = [""] * before + [str(name) for name in version]
     elif version is not None:
         version = [str(version)] * (before + len(answer))
@@ -152,7 +152,8 @@ def _check_types(name: str, values: Sequence[Any], types: Sequence[type], expect
     raise BadRecord(f"{name}[{place}]: expected {expected}, got {value!r}")
 
 
-def _check_length(name: str, values: Any, expected: int, like: str) -> None:
+def check_length(name: str, values: Any, expected: int, like: str) -> None:
+    """Raises ``BadRecord`` unless a column has as many values as another one."""
     if len(values) != expected:
         raise BadRecord(f"{name}: expected as many as {like} has, {expected}, got {len(values)}")
 

@@ -13,10 +13,27 @@ from types import ModuleType
 from typing import Any
 
 from ..rollouts import BadRecord, Rollout
-from . import own, vllm
+from . import (
+    llama_cpp,
+    own,
+    prime_rl_batches,
+    prime_rl_exports,
+    sglang,
+    text_only,
+    verifiers,
+    vllm,
+)
 from .records import Record, Refused, records_of
 
-FORMATS: tuple[ModuleType, ...] = (own, vllm)
+FORMATS: tuple[ModuleType, ...] = (
+    own,
+    prime_rl_exports,
+    prime_rl_batches,
+    verifiers,
+    vllm,
+    sglang,
+    llama_cpp,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +106,8 @@ def format_of(record: Any) -> ModuleType:
     for reader in FORMATS:
         if reader.matches(record):
             return reader
+    if refusal := text_only.refusal(record):
+        raise Refused(refusal)
     names = ", ".join(reader.NAME for reader in FORMATS)
     raise Refused(f"expected one of {names}; found {_described(record)}")
 
