@@ -231,6 +231,13 @@ def test_nan_and_null_are_values_that_are_missing(tmp_path: Path) -> None:
     assert rollout.inference_logprobs[2:].isnan().tolist() == [True, True, False]
 
 
+def test_names_cannot_move_a_cursor_or_break_an_encoding(tmp_path: Path) -> None:
+    row = own(environment="\x1b[2J\ud800" + "x" * 500, version="\x07")
+    rollout = the_rollout(written(tmp_path / "f", [row]))
+    assert rollout.environment == "\ufffd[2J\ufffd" + "x" * 55
+    assert set(rollout.versions or ()) == {"\ufffd"}
+
+
 def test_a_list_that_was_cut(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_text(json.dumps([own(), own(), own()])[:-40])

@@ -12,6 +12,8 @@ from ipo_ext import IPOConfig
 from .causes import causes
 from .counterfactuals import Laboratory
 from .extras import Missing
+from .page import write_page
+from .picture import write_png
 from .policy import DTYPES, BadModel, Policy, load
 from .progress import Progress
 from .readers import Found, Problem, Refused, read
@@ -89,7 +91,17 @@ def _run(arguments: argparse.Namespace) -> int:
         speller(policy.tokenizer if policy else None),
     )
     print(as_text(report))
+    _write(report, arguments)
     return 1 if refused else 0
+
+
+def _write(report: Report, arguments: argparse.Namespace) -> None:
+    if arguments.html is not None:
+        without_picture = write_page(report, arguments.html)
+        print(f"\npage: {arguments.html}" + (f" ({without_picture})" if without_picture else ""))
+    if arguments.png is not None:
+        write_png(report, arguments.png)
+        print(f"picture: {arguments.png}")
 
 
 def _loaded(
@@ -166,6 +178,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--previous", metavar="DIR", help="weights that the engine may have had instead"
     )
+    parser.add_argument(
+        "--html", type=Path, metavar="OUT", help="also write one page with picture and tables"
+    )
+    parser.add_argument("--png", type=Path, metavar="OUT", help="also write the picture")
     parser.add_argument(
         "--temperature",
         type=_temperature,

@@ -94,7 +94,7 @@ def numbers_of(statistics: Statistics) -> list[tuple[str, str, str]]:
     return [
         ("tokens", f"{statistics.tokens:,}", f"of {statistics.rollouts:,} rollouts"),
         ("mean x", f"{overall.mean:+.2g}", "log-ratio, trainer less engine"),
-        ("std x", f"{overall.deviation:.2g}", ""),
+        ("std x", f"{overall.deviation:.2g}", "its standard deviation"),
         ("range", f"{overall.smallest:+.2g} to {overall.largest:+.2g}", "of x"),
         ("k1", f"{overall.k1:+.2g}", "mean of -x: the KL of the engine to the trainer"),
         ("k2", f"{overall.k2:.2g}", "mean of x^2 / 2"),

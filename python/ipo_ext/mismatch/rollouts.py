@@ -11,6 +11,8 @@ import torch
 
 _ROUNDING = 1e-3  # an engine's rounding may lift a certain token's log-probability above 0 by less
 
+_LONGEST_NAME = 60
+
 
 class BadRecord(ValueError):
     """A part of a file that cannot be read: what was expected of it and what came, in words."""
@@ -70,9 +72,9 @@ def rollout_of_completion(
 
     if isinstance(version, (list, tuple)):
         check_length("version", version, len(answer), "token_ids")
-        version = [""] * before + [str(name) for name in version]
+        version = [""] * before + [label(name) for name in version]
     elif version is not None:
-        version = [str(version)] * (before + len(answer))
+        version = [label(version)] * (before + len(answer))
     if isinstance(temperature, (list, tuple)):
         temperature = padded("temperature", numbers("temperature", temperature))
     return checked(
@@ -86,7 +88,7 @@ def rollout_of_completion(
             else padded("trainer_logprobs", numbers("trainer_logprobs", trainer_logprobs)),
             temperatures(temperature, before + len(answer)),
             version,
-            None if environment is None else str(environment),
+            None if environment is None else label(environment),
         )
     )
 
@@ -150,6 +152,12 @@ def _check_types(name: str, values: Sequence[Any], types: Sequence[type], expect
         return
     place, value = next(pair for pair in enumerate(values) if type(pair[1]) not in types)
     raise BadRecord(f"{name}[{place}]: expected {expected}, got {value!r}")
+
+
+def label(value: Any) -> str:
+    """A name as it may be shown: nothing in it moves a cursor, and it is no longer than a line."""
+    text = str(value)[:_LONGEST_NAME]
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def check_length(name: str, values: Any, expected: int, like: str) -> None:

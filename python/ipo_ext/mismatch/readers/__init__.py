@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..rollouts import BadRecord, Rollout
+from ..rollouts import BadRecord, Rollout, label
 from . import (
     llama_cpp,
     own,
@@ -114,7 +114,7 @@ def format_of(record: Any) -> ModuleType:
 
 def _described(record: Any) -> str:
     if isinstance(record, dict):
-        keys = ", ".join(map(str, list(record)[:12])) or "none"
+        keys = ", ".join(map(label, list(record)[:12])) or "none"
         return f"an object with the keys {keys}"
     if isinstance(record, list):
         return f"a list of {len(record)} elements"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..rollouts import Rollout, booleans, check_length, checked, integers, numbers
+from ..rollouts import Rollout, booleans, check_length, checked, integers, label, numbers
 
 NAME = "prime-rl batches"
 _IDS, _MASK, _LOGPROBS, _POSITIONS = 0, 1, 3, 4
@@ -49,7 +49,7 @@ def rollouts_in(record: list[Any], where: str) -> Iterator[Rollout]:
                     sampled[part],
                     logprobs[part],
                     temperature=None if temperature is None else temperature[part],
-                    environment=environments[start] if environments else None,
+                    environment=label(environments[start]) if environments else None,
                 )
             )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..rollouts import Rollout, booleans, check_length, checked, integers, numbers
+from ..rollouts import Rollout, booleans, check_length, checked, integers, label, numbers
 
 NAME = "prime-rl token exports"
 KEYS = ("token_ids", "loss_mask", "inference_logprobs", "trainer_logprobs")
@@ -31,7 +31,7 @@ def rollouts_in(record: dict[str, Any], where: str) -> Iterator[Rollout]:
             token_ids,
             sampled,
             **values,
-            versions=None if step is None else [str(step)] * len(token_ids),
-            environment=None if environment is None else str(environment),
+            versions=None if step is None else [label(step)] * len(token_ids),
+            environment=None if environment is None else label(environment),
         )
     )

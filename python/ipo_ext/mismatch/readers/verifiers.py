@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..rollouts import BadRecord, Rollout, booleans, check_length, checked, integers, numbers
+from ..rollouts import BadRecord, Rollout, booleans, check_length, checked, integers, label, numbers
 
 NAME = "verifiers traces"
 _ENVIRONMENT = ("env_name", "env_id", "environment")
@@ -30,7 +30,7 @@ def rollouts_in(record: dict[str, Any], where: str) -> Iterator[Rollout]:
                 "renderer client, which keeps them"
             )
         named = [holder.get(name) for holder in (trace, record) for name in _ENVIRONMENT]
-        environment = next((name for name in named if isinstance(name, str)), None)
+        environment = next((label(name) for name in named if isinstance(name, str)), None)
         counted: set[int] = set()
         for leaf in _leaves(nodes):
             path = _path(nodes, leaf)
