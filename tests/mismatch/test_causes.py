@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,3 +219,42 @@ def test_an_infinite_log_probability_decides_nothing(
     output = run(written(tmp_path / "f", sampled.rows(logprobs)), "--model", directory)
     assert output.certain == []
     assert "infinite" in output.text
+
+
+# ---------------------------------------------------------------------------------------------
+# Real rollouts: twelve answers of SmolLM2-135M-Instruct in vLLM 0.32 on a CPU, bfloat16, with the
+# float32 log-probabilities of transformers beside the engine's.
+
+REAL = Path(__file__).parent / "rollouts" / "vllm_bf16.jsonl"
+
+
+def real_rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in REAL.read_text().splitlines()]
+
+
+def test_real_rollouts_in_bfloat16_are_clean(run: Run) -> None:
+    output = run(REAL)
+    assert output.status == 0
+    assert output.certain == []
+    (clean,) = output.clean
+    assert clean.startswith("low precision as usual: bfloat16 arithmetic, or int8 weights")
+    assert "  the default, ratio in [0.2, 5]    0.00%  0.00%  0.00%" in output.text
+
+
+@pytest.mark.parametrize(("cut", "sign"), [(1, "-1"), (-1, "+1")])
+def test_real_rollouts_whose_values_moved(run: Run, tmp_path: Path, cut: int, sign: str) -> None:
+    rows = real_rows()
+    for row in rows:  # as a list that begins one token late, or with one value too many
+        values = row["logprobs"]
+        row["logprobs"] = [*values[1:], values[0]] if cut == 1 else [-0.7, *values[:-1]]
+    output = run(written(tmp_path / "f", rows))
+    assert output.certain == [f"a shift by one token ({sign})"]
+    assert len(output.clean) == 1
+
+
+def test_real_rollouts_with_zeros(run: Run, tmp_path: Path) -> None:
+    rows = real_rows()
+    rows[3]["logprobs"] = [0] * len(rows[3]["logprobs"])
+    output = run(written(tmp_path / "f", rows))
+    assert output.certain == ["missing log-probabilities, written as 0"]
+    assert len(output.clean) == 1
