@@ -121,3 +121,11 @@ def rounded(logprobs: torch.Tensor, deviation: float) -> torch.Tensor:
 def written(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def min_p(share: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def processed(logits: torch.Tensor) -> torch.Tensor:
+        p = logits.softmax(-1)
+        return logits.masked_fill(p < share * p.amax(-1, keepdim=True), -math.inf)
+
+    return processed

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from ipo_ext.mismatch import counterfactuals
+from ipo_ext.mismatch.counterfactuals import Truncation
 from tests.mismatch import planted
 from tests.mismatch.conftest import Run
 from tests.mismatch.planted import Sampled, rounded, written
@@ -72,6 +74,16 @@ def test_a_temperature_that_the_trainer_ignores(
     assert len(output.clean) == 1
 
 
+def test_a_temperature_that_explains_little_is_not_named(
+    run: Run, model: planted.LlamaForCausalLM, directory: Path, tmp_path: Path
+) -> None:
+    """As that of a sharper policy is, a few steps on: it is no chance, and not the cause."""
+    sampled = planted.sample(model)
+    logprobs = rounded(sampled.logprobs(lambda logits: logits / 0.9), 0.35)
+    output = run(written(tmp_path / "f", sampled.rows(logprobs)), "--model", directory)
+    assert output.certain == []
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.2])
 def test_raw_values_where_the_file_says_a_temperature(
     run: Run, model: planted.LlamaForCausalLM, directory: Path, tmp_path: Path, temperature: float
@@ -93,6 +105,7 @@ def test_raw_values_where_the_file_says_a_temperature(
         (planted.top_p(0.9), "top_p 0.9"),
         (planted.top_p(0.8), "top_p 0.8"),
         (planted.top_k(20), "top_k 20"),
+        (planted.min_p(0.1), "min_p 0.1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -113,6 +126,36 @@ def test_a_truncated_sampler_is_named(
     kind, value = name.split()
     assert f"about {kind}" in found
     assert float(found.split()[-1]) == pytest.approx(float(value), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("processed", "truncation"),
+    [
+        (planted.top_p(0.9), Truncation("top_p", 0.9)),
+        (planted.top_p(0.3), Truncation("top_p", 0.3)),
+        (planted.top_k(20), Truncation("top_k", 20)),
+        (planted.top_k(1), Truncation("top_k", 1)),
+        (planted.min_p(0.1), Truncation("min_p", 0.1)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Truncation) else "",
+)
+def test_renormalised_values_are_those_of_the_sampler(
+    model: planted.LlamaForCausalLM,
+    processed: Callable[[torch.Tensor], torch.Tensor],
+    truncation: Truncation,
+) -> None:
+    sampled = planted.sample(model, processed)
+    log_p = sampled.logits.double().log_softmax(-1).flatten(0, 1)
+    found = counterfactuals._renormalised(log_p, sampled.answers.flatten(), [truncation])
+    expected = sampled.logprobs(processed).double().flatten()
+    torch.testing.assert_close(found[:, 0], expected, atol=1e-5, rtol=0)
+
+
+def test_a_token_far_beyond_what_a_sampler_keeps_could_not_be_sampled() -> None:
+    log_p = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4, 1)
+    truncations = [Truncation("top_p", 0.6), Truncation("top_k", 1), Truncation("min_p", 0.5)]
+    found = counterfactuals._renormalised(log_p, torch.arange(4), truncations)
+    assert found.isinf().tolist() == [[False] * 3, [False] * 3, [True] * 3, [True] * 3]
 
 
 def test_zeros_for_missing_values_are_counted_and_hide_no_other_cause(
@@ -182,9 +225,9 @@ def test_previous_weights_that_the_engine_did_not_have(
 @pytest.mark.parametrize(
     ("deviation", "title"),
     [
-        (0.10, "weights one step old, or 4-bit weights in small groups"),
+        (0.13, "int8 weights, or weights one small step old"),
         (0.25, "an fp8 KV cache"),
-        (0.45, "int8 weights and activations, or weights four steps old and more"),
+        (0.50, "int8 weights and activations, or weights several steps old"),
         (1.20, "weights rounded to 4 bits, or weights of another model"),
     ],
 )
@@ -237,7 +280,7 @@ def test_real_rollouts_in_bfloat16_are_clean(run: Run) -> None:
     assert output.status == 0
     assert output.certain == []
     (clean,) = output.clean
-    assert clean.startswith("low precision as usual: bfloat16 arithmetic, or int8 weights")
+    assert clean.startswith("low precision as usual: bfloat16 arithmetic")
     assert "  the default, ratio in [0.2, 5]    0.00%  0.00%  0.00%" in output.text
 
 

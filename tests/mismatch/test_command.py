@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import torch
+from transformers import PreTrainedTokenizerFast
 
-from ipo_ext.mismatch import main
+from ipo_ext.mismatch import main, progress
+from ipo_ext.mismatch.rollouts import rollout_of_completion
+from ipo_ext.mismatch.sample import Sample
 from tests.mismatch import planted
 from tests.mismatch.conftest import Run
 from tests.mismatch.planted import Sampled, written
@@ -56,7 +64,7 @@ def test_several_files_a_band_and_a_limit(run: Run, rollouts: Path, directory: P
     output = run(rollouts, rollouts, "--model", directory, "--band", "0.9,1.1")
     assert "  tokens     1,920               of 80 rollouts" in output.text
     assert "ratio in [0.9, 1.1]" in output.text
-    output = run(rollouts, rollouts, "--model", directory, "--limit", "100")
+    output = run(rollouts, rollouts, "--model", directory, "--limit", "120")
     assert "  tokens     120                 of 5 rollouts" in output.text
 
 
@@ -172,6 +180,22 @@ def test_a_model_without_a_tokenizer_is_used_and_tokens_are_shown_by_their_ids(
     assert "[<" in shown
 
 
+def test_a_tokenizer_shows_the_farthest_tokens_as_text(
+    run: Run, rollouts: Path, model: planted.LlamaForCausalLM, tmp_path: Path
+) -> None:
+    words = {f"w{number}": number for number in range(planted.VOCABULARY)}
+    words_alone = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    path = tmp_path / "with a tokenizer"
+    PreTrainedTokenizerFast(tokenizer_object=words_alone).save_pretrained(path)
+    model.save_pretrained(path)
+    output = run(rollouts, "--model", path)
+    shown = output.text.partition("THE FARTHEST TOKENS")[2]
+    rows = [json.loads(line) for line in rollouts.read_text().splitlines()]
+    where, place = re.findall(r"token (\d+), .*:(\d+)", shown)[0][::-1]
+    token = rows[int(where) - 1]["token_ids"][int(place)]
+    assert f"[w{token}]" in shown.splitlines()[2]
+
+
 @pytest.mark.parametrize("package", ["transformers", "pyarrow"])
 def test_a_package_that_is_missing_is_named(
     run: Run,
@@ -190,6 +214,34 @@ def test_a_package_that_is_missing_is_named(
     assert output.status == 1
     assert f"{package}: " in output.errors
     assert 'pip install "ipo_ext[mismatch]"' in output.errors
+
+
+# ---------------------------------------------------------------------------------------------
+# What happens on the way
+
+
+def test_every_rollout_is_in_a_sample_with_the_same_probability() -> None:
+    rollouts = [rollout_of_completion(f"{place}", [1], [2], [-1.0]) for place in range(20)]
+    counts = torch.zeros(20)
+    for seed in range(2000):
+        sample = Sample(size=5, seed=seed)
+        for rollout in rollouts:
+            sample.offer(rollout)
+        assert len(sample.rollouts) == 5
+        counts[[int(each.where) for each in sample.rollouts]] += 1
+    expected = 2000 * 5 / 20
+    assert (counts - expected).abs().max() < 5 * math.sqrt(expected * 0.75)
+
+
+def test_progress_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(0, 1000, 20))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    stream = io.StringIO()
+    rollouts = [rollout_of_completion("f", [1], [2, 3], [-1.0, -1.0])] * 6
+    assert list(progress.Progress(stream).watch(rollouts)) == rollouts
+    said = stream.getvalue().splitlines()
+    assert said[0] == "2 rollouts, 6 tokens, 0 tokens/s"
+    assert len(said) == 3
 
 
 # ---------------------------------------------------------------------------------------------

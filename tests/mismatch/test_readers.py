@@ -147,8 +147,8 @@ def test_a_real_chat_completion_of_vllm() -> None:
 def test_a_real_generate_response_with_its_request(tmp_path: Path) -> None:
     response = json.loads((RESPONSES / "vllm_generate.json").read_text())
     response["choices"][0]["weight_versions"] = [
-        {"version": "7", "start": 0, "end": 3},
         {"version": "8", "start": 3, "end": 4},
+        {"version": "7", "start": 0, "end": 3},
     ]
     request = {"token_ids": [6403, 1980, 253], "sampling_params": {"temperature": 0.5}}
     exchange = {"request": request, "response": response}
@@ -208,8 +208,9 @@ def test_a_bad_line_is_named_and_the_rest_goes_on(
     tmp_path: Path, changed: dict[str, Any], why: str
 ) -> None:
     path = written(tmp_path / "f", [own(), own(**changed), own()])
-    found, _, (problem,) = read_all(path)
+    found, what, (problem,) = read_all(path)
     assert len(found) == 2
+    assert str(what).endswith("ipo_ext's own format (JSON), 3 records, 2 rollouts, 1 left out")
     assert problem.where == f"{path}:2"
     assert problem.why.startswith(why)
 
