@@ -26,7 +26,8 @@ exclude_patterns = ["_extensions"]
 nitpicky = True  # a name that leads nowhere is a warning
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|numpy)(\..*)?"),  # the pages of others: nothing is fetched
-    ("py:.*", r"(collections\.abc\.)?(Callable|Iterator|Mapping|Sequence)|optional"),
+    ("py:.*", r"(collections\.abc\.)?(Callable|Iterable|Iterator|Mapping|Sequence)|optional"),
+    ("py:class", r"os\.PathLike"),
     ("py:class", r"(ipo_ext\.output\.)?Metrics"),  # of IPOOutput, for type checkers
     ("py:class", r"typing_extensions\.Unpack|ipo_ext\.config\._(Advantage)?Taus"),  # the same
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import types
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -85,6 +87,13 @@ def integrations(until_the_end: ExitStack) -> Names:
     return policy()
 
 
+def mismatch(until_the_end: ExitStack) -> Names:
+    """A folder that is removed, and an engine without an answer in the place of vLLM's."""
+    folder = Path(until_the_end.enter_context(tempfile.TemporaryDirectory()))
+    llm = types.SimpleNamespace(generate=lambda prompts, sampling: [])
+    return {"llm": llm, "prompts": [], "sampling": None, "folder": folder, "step": 3}
+
+
 def docstrings() -> Names:
     names = vars(ipo_ext) | policy()
     return names | {
@@ -99,6 +108,7 @@ OF_PAGE: dict[str, Callable[[ExitStack], Names]] = {
     "README.md": readme,
     "docs/installing.md": installing,
     "docs/integrations.md": integrations,
+    "docs/mismatch.md": mismatch,
 }
 
 
