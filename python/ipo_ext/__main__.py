@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 # Command to the module whose main() runs it, imported only then, and what it does.
@@ -22,7 +23,14 @@ def main(argv: list[str] | None = None) -> int:
         commands.add_parser(name, add_help=False, help=description)
     arguments, rest = parser.parse_known_args(argv)
     module, _ = COMMANDS[arguments.command]
-    return int(importlib.import_module(module).main(rest))
+    try:
+        status = int(importlib.import_module(module).main(rest))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whatever reads the output, `head` say, has enough; Python would write the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
 
 
 if __name__ == "__main__":
