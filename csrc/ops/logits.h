@@ -76,6 +76,9 @@ class __attribute__((visibility("hidden"))) RowsCall {
   LogitsArgs args = {};
   Tensor fault;
 
+  // Where all that a call makes lies.
+  const Tensor& on() const { return labels_; }
+
  protected:
   Tensor labels_;
 
@@ -191,38 +194,150 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
   std::vector<Tensor> kept_;
 };
 
-// A verdict on a sequence needs all of its log-probabilities before any gradient: they come first,
-// then the loss and its derivatives by them, then the gradient, by another pass over the logits.
+// Rows in which nothing is replayed, or the sampler's support: what is done to them beside the pass
+// over all rows, which knows no support.
+class __attribute__((visibility("hidden"))) Replay {
+ public:
+  Replay(const RowsCall& rows, const std::optional<Tensor>& sampling_mask, bool with_entropy)
+      : on_(rows.on()), with_entropy_(with_entropy) {
+    if (!sampling_mask.has_value()) return;
+    const int64_t count = rows.args.logits.rows;
+    IPO_EXT_CHECK(sampling_mask->scalar_type() == ScalarType::Int && sampling_mask->dim() > 0 &&
+                      sampling_mask->numel() == count * sampling_mask->size(-1) &&
+                      same_device(*sampling_mask, on_),
+                  "sampling_mask: expected int32 [..., ids] of ", count,
+                  " tokens on the device of labels");
+    ids_ = as_contiguous(*sampling_mask, "sampling_mask");
+    args_.ids = static_cast<const int32_t*>(ids_->const_data_ptr());
+    args_.width = ids_->size(-1);
+    replayed_ = allocate({count}, ScalarType::Bool, args_.replays);
+    others_ = allocate({count}, ScalarType::Bool, args_.others);
+  }
+
+  bool exists() const { return ids_.has_value(); }
+  // [tokens], as find() leaves it; without an element where nothing is replayed.
+  Tensor replayed() const { return exists() ? replayed_ : empty({0}, ScalarType::Bool, on_); }
+
+  // Decides which rows replay. Where it `checks` ids: raises on the CPU for one that breaks the
+  // contract, else adds to what find_faults has left.
+  template <typename Backend>
+  void find(const LogitsArgs& rows, bool checks) {
+    if (!exists()) return;
+    args_.rows = rows;
+    args_.checks = checks;
+    if (is_backward(rows)) row_grads_ = allocate({rows.logits.rows}, compute(), args_.row_grads);
+    Backend::find_support(args_, on_);
+    if constexpr (Backend::kFaultsRaise) {
+      if (checks && *rows.fault != 0) raise_fault();
+    }
+  }
+
+  // Runs the forward pass over all rows, and reads S of those that replay.
+  template <typename Backend>
+  void run_forward(LogitsCall& rows, bool keeps) {
+    const uint8_t* active = rows.args.active;
+    if (exists() && !with_entropy_) rows.args.active = args_.others;
+    rows.run<Backend>();
+    rows.args.active = active;
+    read<Backend>(rows.args, keeps);
+  }
+
+  // Runs the backward pass over all rows, and writes the gradient of those that replay on S, which
+  // has been read. Where no gradient of the entropy flows, the pass only zeroes their rows.
+  template <typename Backend>
+  void run_backward(LogitsCall& rows) {
+    const LogitsArgs given = rows.args;
+    if (exists() && given.grad_entropy.data == nullptr) rows.args.active = args_.others;
+    if (exists() && given.grad_entropy.data != nullptr)
+      rows.args.grad_logprobs = {args_.row_grads, given.compute_dtype};
+    rows.run<Backend>();
+    rows.args = given;
+    if (!exists()) return;
+    args_.rows = given;
+    Backend::write_support(args_, on_);
+  }
+
+  // `keeps` what the gradient will be made of, before it is written over the logits.
+  template <typename Backend>
+  void read(const LogitsArgs& rows, bool keeps) {
+    if (!exists()) return;
+    args_.rows = rows;
+    if (keeps) {
+      kept_ = allocate({rows.logits.rows, args_.width}, compute(), args_.kept);
+      stats_ = allocate({2, rows.logits.rows}, compute(), args_.stats);
+    }
+    Backend::read_support(args_, on_);
+  }
+
+ private:
+  ScalarType compute() const {
+    return args_.rows.compute_dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  }
+  template <typename T>
+  Tensor allocate(std::vector<int64_t> sizes, ScalarType dtype, T*& data) const {
+    Tensor tensor = empty(std::move(sizes), dtype, on_);
+    data = static_cast<T*>(tensor.mutable_data_ptr());
+    return tensor;
+  }
+
+  void raise_fault() const {
+    for (int64_t row = 0; row < args_.rows.logits.rows; ++row) {
+      const int32_t* ids = ids_of(args_, row);
+      for (int64_t i = 0; row_is_active(args_.rows, row) && i < args_.width; ++i) {
+        IPO_EXT_CHECK(id_is_valid(args_, ids, i), "sampling_mask: expected tokens in [0, ",
+                      args_.rows.logits.columns,
+                      "), none of them twice, or -1, wherever a row is active, got ", ids[i],
+                      " at row ", row, ", place ", i);
+      }
+    }
+  }
+
+  SupportArgs args_ = {};
+  Tensor on_;
+  bool with_entropy_;
+  std::optional<Tensor> ids_;
+  Tensor replayed_, others_, row_grads_, kept_, stats_;
+};
+
+// All log-probabilities before any gradient: for a verdict on a sequence, which needs them, and for
+// rows whose log-probability is not the row's alone. Then come the loss and its derivatives by
+// them, then the gradient, by another pass over the logits.
 template <typename Backend>
-void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss) {
+void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss, Replay& replay) {
   const LogitsMatrix gradient = std::exchange(rows.args.gradient, {});
+  const bool with_gradient = gradient.data != nullptr;
   rows.args.mode = LogitsMode::kForward;
   std::optional<Tensor> softmax_stats;
-  if (gradient.data != nullptr) softmax_stats = rows.per_token(2, rows.args.softmax_stats);
-  rows.run<Backend>();
+  if (with_gradient) softmax_stats = rows.per_token(2, rows.args.softmax_stats);
+  replay.run_forward<Backend>(rows, with_gradient);
   loss.run<Backend>();
-  if (gradient.data == nullptr) return;
+  if (!with_gradient) return;
   rows.args.mode = LogitsMode::kBackward;
   rows.args.gradient = gradient;
   rows.args.grad_logprobs = {loss.args.gradient, loss.args.compute_dtype};
-  rows.run<Backend>();
+  replay.run_backward<Backend>(rows);
 }
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logits(
-    LogitsCall& rows, const LossInputs& inputs, const LossSettings& settings) {
+    LogitsCall& rows, const LogitScaling& scaling, const LossInputs& inputs,
+    const LossSettings& settings) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
   const Tensor row_scales = rows.new_row_scales();
-  const bool needs_grad_logprobs =
-      settings.params.judges_sequences && rows.args.gradient.data != nullptr;
-  IpoLossCall loss(logprobs, inputs, entropy, settings, needs_grad_logprobs);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy);
+  const bool in_two_passes = settings.params.judges_sequences || replay.exists();
+  const bool needs_grad_logprobs = in_two_passes && rows.args.gradient.data != nullptr;
+  const auto measured = scaling.with_entropy ? std::optional(entropy) : std::nullopt;
+  IpoLossCall loss(logprobs, inputs, measured, settings, needs_grad_logprobs);
+  if (replay.exists()) loss.measure_replay(replay.replayed());
   loss.check_values<Backend>();
   rows.take_loss(loss);
   rows.find_faults<Backend>();
+  replay.find<Backend>(rows.args, true);
   loss.args.fault = rows.args.fault;
-  if (settings.params.judges_sequences) {
-    run_in_two_passes<Backend>(rows, loss);
+  if (in_two_passes) {
+    run_in_two_passes<Backend>(rows, loss, replay);
   } else {
     rows.run<Backend>();
     loss.run<Backend>();
@@ -238,7 +353,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_l
   const Tensor gradient =
       with_gradient ? rows.new_gradient() : empty({0}, logits.scalar_type(), logits);
   const auto [loss, logprobs, entropy, means, sums, extremes, row_scales] =
-      loss_of_logits<Backend>(rows, inputs, settings);
+      loss_of_logits<Backend>(rows, scaling, inputs, settings);
   return {loss, gradient, logprobs, entropy, means, sums, extremes, row_scales};
 }
 
@@ -246,16 +361,20 @@ template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits_(
     const Tensor& logits, const Tensor& labels, const LogitScaling& scaling,
     const LossInputs& inputs, const LossSettings& settings) {
-  LogitsCall rows(logits, apart_from(logits, labels),
-                  {apart_from(logits, scaling.temperature), scaling.softcap});
+  const LogitScaling kept = apart_from(logits, scaling);
+  LogitsCall rows(logits, apart_from(logits, labels), kept);
   rows.write_gradient_over_logits();
-  return loss_of_logits<Backend>(rows, apart_from(logits, inputs), settings);
+  return loss_of_logits<Backend>(rows, kept, apart_from(logits, inputs), settings);
 }
 
 template <typename Backend>
-Tensor find_faults(const Tensor& labels, const std::optional<Tensor>& temperature,
-                   const std::optional<Tensor>& loss_mask, const std::optional<Tensor>& cu_seqlens,
-                   const std::optional<Tensor>& normalizer, int64_t columns, int64_t max_active) {
+std::tuple<Tensor, Tensor> find_faults(const Tensor& labels,
+                                       const std::optional<Tensor>& temperature,
+                                       const std::optional<Tensor>& sampling_mask,
+                                       const std::optional<Tensor>& loss_mask,
+                                       const std::optional<Tensor>& cu_seqlens,
+                                       const std::optional<Tensor>& normalizer, int64_t columns,
+                                       int64_t max_active) {
   RowsCall rows(labels, columns, temperature);
   rows.args.max_active = max_active;
   std::optional<IpoLossCall> loss;
@@ -267,7 +386,9 @@ Tensor find_faults(const Tensor& labels, const std::optional<Tensor>& temperatur
     rows.args.mode = LogitsMode::kLoss;
   }
   rows.find_faults<Backend>();
-  return rows.fault;
+  Replay replay(rows, sampling_mask, true);
+  replay.find<Backend>(rows.args, true);
+  return {rows.fault, replay.replayed()};
 }
 
 template <typename Backend>
@@ -283,28 +404,37 @@ std::tuple<Tensor, Tensor> chunk_logprobs_and_gradient(
   if (gradient.has_value()) rows.write_gradient_to(*gradient);
   rows.write_row_scales_to(row_scales);
   rows.args.fault = fault_flag(fault, logits);
-  IpoLossCall loss(logprobs, inputs, std::nullopt, settings, false);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy);
+  IpoLossCall loss(logprobs, inputs, std::nullopt, settings,
+                   replay.exists() && gradient.has_value());
   rows.take_loss(loss);
-  rows.run<Backend>();
+  if (replay.exists()) {
+    replay.find<Backend>(rows.args, false);
+    run_in_two_passes<Backend>(rows, loss, replay);
+  } else {
+    rows.run<Backend>();
+  }
   return {logprobs, entropy};
 }
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_metrics(
-    const Tensor& logprobs, const Tensor& entropy, const LossInputs& inputs,
-    const LossSettings& settings, const Tensor& fault, bool with_gradient) {
+    const Tensor& logprobs, const std::optional<Tensor>& entropy,
+    const std::optional<Tensor>& replayed, const LossInputs& inputs, const LossSettings& settings,
+    const Tensor& fault, bool with_gradient) {
   IpoLossCall loss(logprobs, inputs, entropy, settings, with_gradient);
+  if (replayed.has_value()) loss.measure_replay(*replayed);
   loss.args.fault = fault_flag(fault, logprobs);
   loss.run<Backend>();
   return {loss.loss, loss.gradient, loss.means, loss.sums, loss.extremes};
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> forward_rows(LogitsCall& rows) {
+std::tuple<Tensor, Tensor, Tensor> forward_rows(LogitsCall& rows, Replay& replay) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
   const Tensor softmax_stats = rows.per_token(2, rows.args.softmax_stats);
-  rows.run<Backend>();
+  replay.run_forward<Backend>(rows, false);
   return {logprobs, entropy, softmax_stats};
 }
 
@@ -313,7 +443,9 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Te
                                                   const LogitScaling& scaling) {
   LogitsCall rows(logits, labels, scaling);
   rows.find_faults<Backend>();
-  return forward_rows<Backend>(rows);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy);
+  replay.find<Backend>(rows.args, true);
+  return forward_rows<Backend>(rows, replay);
 }
 
 template <typename Backend>
@@ -322,12 +454,15 @@ std::tuple<Tensor, Tensor, Tensor> chunk_logprobs(const Tensor& logits, const Te
                                                   const Tensor& fault) {
   LogitsCall rows(logits, labels, scaling);
   rows.args.fault = fault_flag(fault, logits);
-  return forward_rows<Backend>(rows);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy);
+  replay.find<Backend>(rows.args, false);
+  return forward_rows<Backend>(rows, replay);
 }
 
 template <typename Backend>
-void backward_rows(LogitsCall& rows, const Tensor& entropy, const Tensor& softmax_stats,
-                   const Tensor& grad_logprobs, const Tensor& grad_entropy) {
+void backward_rows(LogitsCall& rows, const LogitScaling& scaling, bool checks,
+                   const Tensor& entropy, const Tensor& softmax_stats, const Tensor& grad_logprobs,
+                   const Tensor& grad_entropy) {
   const int64_t count = rows.args.logits.rows;
   rows.args.mode = LogitsMode::kBackward;
   rows.args.entropy = rows.saved(entropy, count, "entropy");
@@ -335,7 +470,10 @@ void backward_rows(LogitsCall& rows, const Tensor& entropy, const Tensor& softma
   const DType compute = rows.args.compute_dtype;
   rows.args.grad_logprobs = {rows.saved(grad_logprobs, count, "grad_logprobs"), compute};
   rows.args.grad_entropy = {rows.saved(grad_entropy, count, "grad_entropy"), compute};
-  rows.run<Backend>();
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy);
+  replay.find<Backend>(rows.args, checks);
+  replay.read<Backend>(rows.args, true);
+  replay.run_backward<Backend>(rows);
 }
 
 template <typename Backend>
@@ -346,7 +484,7 @@ Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
   LogitsCall rows(logits, labels, scaling);
   const Tensor gradient = rows.new_gradient();
   rows.find_faults<Backend>();
-  backward_rows<Backend>(rows, entropy, softmax_stats, grad_logprobs, grad_entropy);
+  backward_rows<Backend>(rows, scaling, true, entropy, softmax_stats, grad_logprobs, grad_entropy);
   return gradient;
 }
 
@@ -360,7 +498,7 @@ void chunk_logprobs_backward(const Tensor& logits, const Tensor& labels,
   rows.write_gradient_to(gradient);
   rows.write_row_scales_to(row_scales);
   rows.args.fault = fault_flag(fault, logits);
-  backward_rows<Backend>(rows, entropy, softmax_stats, grad_logprobs, grad_entropy);
+  backward_rows<Backend>(rows, scaling, false, entropy, softmax_stats, grad_logprobs, grad_entropy);
 }
 
 }  // namespace ipo_ext

@@ -21,10 +21,12 @@ SymInt = Annotated[int, "SymInt"]  # which torch.compile may leave without a val
 
 
 class LogitScaling(NamedTuple):
-    """What becomes of logits before the softmax."""
+    """What becomes of logits before the softmax, and what of it is wanted."""
 
     temperature: torch.Tensor | None  # [] or [...]; what they are divided by, default 1
     softcap: float  # 0 for none
+    sampling_mask: torch.Tensor | None = None  # [..., ids] int32; the sampler's support
+    with_entropy: bool = True  # else rows that replay their support are not read as a whole
 
 
 class LossInputs(NamedTuple):
@@ -231,6 +233,7 @@ class LinearTokenLogprobsBackwardResults(NamedTuple):
 class FindFaultsArguments(NamedTuple):
     labels: torch.Tensor  # [...]
     temperature: torch.Tensor | None
+    sampling_mask: torch.Tensor | None
     loss_mask: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     normalizer: torch.Tensor | None
@@ -251,7 +254,8 @@ class ChunkLossArguments(NamedTuple):
 
 class LossAndMetricsArguments(NamedTuple):
     logprobs: torch.Tensor  # [tokens]
-    entropy: torch.Tensor  # [tokens]
+    entropy: torch.Tensor | None  # [tokens]
+    replayed: torch.Tensor | None  # [tokens] bool, as find_faults has returned it
     inputs: LossInputs
     settings: LossSettings
     fault: torch.Tensor

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 
 from ipo_ext import _C
-from ipo_ext._ops.arguments import TOKEN_INPUTS, Components, HeadInputs, LossInputs
+from ipo_ext._ops.arguments import TOKEN_INPUTS, Components, HeadInputs, LogitScaling, LossInputs
 from ipo_ext._precision import warn_if_rounded
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BOOLEAN = (torch.bool,)
 LABELS = (torch.int32, torch.int64)
 NORMALIZER = (*FLOATING, torch.int32, torch.int64)
+MOST_IDS = 512  # of a token's sampling mask
 
 
 class Like(NamedTuple):
@@ -63,28 +64,26 @@ def check_components(trainer_logprobs: torch.Tensor, components: Components) -> 
 def check_logits_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    temperature: torch.Tensor | None,
+    scaling: LogitScaling,
     inputs: LossInputs,
     teacher_tau: float,
 ) -> None:
     """Raises unless the arguments of the loss from logits agree."""
-    check_logits(logits, labels, temperature)
+    check_logits(logits, labels, scaling)
     _check_inputs_of_loss(Like("labels", labels), inputs, teacher_tau)
 
 
-def check_logits(
-    logits: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor | None
-) -> None:
-    """Raises unless logits, labels and temperature agree."""
+def check_logits(logits: torch.Tensor, labels: torch.Tensor, scaling: LogitScaling) -> None:
+    """Raises unless logits, labels, temperature and sampling mask agree."""
     check_tensor("logits", logits, FLOATING)
     check_device_supported("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape [..., vocabulary], got {_shape(logits)}")
-    _check_labels(labels, Like("logits", logits), temperature)
+    _check_labels(labels, Like("logits", logits), scaling)
 
 
-def _check_labels(labels: torch.Tensor, rows: Like, temperature: torch.Tensor | None) -> None:
-    """Raises unless there is a label, and a temperature if they differ, for each row."""
+def _check_labels(labels: torch.Tensor, rows: Like, scaling: LogitScaling) -> None:
+    """Raises unless there is a label for each row, and what else each has of its own."""
     check_tensor("labels", labels, LABELS)
     if labels.shape != rows.tensor.shape[:-1]:
         raise ValueError(
@@ -92,10 +91,29 @@ def _check_labels(labels: torch.Tensor, rows: Like, temperature: torch.Tensor | 
             f"{_shape(rows.tensor)} without its last dimension, got {_shape(labels)}"
         )
     check_device("labels", labels, rows)
+    if scaling.sampling_mask is not None:
+        _check_sampling_mask(scaling.sampling_mask, Like("labels", labels))
+    temperature = scaling.temperature
     if temperature is not None and temperature.dim() > 0:
         _check_per_token("temperature", temperature, FLOATING, Like("labels", labels))
     elif temperature is not None:
         _check_scalar("temperature", temperature, FLOATING, rows)
+
+
+def _check_sampling_mask(sampling_mask: torch.Tensor, labels: Like) -> None:
+    check_tensor("sampling_mask", sampling_mask, (torch.int32,))
+    shape = labels.tensor.shape
+    if sampling_mask.shape[:-1] != shape or sampling_mask.dim() != len(shape) + 1:
+        raise ValueError(
+            f"sampling_mask: expected shape {[*shape, 'K']}, K ids for each of labels "
+            f"{_shape(labels.tensor)}, got {_shape(sampling_mask)}"
+        )
+    if sampling_mask.shape[-1] > MOST_IDS:
+        raise ValueError(
+            f"sampling_mask: expected at most {MOST_IDS} ids a token, got shape "
+            f"{_shape(sampling_mask)}"
+        )
+    check_device("sampling_mask", sampling_mask, labels)
 
 
 def check_hidden_loss(head: HeadInputs, inputs: LossInputs, teacher_tau: float) -> None:
@@ -125,7 +143,7 @@ def check_hidden(head: HeadInputs) -> None:
     check_device("weight", weight, Like("hidden", hidden))
     if bias is not None:
         _check_bias(bias, Like("weight", weight))
-    _check_labels(labels, Like("hidden", hidden), scaling.temperature)
+    _check_labels(labels, Like("hidden", hidden), scaling)
 
 
 def _check_bias(bias: torch.Tensor, weight: Like) -> None:

@@ -22,6 +22,7 @@ from ipo_ext._ops.arguments import (
     LinearTokenLogprobsBackwardArguments,
     LinearTokenLogprobsBackwardResults,
     LinearTokenLogprobsResults,
+    LogitScaling,
     LogprobsBackward,
     MetricRows,
     NeedsGrad,
@@ -40,9 +41,10 @@ def _ipo_loss_from_hidden(
         head=_flat_head(arguments.head), inputs=arguments.inputs.map_tokens(_flat)
     )
     head, inputs, num_active = arguments.head, arguments.inputs, arguments.num_active
-    fault = ops.find_faults(
+    fault, replayed = ops.find_faults(
         head.labels,
         head.scaling.temperature,
+        head.scaling.sampling_mask,
         inputs.loss_mask,
         inputs.cu_seqlens,
         inputs.normalizer,
@@ -51,14 +53,14 @@ def _ipo_loss_from_hidden(
     )
     whole = arguments.settings.judges_sequences
     make = _loss_of_judged_sequences if whole else _loss_in_one_pass
-    results = make(ops, arguments, fault)
+    results = make(ops, arguments, fault, replayed)
     return results._replace(
         logprobs=results.logprobs.view(shape), entropy=results.entropy.view(shape)
     )
 
 
 def _loss_in_one_pass(
-    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor
+    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor, replayed: torch.Tensor
 ) -> IPOLossFromHiddenResults:
     """What tokens pay, and the gradients, as soon as a chunk's logits are there."""
     (hidden, weight, bias, labels, scaling), inputs = arguments.head, arguments.inputs
@@ -78,8 +80,7 @@ def _loss_in_one_pass(
         logprobs_here, entropy_here = ops.chunk_logprobs_and_gradient(
             logits,
             take(labels),
-            take(scaling.temperature),
-            scaling.softcap,
+            *_scaling_of(scaling, take),
             *inputs_here,
             *arguments.settings,
             fault,
@@ -91,12 +92,12 @@ def _loss_in_one_pass(
         pays = inputs_here.loss_mask & logprobs_here.isfinite()
         gradients.add(chunk, gradient, row_scales, states, pays)
 
-    loss, _, metrics = _loss_and_metrics(ops, arguments, fault, logprobs, entropy, False)
+    loss, _, metrics = _loss_and_metrics(ops, arguments, fault, logprobs, entropy, replayed, False)
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients.finished())
 
 
 def _loss_of_judged_sequences(
-    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor
+    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor, replayed: torch.Tensor
 ) -> IPOLossFromHiddenResults:
     """A verdict needs all log-probabilities of a sequence before any gradient.
 
@@ -110,7 +111,7 @@ def _loss_of_judged_sequences(
     logprobs, entropy, softmax_stats = _logprobs_of(ops, rows, fault, head, chunk_size)
     needs_grad_logprobs = any(arguments.needs_grad)
     loss, grad_logprobs, metrics = _loss_and_metrics(
-        ops, arguments, fault, logprobs, entropy, needs_grad_logprobs
+        ops, arguments, fault, logprobs, entropy, replayed, needs_grad_logprobs
     )
     grad_logprobs = grad_logprobs.to(logprobs.dtype)
     if needs_grad_logprobs:
@@ -126,12 +127,15 @@ def _loss_and_metrics(
     fault: torch.Tensor,
     logprobs: torch.Tensor,
     entropy: torch.Tensor,
+    replayed: torch.Tensor,
     needs_grad_logprobs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, MetricRows]:
     """Loss, its derivatives by the log-probabilities, metrics."""
+    scaling = arguments.head.scaling
     loss, grad_logprobs, *metrics = ops.loss_and_metrics(
         logprobs,
-        entropy,
+        entropy if scaling.with_entropy else None,
+        None if scaling.sampling_mask is None else replayed,
         *arguments.inputs,
         *arguments.settings,
         fault,
@@ -170,8 +174,7 @@ def _logprobs_of(
         logprobs_here, entropy_here, stats_here = ops.chunk_logprobs(
             logits,
             take(inputs.labels),
-            take(inputs.scaling.temperature),
-            inputs.scaling.softcap,
+            *_scaling_of(inputs.scaling, take),
             fault,
         )
         rows.put(logprobs, chunk, logprobs_here)
@@ -215,8 +218,7 @@ def _gradients_of(
         ops.chunk_logprobs_backward(
             logits,
             take(inputs.labels),
-            take(inputs.scaling.temperature),
-            inputs.scaling.softcap,
+            *_scaling_of(inputs.scaling, take),
             take(backward.entropy),
             take(backward.softmax_stats.t()).t(),
             take(backward.grad_logprobs),
@@ -233,10 +235,18 @@ def _gradients_of(
 # What both need
 
 
+def _scaling_of(scaling: LogitScaling, take: Callable[[Any], Any]) -> LogitScaling:
+    """Of a chunk's rows, which ``take`` gives of what each token has."""
+    return scaling._replace(
+        temperature=take(scaling.temperature), sampling_mask=take(scaling.sampling_mask)
+    )
+
+
 def _faults_of_head(ops: Any, head: HeadInputs) -> torch.Tensor:
-    fault = ops.find_faults(
+    fault, _ = ops.find_faults(
         head.labels,
         head.scaling.temperature,
+        head.scaling.sampling_mask,
         None,
         None,
         None,
@@ -248,10 +258,12 @@ def _faults_of_head(ops: Any, head: HeadInputs) -> torch.Tensor:
 
 def _flat_head(head: HeadInputs) -> HeadInputs:
     """With what belongs to tokens as ``[tokens]``."""
-    temperature = head.scaling.temperature
+    temperature, _, sampling_mask, _ = head.scaling
     if temperature is not None and temperature.dim() > 0:
         temperature = _flat(temperature)
-    scaling = head.scaling._replace(temperature=temperature)
+    if sampling_mask is not None:
+        sampling_mask = sampling_mask.reshape(head.labels.numel(), sampling_mask.shape[-1])
+    scaling = head.scaling._replace(temperature=temperature, sampling_mask=sampling_mask)
     return head._replace(labels=_flat(head.labels), scaling=scaling)
 
 

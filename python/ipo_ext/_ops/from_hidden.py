@@ -169,6 +169,8 @@ class LinearTokenLogprobsGradient(NoSecondDerivative):
         labels: torch.Tensor,
         temperature: torch.Tensor | None,
         softcap: float,
+        sampling_mask: torch.Tensor | None,
+        with_entropy: bool,
         chunk_size: int,
         entropy: torch.Tensor,
         softmax_stats: torch.Tensor,
@@ -185,6 +187,8 @@ class LinearTokenLogprobsGradient(NoSecondDerivative):
             labels,
             temperature,
             softcap,
+            sampling_mask,
+            with_entropy,
             chunk_size,
             entropy,
             softmax_stats,
@@ -210,11 +214,12 @@ def _keep_for_logprobs(
     output: tuple[Any, ...],
     dtype: torch.dtype,
 ) -> None:
-    hidden, weight, bias, labels, (temperature, ctx.softcap) = arguments.head
+    hidden, weight, bias, labels, scaling = arguments.head
     _, entropy, softmax_stats = output
     ctx.mark_non_differentiable(softmax_stats)
-    saved = (savable(labels), savable(temperature), entropy.clone(), softmax_stats)
-    ctx.save_for_backward(hidden, weight, bias, *saved)
+    constants = map(savable, (labels, scaling.temperature, scaling.sampling_mask))
+    ctx.save_for_backward(hidden, weight, bias, *constants, entropy.clone(), softmax_stats)
+    ctx.softcap, ctx.with_entropy = scaling.softcap, scaling.with_entropy
     ctx.set_materialize_grads(False)  # not for the statistics
     ctx.chunk_size, ctx.dtype = arguments.chunk_size, dtype
 
@@ -222,12 +227,13 @@ def _keep_for_logprobs(
 def _logprobs_backward(
     ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    others = (None,) * 4
+    others = (None,) * 6
     if grad_logprobs is None and grad_entropy is None:
         return (None, None, None, *others)
-    hidden, weight, bias, labels, temperature, entropy, softmax_stats = ctx.saved_tensors
+    hidden, weight, bias, labels, temperature, sampling_mask, *forward = ctx.saved_tensors
+    entropy, softmax_stats = forward
     backward = logprobs_backward(entropy, softmax_stats, grad_logprobs, grad_entropy)
-    needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad[-7:]
+    needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad[-3 - len(others) :]
     run: Any = LinearTokenLogprobsGradient.apply
     grad_hidden, grad_weight, grad_bias = run(
         hidden.to(ctx.dtype),
@@ -236,6 +242,8 @@ def _logprobs_backward(
         labels,
         temperature,
         ctx.softcap,
+        sampling_mask,
+        ctx.with_entropy,
         ctx.chunk_size,
         *backward,
         needs_hidden,

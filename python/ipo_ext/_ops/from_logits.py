@@ -187,35 +187,41 @@ class TokenLogprobsGradient(NoSecondDerivative):
         labels: torch.Tensor,
         temperature: torch.Tensor | None,
         softcap: float,
+        sampling_mask: torch.Tensor | None,
+        with_entropy: bool,
         entropy: torch.Tensor,
         softmax_stats: torch.Tensor,
         grad_logprobs: torch.Tensor,
         grad_entropy: torch.Tensor,
     ) -> torch.Tensor:
+        scaling = (temperature, softcap, sampling_mask, with_entropy)
         saved = (entropy, softmax_stats, grad_logprobs, grad_entropy)
-        values = (logits, labels, temperature, softcap, *saved)
+        values = (logits, labels, *scaling, *saved)
         run = operator("token_logprobs_backward", values)
         return cast(torch.Tensor, with_torch_errors(run, *values))
 
 
 def _logprobs_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    logits, labels, (temperature, ctx.softcap) = unflatten(TokenLogprobsArguments, inputs)
+    logits, labels, scaling = unflatten(TokenLogprobsArguments, inputs)
     _, entropy, softmax_stats = output
     ctx.mark_non_differentiable(softmax_stats)
-    saved = (savable(labels), savable(temperature), entropy.clone(), softmax_stats)
-    ctx.save_for_backward(logits, *saved)
+    constants = map(savable, (labels, scaling.temperature, scaling.sampling_mask))
+    ctx.save_for_backward(logits, *constants, entropy.clone(), softmax_stats)
+    ctx.softcap, ctx.with_entropy = scaling.softcap, scaling.with_entropy
     ctx.set_materialize_grads(False)  # not for the statistics
 
 
 def _logprobs_backward(
     ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    logits, labels, temperature, entropy, softmax_stats = ctx.saved_tensors
+    logits, labels, temperature, sampling_mask, entropy, softmax_stats = ctx.saved_tensors
+    others = (None,) * 5
     if grad_logprobs is None and grad_entropy is None:
-        return None, None, None, None
+        return (None, *others)
+    scaling = (temperature, ctx.softcap, sampling_mask, ctx.with_entropy)
     backward = logprobs_backward(entropy, softmax_stats, grad_logprobs, grad_entropy)
     run: Any = TokenLogprobsGradient.apply
-    return run(logits, labels, temperature, ctx.softcap, *backward), None, None, None
+    return (run(logits, labels, *scaling, *backward), *others)
 
 
 @with_signature
