@@ -175,6 +175,8 @@ class Call:
     def sampling_mask(self) -> None:
         return None
 
+    candidates = grad_candidates = sampling_mask
+
     def with_entropy(self) -> bool:
         return True
 

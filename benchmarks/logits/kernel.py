@@ -63,7 +63,9 @@ def calls(case: Case, device: str = "cuda") -> dict[str, Callable[[], torch.Tens
     is_fp16 = gradient.dtype == torch.float16
     row_scales = torch.empty(case.rows, device=device) if is_fp16 else None
     operators = library.operators()
-    fault, _ = operators.find_faults(labels, None, None, mask, None, None, case.columns, case.rows)
+    fault, _ = operators.find_faults(
+        labels, None, None, None, mask, None, None, case.columns, case.rows
+    )
 
     def kernel(into: torch.Tensor | None) -> torch.Tensor | None:
         operators.chunk_logprobs_and_gradient(

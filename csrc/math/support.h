@@ -18,23 +18,26 @@ enum Row : int { IPO_EXT_REPLAY_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
 }
 #undef IPO_EXT_ENUMERATOR
 
-// A row's derivative by the logits of its support. Elsewhere only the entropy has one.
+// The derivative by logits of which a row gives log-probabilities, over its support or, where that
+// is everything, over the whole row. With g_k the gradients by the log-probabilities of ids k and G
+// their sum, it is g_j - G p_j, times du/dz / T, beside what the entropy adds.
 template <typename E>
 struct SupportDerivative {
   LogitScale<E> scale;
   E support_max;                // of the capped logits of S
-  RowDerivative<E> of_support;  // of the log-probability
+  RowDerivative<E> of_support;  // of the log-probabilities, whose gradient is G
   E row_max;                    // of the whole row
   RowDerivative<E> of_row;      // of the entropy; not read where none of its gradient flows
 
-  IPO_HOST_DEVICE E at(E logit, bool is_label) const {
+  // Returns the derivative by a logit whose own log-probability has the gradient `own`.
+  IPO_HOST_DEVICE E at(E logit, E own) const {
     const CappedLogit<E> capped = cap_logit(logit, scale.softcap);
     const RowTerm<E> term = row_term(capped.value, support_max, scale.inverse_temperature);
-    const E by_logprob = is_label ? of_support.label(term, capped.derivative)
-                                  : of_support.other(term, capped.derivative);
-    if (of_row.grads.entropy == 0) return by_logprob;
-    return by_logprob + of_row.other(row_term(capped.value, row_max, scale.inverse_temperature),
-                                     capped.derivative);
+    const E by_logprobs = of_support.other(term, capped.derivative) +
+                          rounded_product(own, capped.derivative * scale.inverse_temperature);
+    if (of_row.grads.entropy == 0) return by_logprobs;
+    return by_logprobs + of_row.other(row_term(capped.value, row_max, scale.inverse_temperature),
+                                      capped.derivative);
   }
 };
 

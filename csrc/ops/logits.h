@@ -194,29 +194,45 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
   std::vector<Tensor> kept_;
 };
 
-// Rows in which nothing is replayed, or the sampler's support: what is done to them beside the pass
-// over all rows, which knows no support.
+// Rows that replay the sampler's support, and other ids than the label whose log-probabilities are
+// wanted: what is done beside the pass over all rows, which knows neither. Without both, nothing.
 class __attribute__((visibility("hidden"))) Replay {
  public:
-  Replay(const RowsCall& rows, const std::optional<Tensor>& sampling_mask, bool with_entropy)
+  Replay(const RowsCall& rows, const std::optional<Tensor>& sampling_mask, bool with_entropy,
+         const std::optional<Tensor>& candidates = std::nullopt)
       : on_(rows.on()), with_entropy_(with_entropy) {
-    if (!sampling_mask.has_value()) return;
     const int64_t count = rows.args.logits.rows;
-    IPO_EXT_CHECK(sampling_mask->scalar_type() == ScalarType::Int && sampling_mask->dim() > 0 &&
-                      sampling_mask->numel() == count * sampling_mask->size(-1) &&
-                      same_device(*sampling_mask, on_),
-                  "sampling_mask: expected int32 [..., ids] of ", count,
-                  " tokens on the device of labels");
-    ids_ = as_contiguous(*sampling_mask, "sampling_mask");
-    args_.ids = static_cast<const int32_t*>(ids_->const_data_ptr());
-    args_.width = ids_->size(-1);
+    if (sampling_mask.has_value())
+      take_ids(*sampling_mask, count, "sampling_mask", ids_, args_.ids, args_.width);
+    if (candidates.has_value())
+      take_ids(*candidates, count, "candidates", candidates_, args_.candidates,
+               args_.num_candidates);
+    if (!exists()) return;
     replayed_ = allocate({count}, ScalarType::Bool, args_.replays);
     others_ = allocate({count}, ScalarType::Bool, args_.others);
   }
 
-  bool exists() const { return ids_.has_value(); }
-  // [tokens], as find() leaves it; without an element where nothing is replayed.
-  Tensor replayed() const { return exists() ? replayed_ : empty({0}, ScalarType::Bool, on_); }
+  bool exists() const { return ids_.has_value() || candidates_.has_value(); }
+  // [tokens], as find() leaves it; without an element where there is no sampling mask.
+  Tensor replayed() const {
+    return ids_.has_value() ? replayed_ : empty({0}, ScalarType::Bool, on_);
+  }
+  // [..., candidates] as the forward pass leaves them; without an element where there are none.
+  Tensor new_candidate_logprobs(const LogitsArgs& rows) {
+    args_.rows = rows;
+    if (!candidates_.has_value()) return empty({0}, compute(), on_);
+    return allocate(sizes_of(*candidates_), compute(), args_.candidate_logprobs);
+  }
+  void take_grad_candidates(const LogitsArgs& rows, const std::optional<Tensor>& grads) {
+    args_.rows = rows;
+    if (!candidates_.has_value()) return;
+    IPO_EXT_CHECK(grads.has_value() && grads->scalar_type() == compute() &&
+                      grads->numel() == candidates_->numel() && same_device(*grads, on_),
+                  "grad_candidates: expected ", candidates_->numel(),
+                  " elements in the compute dtype, on the device of logits");
+    grad_candidates_ = as_contiguous(*grads, "grad_candidates");
+    args_.grad_candidates = grad_candidates_.const_data_ptr();
+  }
 
   // Decides which rows replay. Where it `checks` ids: raises on the CPU for one that breaks the
   // contract, else adds to what find_faults has left.
@@ -264,12 +280,23 @@ class __attribute__((visibility("hidden"))) Replay {
     args_.rows = rows;
     if (keeps) {
       kept_ = allocate({rows.logits.rows, args_.width}, compute(), args_.kept);
+      kept_candidates_ =
+          allocate({rows.logits.rows, args_.num_candidates + 1}, compute(), args_.kept_candidates);
       stats_ = allocate({2, rows.logits.rows}, compute(), args_.stats);
     }
     Backend::read_support(args_, on_);
   }
 
  private:
+  void take_ids(const Tensor& ids, int64_t rows, const char* name, std::optional<Tensor>& held,
+                const int32_t*& data, int64_t& width) {
+    IPO_EXT_CHECK(ids.scalar_type() == ScalarType::Int && ids.dim() > 0 &&
+                      ids.numel() == rows * ids.size(-1) && same_device(ids, on_),
+                  name, ": expected int32 [..., ids] of ", rows, " tokens on the device of labels");
+    held = as_contiguous(ids, name);
+    data = static_cast<const int32_t*>(held->const_data_ptr());
+    width = held->size(-1);
+  }
   ScalarType compute() const {
     return args_.rows.compute_dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
   }
@@ -281,13 +308,20 @@ class __attribute__((visibility("hidden"))) Replay {
   }
 
   void raise_fault() const {
+    const int64_t columns = args_.rows.logits.columns;
     for (int64_t row = 0; row < args_.rows.logits.rows; ++row) {
-      const int32_t* ids = ids_of(args_, row);
-      for (int64_t i = 0; row_is_active(args_.rows, row) && i < args_.width; ++i) {
-        IPO_EXT_CHECK(id_is_valid(args_, ids, i), "sampling_mask: expected tokens in [0, ",
-                      args_.rows.logits.columns,
+      if (!row_is_active(args_.rows, row)) continue;
+      const int32_t *ids = ids_of(args_, row), *candidates = candidates_of(args_, row);
+      for (int64_t i = 0; i < args_.width; ++i) {
+        IPO_EXT_CHECK(id_is_valid(args_, ids, i), "sampling_mask: expected tokens in [0, ", columns,
                       "), none of them twice, or -1, wherever a row is active, got ", ids[i],
                       " at row ", row, ", place ", i);
+      }
+      for (int64_t i = 0; i < args_.num_candidates; ++i) {
+        IPO_EXT_CHECK(candidate_is_valid(args_, candidates[i]),
+                      "candidates: expected tokens in [0, ", columns,
+                      ") or -1 wherever a row is active, got ", candidates[i], " at row ", row,
+                      ", place ", i);
       }
     }
   }
@@ -295,8 +329,8 @@ class __attribute__((visibility("hidden"))) Replay {
   SupportArgs args_ = {};
   Tensor on_;
   bool with_entropy_;
-  std::optional<Tensor> ids_;
-  Tensor replayed_, others_, row_grads_, kept_, stats_;
+  std::optional<Tensor> ids_, candidates_;
+  Tensor replayed_, others_, row_grads_, grad_candidates_, kept_, kept_candidates_, stats_;
 };
 
 // All log-probabilities before any gradient: for a verdict on a sequence, which needs them, and for
@@ -368,13 +402,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor> find_faults(const Tensor& labels,
-                                       const std::optional<Tensor>& temperature,
-                                       const std::optional<Tensor>& sampling_mask,
-                                       const std::optional<Tensor>& loss_mask,
-                                       const std::optional<Tensor>& cu_seqlens,
-                                       const std::optional<Tensor>& normalizer, int64_t columns,
-                                       int64_t max_active) {
+std::tuple<Tensor, Tensor> find_faults(
+    const Tensor& labels, const std::optional<Tensor>& temperature,
+    const std::optional<Tensor>& sampling_mask, const std::optional<Tensor>& candidates,
+    const std::optional<Tensor>& loss_mask, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& normalizer, int64_t columns, int64_t max_active) {
   RowsCall rows(labels, columns, temperature);
   rows.args.max_active = max_active;
   std::optional<IpoLossCall> loss;
@@ -386,7 +418,7 @@ std::tuple<Tensor, Tensor> find_faults(const Tensor& labels,
     rows.args.mode = LogitsMode::kLoss;
   }
   rows.find_faults<Backend>();
-  Replay replay(rows, sampling_mask, true);
+  Replay replay(rows, sampling_mask, true, candidates);
   replay.find<Backend>(rows.args, true);
   return {rows.fault, replay.replayed()};
 }
@@ -430,39 +462,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_metrics(
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> forward_rows(LogitsCall& rows, Replay& replay) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_rows(LogitsCall& rows, Replay& replay,
+                                                        bool checks) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
   const Tensor softmax_stats = rows.per_token(2, rows.args.softmax_stats);
+  const Tensor candidate_logprobs = replay.new_candidate_logprobs(rows.args);
+  replay.find<Backend>(rows.args, checks);
   replay.run_forward<Backend>(rows, false);
-  return {logprobs, entropy, softmax_stats};
+  return {logprobs, entropy, softmax_stats, candidate_logprobs};
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels,
-                                                  const LogitScaling& scaling) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits,
+                                                          const Tensor& labels,
+                                                          const LogitScaling& scaling,
+                                                          const std::optional<Tensor>& candidates) {
   LogitsCall rows(logits, labels, scaling);
   rows.find_faults<Backend>();
-  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy);
-  replay.find<Backend>(rows.args, true);
-  return forward_rows<Backend>(rows, replay);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy, candidates);
+  return forward_rows<Backend>(rows, replay, true);
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> chunk_logprobs(const Tensor& logits, const Tensor& labels,
-                                                  const LogitScaling& scaling,
-                                                  const Tensor& fault) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_logprobs(const Tensor& logits,
+                                                          const Tensor& labels,
+                                                          const LogitScaling& scaling,
+                                                          const std::optional<Tensor>& candidates,
+                                                          const Tensor& fault) {
   LogitsCall rows(logits, labels, scaling);
   rows.args.fault = fault_flag(fault, logits);
-  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy);
-  replay.find<Backend>(rows.args, false);
-  return forward_rows<Backend>(rows, replay);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy, candidates);
+  return forward_rows<Backend>(rows, replay, false);
 }
 
 template <typename Backend>
-void backward_rows(LogitsCall& rows, const LogitScaling& scaling, bool checks,
-                   const Tensor& entropy, const Tensor& softmax_stats, const Tensor& grad_logprobs,
-                   const Tensor& grad_entropy) {
+void backward_rows(LogitsCall& rows, Replay& replay, bool checks, const Tensor& entropy,
+                   const Tensor& softmax_stats, const Tensor& grad_logprobs,
+                   const Tensor& grad_entropy, const std::optional<Tensor>& grad_candidates) {
   const int64_t count = rows.args.logits.rows;
   rows.args.mode = LogitsMode::kBackward;
   rows.args.entropy = rows.saved(entropy, count, "entropy");
@@ -470,7 +507,7 @@ void backward_rows(LogitsCall& rows, const LogitScaling& scaling, bool checks,
   const DType compute = rows.args.compute_dtype;
   rows.args.grad_logprobs = {rows.saved(grad_logprobs, count, "grad_logprobs"), compute};
   rows.args.grad_entropy = {rows.saved(grad_entropy, count, "grad_entropy"), compute};
-  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy);
+  replay.take_grad_candidates(rows.args, grad_candidates);
   replay.find<Backend>(rows.args, checks);
   replay.read<Backend>(rows.args, true);
   replay.run_backward<Backend>(rows);
@@ -478,27 +515,33 @@ void backward_rows(LogitsCall& rows, const LogitScaling& scaling, bool checks,
 
 template <typename Backend>
 Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
-                               const LogitScaling& scaling, const Tensor& entropy,
-                               const Tensor& softmax_stats, const Tensor& grad_logprobs,
-                               const Tensor& grad_entropy) {
+                               const LogitScaling& scaling, const std::optional<Tensor>& candidates,
+                               const Tensor& entropy, const Tensor& softmax_stats,
+                               const Tensor& grad_logprobs, const Tensor& grad_entropy,
+                               const std::optional<Tensor>& grad_candidates) {
   LogitsCall rows(logits, labels, scaling);
   const Tensor gradient = rows.new_gradient();
   rows.find_faults<Backend>();
-  backward_rows<Backend>(rows, scaling, true, entropy, softmax_stats, grad_logprobs, grad_entropy);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy, candidates);
+  backward_rows<Backend>(rows, replay, true, entropy, softmax_stats, grad_logprobs, grad_entropy,
+                         grad_candidates);
   return gradient;
 }
 
 template <typename Backend>
 void chunk_logprobs_backward(const Tensor& logits, const Tensor& labels,
-                             const LogitScaling& scaling, const Tensor& entropy,
-                             const Tensor& softmax_stats, const Tensor& grad_logprobs,
-                             const Tensor& grad_entropy, const Tensor& fault,
+                             const LogitScaling& scaling, const std::optional<Tensor>& candidates,
+                             const Tensor& entropy, const Tensor& softmax_stats,
+                             const Tensor& grad_logprobs, const Tensor& grad_entropy,
+                             const std::optional<Tensor>& grad_candidates, const Tensor& fault,
                              const Tensor& gradient, const std::optional<Tensor>& row_scales) {
   LogitsCall rows(logits, labels, scaling);
   rows.write_gradient_to(gradient);
   rows.write_row_scales_to(row_scales);
   rows.args.fault = fault_flag(fault, logits);
-  backward_rows<Backend>(rows, scaling, false, entropy, softmax_stats, grad_logprobs, grad_entropy);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy, candidates);
+  backward_rows<Backend>(rows, replay, false, entropy, softmax_stats, grad_logprobs, grad_entropy,
+                         grad_candidates);
 }
 
 }  // namespace ipo_ext

@@ -51,12 +51,13 @@ inline constexpr const char* ipo_loss_from_logits_ =
 
 inline constexpr const char* token_logprobs =
     "(Tensor logits, Tensor labels" LOGIT_SCALING
-    ") "
-    "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)";
+    ", Tensor? candidates) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats, Tensor candidate_logprobs)";
 
 inline constexpr const char* token_logprobs_backward =
     "(Tensor logits, Tensor labels" LOGIT_SCALING
-    ", Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, Tensor grad_entropy) -> Tensor";
+    ", Tensor? candidates, Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, "
+    "Tensor grad_entropy, Tensor? grad_candidates) -> Tensor";
 
 // -------------------------------------------------------------------------------------------------
 // Steps of the loss from hidden states, whose chunk loop is Python's
@@ -65,8 +66,9 @@ inline constexpr const char* token_logprobs_backward =
 // 0 in the one element of `fault` where all is well. On the CPU a fault raises instead. `replayed`
 // says which tokens replay the sampler's support; without an element where there is no such mask.
 inline constexpr const char* find_faults =
-    "(Tensor labels, Tensor? temperature, Tensor? sampling_mask, Tensor? loss_mask, "
-    "Tensor? cu_seqlens, Tensor? normalizer, SymInt columns, SymInt max_active) "
+    "(Tensor labels, Tensor? temperature, Tensor? sampling_mask, Tensor? candidates, "
+    "Tensor? loss_mask, Tensor? cu_seqlens, Tensor? normalizer, SymInt columns, "
+    "SymInt max_active) "
     "-> (Tensor fault, Tensor replayed)";
 
 // Log-probabilities and entropies of a chunk's rows, whose faults have been looked for, and the
@@ -87,13 +89,14 @@ inline constexpr const char* loss_and_metrics =
 // gradient may be narrower than the logits and lie over them.
 inline constexpr const char* chunk_logprobs =
     "(Tensor logits, Tensor labels" LOGIT_SCALING
-    ", Tensor fault) "
-    "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)";
+    ", Tensor? candidates, Tensor fault) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats, Tensor candidate_logprobs)";
 
 inline constexpr const char* chunk_logprobs_backward =
     "(Tensor logits, Tensor labels" LOGIT_SCALING
-    ", Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, Tensor grad_entropy, "
-    "Tensor fault, Tensor(a!) gradient, Tensor(b!)? row_scales) -> ()";
+    ", Tensor? candidates, Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, "
+    "Tensor grad_entropy, Tensor? grad_candidates, Tensor fault, Tensor(a!) gradient, Tensor(b!)? "
+    "row_scales) -> ()";
 
 // -------------------------------------------------------------------------------------------------
 // Scaling of a saved gradient

@@ -248,7 +248,8 @@ def token_logprobs(
     logit_scale: float | None = None,
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
-) -> tuple[torch.Tensor, Any]:
+    candidates: torch.Tensor | None = None,
+) -> tuple[Any, ...]:
     """Log-probabilities of the labels and entropies of the rows, both differentiable.
 
     A label of -100 marks a row that takes no part: it is not read, its outputs and its gradient are
@@ -257,23 +258,27 @@ def token_logprobs(
     Args:
         logits, labels, temperature, softcap, logit_scale, sampling_mask, entropy: as for
             ``ipo_loss_from_logits``, except that labels are read everywhere.
+        candidates: int32 ``[..., K]``, K up to 512: ids whose log-probabilities are wanted beside
+            the label's, in any order, also more than once, -1 where there are fewer.
 
     Returns:
         ``(logprobs, entropy)``, each ``[...]``, float64 for float64 logits, else float32; the
-        latter None where it is not wanted.
+        latter None where it is not wanted. With ``candidates`` also their log-probabilities,
+        ``[..., K]``, differentiable too: over the row's ids where it replays them, and then -inf
+        for others; 0 for an id of -1 and in a row that takes no part.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as for ``ipo_loss_from_logits``; on CUDA
             what would raise an IndexError or a RuntimeError makes everything NaN.
     """
     scaling = LogitScaling(scalar("temperature", temperature, logits), 0.0, sampling_mask, entropy)
-    checks.check_logits(logits, labels, scaling)
+    checks.check_logits(logits, labels, scaling, candidates)
     checks.check_no_gradient(None, scaling.temperature)
     scaling = logit_scaling(scaling, softcap, logit_scale, logits)
-    logprobs, entropies, _ = with_torch_errors(
-        run_token_logprobs, TokenLogprobsArguments(logits, labels, scaling)
+    results = with_torch_errors(
+        run_token_logprobs, TokenLogprobsArguments(logits, labels, scaling, candidates)
     )
-    return logprobs, entropies if entropy else None
+    return _wanted(results, entropy, candidates)
 
 
 @spells_out_tensors
@@ -398,7 +403,8 @@ def linear_token_logprobs(
     bias: torch.Tensor | None = None,
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
-) -> tuple[torch.Tensor, Any]:
+    candidates: torch.Tensor | None = None,
+) -> tuple[Any, ...]:
     """``token_logprobs`` of ``hidden @ weight.T + bias``, whose logits never exist as a whole.
 
     Both results are differentiable; the backward pass makes the logits again, a chunk at a time
@@ -408,27 +414,35 @@ def linear_token_logprobs(
 
     Args:
         hidden, weight, chunk_size, bias: as for ``ipo_loss_from_hidden``.
-        labels, temperature, softcap, logit_scale, sampling_mask, entropy: as for
+        labels, temperature, softcap, logit_scale, sampling_mask, entropy, candidates: as for
             ``token_logprobs``.
 
     Returns:
-        ``(logprobs, entropy)``, each ``[...]``, float64 for float64 inputs, else float32; the
-        latter None where it is not wanted.
+        As ``token_logprobs``; float64 for float64 inputs, else float32.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
     """
     scaling = LogitScaling(scalar("temperature", temperature, hidden), 0.0, sampling_mask, entropy)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
-    checks.check_hidden(head)
+    checks.check_hidden(head, candidates)
     checks.check_no_gradient(None, scaling.temperature)
     head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
-    logprobs, entropies, _ = with_torch_errors(
+    results = with_torch_errors(
         run_linear_token_logprobs,
         checks.product_dtype(hidden, weight, bias),
-        LinearTokenLogprobsArguments(head, _chunk_size(chunk_size, hidden, weight)),
+        LinearTokenLogprobsArguments(head, candidates, _chunk_size(chunk_size, hidden, weight)),
     )
-    return logprobs, entropies if entropy else None
+    return _wanted(results, entropy, candidates)
+
+
+def _wanted(
+    results: tuple[torch.Tensor, ...], entropy: bool, candidates: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """What the caller of a block has asked for."""
+    logprobs, entropies, _, candidate_logprobs = results
+    wanted = (logprobs, entropies if entropy else None)
+    return wanted if candidates is None else (*wanted, candidate_logprobs)
 
 
 def _check_may_be_overwritten(logits: torch.Tensor) -> None:

@@ -440,7 +440,7 @@ def linear_token_logprobs(
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Any, ...]:
     """As ``ipo_ext.linear_token_logprobs``, in eager torch, with all of the logits."""
     logits = _logits(hidden, weight, bias, labels != _IGNORED, dtype)
     return token_logprobs(logits, labels, dtype=dtype, **options)
@@ -469,8 +469,9 @@ def token_logprobs(
     logit_scale: float | None = None,
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
+    candidates: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Any, ...]:
     """As ``ipo_ext.token_logprobs``, in eager torch and differentiable any number of times."""
     dtype = dtype or torch.promote_types(logits.dtype, torch.float32)
     active = labels != _IGNORED
@@ -484,13 +485,20 @@ def token_logprobs(
     log_p, sound = _log_softmax(logits, support, active, *scaling)
     logprobs = log_p.gather(-1, torch.where(sound, labels, 0)[..., None].long()).squeeze(-1)
     logprobs = torch.where(sound, logprobs, absent)
-    if not entropy:
-        return logprobs, None
-    log_p, sound = _log_softmax(logits, everything, active, *scaling)
-    possible = log_p.isfinite()  # p log p is 0 where p is, and so is its derivative
-    finite_log_p = torch.where(possible, log_p, 0)
-    entropies = -torch.where(possible, finite_log_p.exp() * finite_log_p, 0).sum(-1)
-    return logprobs, torch.where(sound, entropies, absent)
+    entropies = None
+    if entropy:
+        every_log_p, whole = _log_softmax(logits, everything, active, *scaling)
+        possible = every_log_p.isfinite()  # p log p is 0 where p is, and so is its derivative
+        finite_log_p = torch.where(possible, every_log_p, 0)
+        entropies = -torch.where(possible, finite_log_p.exp() * finite_log_p, 0).sum(-1)
+        entropies = torch.where(whole, entropies, absent)
+    if candidates is None:
+        return logprobs, entropies
+    exists = active[..., None] & (candidates >= 0)
+    place = torch.where(exists, candidates, 0).long()
+    of_candidates = torch.where(sound[..., None], log_p.gather(-1, place), absent[..., None])
+    of_candidates = torch.where(support.gather(-1, place), of_candidates, -math.inf)
+    return logprobs, entropies, torch.where(exists, of_candidates, 0)
 
 
 def _log_softmax(

@@ -45,6 +45,7 @@ logits_paths = tests_in("loss/test_logits_paths.py")
 scale = tests_in("loss/test_scale.py")
 components = tests_in("loss/test_components.py")
 replay = tests_in("loss/test_replay.py")
+candidates = tests_in("loss/test_candidates.py")
 
 AROUND_TILES = from_logprobs(
     "test_matches_the_reference_around_tiles",
@@ -599,22 +600,22 @@ MUTATIONS = (
     Mutation(
         "ids-that-may-repeat",
         SUPPORT,
-        "found |= ids[other] == id;",
+        "found |= ids[other] == ids[place];",
         "found |= 0;",
         replay("test_ids_that_break_the_contract"),
     ),
     Mutation(
         "ids-one-beyond-the-vocabulary",
         SUPPORT,
-        "id < 0 || id >= args.rows.logits.columns;",
-        "id < 0 || id > args.rows.logits.columns;",
+        "id < args.rows.logits.columns && !is_repeated",
+        "id <= args.rows.logits.columns && !is_repeated",
         replay("test_ids_that_break_the_contract"),
     ),
     Mutation(
         "support-over-the-entropys-scale",
         SUPPORT,
-        "if (grads.entropy != alone.entropy)",
-        "if (grads.entropy > alone.entropy)",
+        "math::fp16_scale(math::derivative_bound(all, entropy, inverse_temperature));",
+        "before;",
         replay("test_a_fp16_gradient_beside_the_entropys"),
     ),
     Mutation(
@@ -627,8 +628,8 @@ MUTATIONS = (
     Mutation(
         "entropy-without-a-gradient-on-the-support",
         SUPPORT_TERMS,
-        "if (of_row.grads.entropy == 0) return by_logprob;",
-        "if (of_row.grads.entropy != 2) return by_logprob;",
+        "if (of_row.grads.entropy == 0) return by_logprobs;",
+        "if (of_row.grads.entropy != 2) return by_logprobs;",
         replay("test_blocks_match_float64"),
     ),
     Mutation(
@@ -644,6 +645,27 @@ MUTATIONS = (
         "return row < args.rows.logits.rows ? row : -1;",
         "return row + 1 < args.rows.logits.rows ? row : -1;",
         replay("test_matches_float64"),
+    ),
+    Mutation(
+        "candidates-of-no-sum",
+        SUPPORT,
+        "if (has_grads && id != kNoId)",
+        "if (has_grads && id == kNoId)",
+        candidates("test_match_float64"),
+    ),
+    Mutation(
+        "candidates-outside-the-support",
+        SUPPORT,
+        "return !args.replays[row] || support_contains(args, row, id, place);",
+        "return true;",
+        candidates("test_match_float64"),
+    ),
+    Mutation(
+        "candidates-over-the-scale-of-their-sum",
+        SUPPORT,
+        "if (factor != 1 && !passed.are_zero()) {",
+        "if (factor > 1 && !passed.are_zero()) {",
+        candidates("test_a_fp16_row_has_one_scale"),
     ),
     Mutation(
         "gradient-outside-the-support",

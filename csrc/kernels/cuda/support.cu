@@ -59,7 +59,9 @@ __global__ void __launch_bounds__(kRowThreads) support_find(const SupportArgs ar
 template <typename Stored>
 __global__ void __launch_bounds__(kRowThreads) support_read(const SupportArgs args) {
   const int64_t row = row_of_warp(args);
-  if (row >= 0 && *args.rows.fault == 0) read_support_of_row<Stored>(args, row, Warp());
+  if (row < 0) return;
+  if (*args.rows.fault == 0) return read_support_of_row<Stored>(args, row, Warp());
+  fill_candidates(args, row, std::numeric_limits<Compute<Stored>>::quiet_NaN(), Warp());
 }
 
 template <typename Gradient>

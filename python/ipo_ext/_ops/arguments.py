@@ -88,6 +88,7 @@ class LogprobsBackward(NamedTuple):
     softmax_stats: torch.Tensor  # [2, rows], likewise: row maximum and sum of exponentials
     grad_logprobs: torch.Tensor  # [...]
     grad_entropy: torch.Tensor  # [...]
+    grad_candidates: torch.Tensor | None = None  # [..., candidates]
 
 
 class NeedsGrad(NamedTuple):
@@ -152,12 +153,14 @@ class TokenLogprobsArguments(NamedTuple):
     logits: torch.Tensor
     labels: torch.Tensor
     scaling: LogitScaling
+    candidates: torch.Tensor | None  # [..., candidates] int32; ids whose own are wanted too
 
 
 class TokenLogprobsBackwardArguments(NamedTuple):
     logits: torch.Tensor
     labels: torch.Tensor
     scaling: LogitScaling
+    candidates: torch.Tensor | None
     backward: LogprobsBackward
 
 
@@ -208,6 +211,7 @@ class IPOLossFromHiddenResults(NamedTuple):
 
 class LinearTokenLogprobsArguments(NamedTuple):
     head: HeadInputs
+    candidates: torch.Tensor | None
     chunk_size: SymInt
 
 
@@ -215,10 +219,12 @@ class LinearTokenLogprobsResults(NamedTuple):
     logprobs: torch.Tensor  # [...]
     entropy: torch.Tensor  # [...]
     softmax_stats: torch.Tensor  # [2, tokens]
+    candidate_logprobs: torch.Tensor  # [..., candidates]; without an element where there are none
 
 
 class LinearTokenLogprobsBackwardArguments(NamedTuple):
     head: HeadInputs
+    candidates: torch.Tensor | None
     chunk_size: SymInt
     backward: LogprobsBackward
     needs_grad: NeedsGrad
@@ -234,6 +240,7 @@ class FindFaultsArguments(NamedTuple):
     labels: torch.Tensor  # [...]
     temperature: torch.Tensor | None
     sampling_mask: torch.Tensor | None
+    candidates: torch.Tensor | None
     loss_mask: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     normalizer: torch.Tensor | None
@@ -266,6 +273,7 @@ class ChunkLogprobsArguments(NamedTuple):
     logits: torch.Tensor
     labels: torch.Tensor
     scaling: LogitScaling
+    candidates: torch.Tensor | None
     fault: torch.Tensor
 
 
@@ -273,6 +281,7 @@ class ChunkLogprobsBackwardArguments(NamedTuple):
     logits: torch.Tensor
     labels: torch.Tensor
     scaling: LogitScaling
+    candidates: torch.Tensor | None
     backward: LogprobsBackward
     fault: torch.Tensor
     gradient: torch.Tensor

@@ -45,6 +45,7 @@ def _ipo_loss_from_hidden(
         head.labels,
         head.scaling.temperature,
         head.scaling.sampling_mask,
+        None,
         inputs.loss_mask,
         inputs.cu_seqlens,
         inputs.normalizer,
@@ -108,7 +109,7 @@ def _loss_of_judged_sequences(
     labels = arguments.head.labels.masked_fill(~loss_mask, IGNORED_LABEL)
     head, chunk_size = arguments.head._replace(labels=labels), arguments.chunk_size
     rows = Rows.of(loss_mask, num_active)
-    logprobs, entropy, softmax_stats = _logprobs_of(ops, rows, fault, head, chunk_size)
+    logprobs, entropy, softmax_stats, _ = _logprobs_of(ops, rows, fault, head, None, chunk_size)
     needs_grad_logprobs = any(arguments.needs_grad)
     loss, grad_logprobs, metrics = _loss_and_metrics(
         ops, arguments, fault, logprobs, entropy, replayed, needs_grad_logprobs
@@ -117,7 +118,9 @@ def _loss_of_judged_sequences(
     if needs_grad_logprobs:
         rows = Rows.of(loss_mask & (grad_logprobs != 0), num_active)
     backward = LogprobsBackward(entropy, softmax_stats, grad_logprobs, torch.zeros_like(entropy))
-    gradients = _gradients_of(ops, rows, fault, head, chunk_size, backward, arguments.needs_grad)
+    gradients = _gradients_of(
+        ops, rows, fault, head, None, chunk_size, backward, arguments.needs_grad
+    )
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients)
 
 
@@ -152,47 +155,72 @@ def _linear_token_logprobs(
     ops: Any, arguments: LinearTokenLogprobsArguments
 ) -> LinearTokenLogprobsResults:
     head, shape = _flat_head(arguments.head), arguments.head.labels.shape
-    fault = _faults_of_head(ops, head)
+    candidates = _flat_ids(arguments.candidates)
+    fault = _faults_of_head(ops, head, candidates)
     rows = Rows.of(head.labels != IGNORED_LABEL, None)
-    logprobs, entropy, stats = _logprobs_of(ops, rows, fault, head, arguments.chunk_size)
-    return LinearTokenLogprobsResults(logprobs.view(shape), entropy.view(shape), stats)
+    made = _logprobs_of(ops, rows, fault, head, candidates, arguments.chunk_size)
+    of_candidates = made.candidate_logprobs
+    if arguments.candidates is not None:
+        of_candidates = of_candidates.view(arguments.candidates.shape)
+    return LinearTokenLogprobsResults(
+        made.logprobs.view(shape), made.entropy.view(shape), made.softmax_stats, of_candidates
+    )
 
 
 def _logprobs_of(
-    ops: Any, rows: Rows, fault: torch.Tensor, inputs: HeadInputs, chunk_size: int
+    ops: Any,
+    rows: Rows,
+    fault: torch.Tensor,
+    inputs: HeadInputs,
+    candidates: torch.Tensor | None,
+    chunk_size: int,
 ) -> LinearTokenLogprobsResults:
-    """All of them as ``[tokens]``."""
+    """All of them as ``[tokens]`` and ``[tokens, candidates]``."""
     chunks = rows.chunks(chunk_size)
     head = Head(inputs.weight, inputs.bias, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
     logprobs = rows.new_output((rows.tokens,), fill)
     entropy = rows.new_output((rows.tokens,), fill)
     softmax_stats = rows.new_output((2, rows.tokens), fill)
+    shape = (0,) if candidates is None else tuple(candidates.shape)
+    of_candidates = rows.new_output(shape, fill)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
         logits = head.logits(rows.take_states(inputs.hidden, chunk))
-        logprobs_here, entropy_here, stats_here = ops.chunk_logprobs(
+        logprobs_here, entropy_here, stats_here, candidates_here = ops.chunk_logprobs(
             logits,
             take(inputs.labels),
             *_scaling_of(inputs.scaling, take),
+            take(candidates),
             fault,
         )
         rows.put(logprobs, chunk, logprobs_here)
         rows.put(entropy, chunk, entropy_here)
         rows.put(softmax_stats.t(), chunk, stats_here.t())
-    return LinearTokenLogprobsResults(logprobs, entropy, softmax_stats)
+        if candidates is not None:
+            rows.put(of_candidates, chunk, candidates_here)
+    return LinearTokenLogprobsResults(logprobs, entropy, softmax_stats, of_candidates)
 
 
 def _linear_token_logprobs_backward(
     ops: Any, arguments: LinearTokenLogprobsBackwardArguments
 ) -> LinearTokenLogprobsBackwardResults:
-    head, (entropy, softmax_stats, *grads) = _flat_head(arguments.head), arguments.backward
-    backward = LogprobsBackward(_flat(entropy), softmax_stats, *map(_flat, grads))
-    fault = _faults_of_head(ops, head)
+    head, candidates = _flat_head(arguments.head), _flat_ids(arguments.candidates)
+    entropy, softmax_stats, grad_logprobs, grad_entropy, grad_candidates = arguments.backward
+    backward = LogprobsBackward(
+        _flat(entropy),
+        softmax_stats,
+        _flat(grad_logprobs),
+        _flat(grad_entropy),
+        _flat_ids(grad_candidates),
+    )
+    fault = _faults_of_head(ops, head, candidates)
     flows = (backward.grad_logprobs != 0) | (backward.grad_entropy != 0)
+    if backward.grad_candidates is not None:
+        flows |= (backward.grad_candidates != 0).any(-1)
     rows = Rows.of((head.labels != IGNORED_LABEL) & flows, None)
     return _gradients_of(
-        ops, rows, fault, head, arguments.chunk_size, backward, arguments.needs_grad
+        ops, rows, fault, head, candidates, arguments.chunk_size, backward, arguments.needs_grad
     )
 
 
@@ -201,6 +229,7 @@ def _gradients_of(
     rows: Rows,
     fault: torch.Tensor,
     inputs: HeadInputs,
+    candidates: torch.Tensor | None,
     chunk_size: int,
     backward: LogprobsBackward,
     needs_grad: NeedsGrad,
@@ -219,10 +248,12 @@ def _gradients_of(
             logits,
             take(inputs.labels),
             *_scaling_of(inputs.scaling, take),
+            take(candidates),
             take(backward.entropy),
             take(backward.softmax_stats.t()).t(),
             take(backward.grad_logprobs),
             take(backward.grad_entropy),
+            take(backward.grad_candidates),
             fault,
             gradient,
             row_scales,
@@ -242,11 +273,12 @@ def _scaling_of(scaling: LogitScaling, take: Callable[[Any], Any]) -> LogitScali
     )
 
 
-def _faults_of_head(ops: Any, head: HeadInputs) -> torch.Tensor:
+def _faults_of_head(ops: Any, head: HeadInputs, candidates: torch.Tensor | None) -> torch.Tensor:
     fault, _ = ops.find_faults(
         head.labels,
         head.scaling.temperature,
         head.scaling.sampling_mask,
+        candidates,
         None,
         None,
         None,
@@ -261,15 +293,20 @@ def _flat_head(head: HeadInputs) -> HeadInputs:
     temperature, _, sampling_mask, _ = head.scaling
     if temperature is not None and temperature.dim() > 0:
         temperature = _flat(temperature)
-    if sampling_mask is not None:
-        sampling_mask = sampling_mask.reshape(head.labels.numel(), sampling_mask.shape[-1])
-    scaling = head.scaling._replace(temperature=temperature, sampling_mask=sampling_mask)
+    scaling = head.scaling._replace(temperature=temperature, sampling_mask=_flat_ids(sampling_mask))
     return head._replace(labels=_flat(head.labels), scaling=scaling)
 
 
 def _flat(tensor: Any) -> Any:
     """[...] -> [tokens]; None as it is."""
     return None if tensor is None else tensor.reshape(-1)
+
+
+def _flat_ids(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """[..., ids] -> [tokens, ids]; None as it is."""
+    if tensor is None:
+        return None
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _longest(chunks: list[slice]) -> int:

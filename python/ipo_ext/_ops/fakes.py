@@ -60,6 +60,11 @@ def _logprobs_and_entropy(
     return like.new_empty(labels.shape, dtype=dtype), like.new_empty(labels.shape, dtype=dtype)
 
 
+def _candidate_logprobs(like: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
+    shape = (0,) if candidates is None else candidates.shape
+    return like.new_empty(shape, dtype=checks.widened(like.dtype))
+
+
 def _softmax_stats(like: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return like.new_empty((2, labels.numel()), dtype=checks.widened(like.dtype))
 
@@ -121,9 +126,13 @@ def _ipo_loss_from_logits_inplace(arguments: IPOLossFromLogitsInplaceArguments) 
 
 
 def _token_logprobs(arguments: TokenLogprobsArguments) -> Tensors:
-    logits, labels, scaling = arguments
-    checks.check_logits(logits, labels, scaling)
-    return (*_logprobs_and_entropy(logits, labels), _softmax_stats(logits, labels))
+    logits, labels, scaling, candidates = arguments
+    checks.check_logits(logits, labels, scaling, candidates)
+    return (
+        *_logprobs_and_entropy(logits, labels),
+        _softmax_stats(logits, labels),
+        _candidate_logprobs(logits, candidates),
+    )
 
 
 def _token_logprobs_backward(arguments: TokenLogprobsBackwardArguments) -> torch.Tensor:
@@ -164,9 +173,11 @@ def _gradients(head: HeadInputs, needs_grad: NeedsGrad) -> LinearTokenLogprobsBa
 
 def _linear_token_logprobs(arguments: LinearTokenLogprobsArguments) -> LinearTokenLogprobsResults:
     hidden, labels = arguments.head.hidden, arguments.head.labels
-    checks.check_hidden(arguments.head)
+    checks.check_hidden(arguments.head, arguments.candidates)
     return LinearTokenLogprobsResults(
-        *_logprobs_and_entropy(hidden, labels), _softmax_stats(hidden, labels)
+        *_logprobs_and_entropy(hidden, labels),
+        _softmax_stats(hidden, labels),
+        _candidate_logprobs(hidden, arguments.candidates),
     )
 
 
@@ -200,8 +211,8 @@ def _loss_and_metrics(arguments: LossAndMetricsArguments) -> Tensors:
 
 
 def _chunk_logprobs(arguments: ChunkLogprobsArguments) -> Tensors:
-    logits, labels, scaling, _ = arguments
-    return _token_logprobs(TokenLogprobsArguments(logits, labels, scaling))
+    logits, labels, scaling, candidates, _ = arguments
+    return _token_logprobs(TokenLogprobsArguments(logits, labels, scaling, candidates))
 
 
 def _nothing(_: Any) -> None:
