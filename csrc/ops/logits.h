@@ -403,8 +403,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from
 
 template <typename Backend>
 std::tuple<Tensor, Tensor> find_faults(
-    const Tensor& labels, const std::optional<Tensor>& temperature,
-    const std::optional<Tensor>& sampling_mask, const std::optional<Tensor>& candidates,
+    const Tensor& labels, const std::optional<Tensor>& candidates,
+    const std::optional<Tensor>& temperature, const std::optional<Tensor>& sampling_mask,
     const std::optional<Tensor>& loss_mask, const std::optional<Tensor>& cu_seqlens,
     const std::optional<Tensor>& normalizer, int64_t columns, int64_t max_active) {
   RowsCall rows(labels, columns, temperature);

@@ -66,7 +66,7 @@ inline constexpr const char* token_logprobs_backward =
 // 0 in the one element of `fault` where all is well. On the CPU a fault raises instead. `replayed`
 // says which tokens replay the sampler's support; without an element where there is no such mask.
 inline constexpr const char* find_faults =
-    "(Tensor labels, Tensor? temperature, Tensor? sampling_mask, Tensor? candidates, "
+    "(Tensor labels, Tensor? candidates, Tensor? temperature, Tensor? sampling_mask, "
     "Tensor? loss_mask, Tensor? cu_seqlens, Tensor? normalizer, SymInt columns, "
     "SymInt max_active) "
     "-> (Tensor fault, Tensor replayed)";

@@ -35,6 +35,7 @@ def operator_arguments(name: str, case: Case, **others: Any) -> dict[str, Any]:
         "softcap": getattr(case, "softcap", None) or 0.0,
         "sampling_mask": getattr(case, "sampling_mask", None),
         "candidates": None,
+        "grad_candidates": None,
         "with_entropy": getattr(case, "entropy", None) is not False,
         "normalizer": as_scalar(case.normalizer),
         **settings_of(case.config, case.compute_dtype),

@@ -238,9 +238,9 @@ class LinearTokenLogprobsBackwardResults(NamedTuple):
 
 class FindFaultsArguments(NamedTuple):
     labels: torch.Tensor  # [...]
+    candidates: torch.Tensor | None
     temperature: torch.Tensor | None
     sampling_mask: torch.Tensor | None
-    candidates: torch.Tensor | None
     loss_mask: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     normalizer: torch.Tensor | None

@@ -43,9 +43,9 @@ def _ipo_loss_from_hidden(
     head, inputs, num_active = arguments.head, arguments.inputs, arguments.num_active
     fault, replayed = ops.find_faults(
         head.labels,
+        None,
         head.scaling.temperature,
         head.scaling.sampling_mask,
-        None,
         inputs.loss_mask,
         inputs.cu_seqlens,
         inputs.normalizer,
@@ -276,9 +276,9 @@ def _scaling_of(scaling: LogitScaling, take: Callable[[Any], Any]) -> LogitScali
 def _faults_of_head(ops: Any, head: HeadInputs, candidates: torch.Tensor | None) -> torch.Tensor:
     fault, _ = ops.find_faults(
         head.labels,
+        candidates,
         head.scaling.temperature,
         head.scaling.sampling_mask,
-        candidates,
         None,
         None,
         None,
