@@ -33,7 +33,7 @@ namespace ipo_ext {
   X("Tensor?", std::optional<Tensor>, ce_weights)     \
   X("Tensor?", std::optional<Tensor>, ref_kl_weights) \
   X("Tensor?", std::optional<Tensor>, ref_logprobs)   \
-  X("Tensor?", std::optional<Tensor>, ce_scale)  \
+  X("Tensor?", std::optional<Tensor>, ce_scale)       \
   X("Tensor?", std::optional<Tensor>, ref_kl_scale)
 
 #define IPO_EXT_MEMBER(schema, Type, name) Type name;
