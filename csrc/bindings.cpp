@@ -11,6 +11,7 @@
 #include "math/components.h"
 #include "math/metrics.h"
 #include "math/softmax_row.h"
+#include "math/support.h"
 
 namespace {
 
@@ -47,4 +48,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("EXTREME_ROWS") = names({IPO_EXT_EXTREME_ROWS(IPO_EXT_NAME)});
   m.attr("MEAN_ROWS") = names({IPO_EXT_MEAN_ROWS(IPO_EXT_NAME)});
   m.attr("COMPONENT_MEAN_ROWS") = names({IPO_EXT_COMPONENT_MEANS(IPO_EXT_NAME)});
+  // Behind the rows of sums and means, where a sampling mask is replayed.
+  m.attr("REPLAY_ROWS") = names({IPO_EXT_REPLAY_ROWS(IPO_EXT_NAME)});
 }

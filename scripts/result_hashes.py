@@ -172,6 +172,17 @@ class Call:
     def softcap(self) -> float:
         return self.choices("softcap").choice((0.0, 0.0, 5.0))
 
+    def sampling_mask(self) -> None:
+        return None
+
+    candidates = grad_candidates = sampling_mask
+
+    def with_entropy(self) -> bool:
+        return True
+
+    def replayed(self) -> None:
+        return None
+
     def hidden(self) -> torch.Tensor:
         return self.normal("hidden", self.tokens, self.width)
 

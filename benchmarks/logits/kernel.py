@@ -13,7 +13,7 @@ from benchmarks.harness.command import base_parser, begin
 from benchmarks.harness.terminal import Terminal
 from benchmarks.logits.batch import CONFIG, DTYPES, make_batch
 from ipo_ext._ops import library
-from ipo_ext._ops.arguments import LossInputs
+from ipo_ext._ops.arguments import LogitScaling, LossInputs
 
 NAME = "logits.kernel"
 AHEAD = 400_000  # cycles that the device is kept busy, so that launches wait for it
@@ -63,11 +63,14 @@ def calls(case: Case, device: str = "cuda") -> dict[str, Callable[[], torch.Tens
     is_fp16 = gradient.dtype == torch.float16
     row_scales = torch.empty(case.rows, device=device) if is_fp16 else None
     operators = library.operators()
-    fault = operators.find_faults(labels, None, mask, None, None, case.columns, case.rows)
+    fault, _ = operators.find_faults(
+        labels, None, None, None, mask, None, None, case.columns, case.rows
+    )
 
     def kernel(into: torch.Tensor | None) -> torch.Tensor | None:
         operators.chunk_logprobs_and_gradient(
-            *(logits, labels, None, 0.0),
+            *(logits, labels),
+            *LogitScaling(None, 0.0),
             *LossInputs(inference_logprobs, advantages, mask),
             *CONFIG.settings(torch.float32),
             *(fault, into, None if into is None else row_scales),

@@ -11,10 +11,12 @@ namespace ipo_ext {
 
 // X(type in a schema, type in the struct, name), as in math/settings.h.
 
-// What becomes of logits before the softmax.
-#define IPO_EXT_LOGIT_SCALING(X)                   \
-  X("Tensor?", std::optional<Tensor>, temperature) \
-  X("float", double, softcap)
+// What becomes of logits before the softmax, and what of it is wanted.
+#define IPO_EXT_LOGIT_SCALING(X)                     \
+  X("Tensor?", std::optional<Tensor>, temperature)   \
+  X("float", double, softcap)                        \
+  X("Tensor?", std::optional<Tensor>, sampling_mask) \
+  X("bool", bool, with_entropy)
 
 // What the loss takes besides the policy; no gradient flows to it.
 #define IPO_EXT_LOSS_INPUTS(X)                          \
@@ -31,7 +33,7 @@ namespace ipo_ext {
   X("Tensor?", std::optional<Tensor>, ce_weights)     \
   X("Tensor?", std::optional<Tensor>, ref_kl_weights) \
   X("Tensor?", std::optional<Tensor>, ref_logprobs)   \
-  X("Tensor?", std::optional<Tensor>, ce_scale)  \
+  X("Tensor?", std::optional<Tensor>, ce_scale)       \
   X("Tensor?", std::optional<Tensor>, ref_kl_scale)
 
 #define IPO_EXT_MEMBER(schema, Type, name) Type name;
@@ -52,6 +54,11 @@ struct __attribute__((visibility("hidden"))) Components {
 #undef IPO_EXT_MEMBER
 
 // For an operator that writes over `written`.
+inline LogitScaling apart_from(const Tensor& written, const LogitScaling& scaling) {
+  return {apart_from(written, scaling.temperature), scaling.softcap,
+          apart_from(written, scaling.sampling_mask), scaling.with_entropy};
+}
+
 #define IPO_EXT_APART(schema, Type, name) apart_from(written, inputs.name),
 
 inline LossInputs apart_from(const Tensor& written, const LossInputs& inputs) {

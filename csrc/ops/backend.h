@@ -7,6 +7,7 @@
 #include "kernels/ipo_loss.h"
 #include "kernels/logits.h"
 #include "kernels/scale.h"
+#include "kernels/support.h"
 #include "ops/tensors.h"
 
 // Only CUDA builds of torch have it.
@@ -33,6 +34,19 @@ struct CpuBackend {
   static void logits(const LogitsArgs& args, const LaunchPlan&, const Tensor&) {
     cpu::logits(args, parallel_for);
   }
+  static void find_support(const SupportArgs& args, const Tensor&) {
+    cpu::find_support(args, parallel_for);
+  }
+  static void read_support(const SupportArgs& args, const Tensor&) {
+    cpu::read_support(args, parallel_for);
+  }
+  static void write_support(const SupportArgs& args, const Tensor&) {
+    cpu::write_support(args, parallel_for);
+  }
+  static void replay_metrics(const ReplayMetricsArgs& args, const Tensor&) {
+    cpu::replay_metrics(args);
+  }
+  static void finite_values(const FiniteArgs& args, const Tensor&) { cpu::finite_values(args); }
   static void scale(const ScaleArgs& args, const Tensor&) { cpu::scale(args, parallel_for); }
   static void scale_rows(const ScaleRowsArgs& args, const Tensor&) {
     cpu::scale_rows(args, parallel_for);
@@ -77,6 +91,31 @@ struct CudaBackend {
   static void logits(const LogitsArgs& args, const cuda::LaunchPlan& plan, const Tensor& on) {
     check_launch("logits", on,
                  [&](CUstream_st* stream) { return cuda::logits(args, plan, stream); });
+  }
+
+  static void find_support(const SupportArgs& args, const Tensor& on) {
+    check_launch("find_support", on,
+                 [&](CUstream_st* stream) { return cuda::find_support(args, stream); });
+  }
+
+  static void read_support(const SupportArgs& args, const Tensor& on) {
+    check_launch("read_support", on,
+                 [&](CUstream_st* stream) { return cuda::read_support(args, stream); });
+  }
+
+  static void write_support(const SupportArgs& args, const Tensor& on) {
+    check_launch("write_support", on,
+                 [&](CUstream_st* stream) { return cuda::write_support(args, stream); });
+  }
+
+  static void replay_metrics(const ReplayMetricsArgs& args, const Tensor& on) {
+    check_launch("replay_metrics", on,
+                 [&](CUstream_st* stream) { return cuda::replay_metrics(args, stream); });
+  }
+
+  static void finite_values(const FiniteArgs& args, const Tensor& on) {
+    check_launch("finite_values", on,
+                 [&](CUstream_st* stream) { return cuda::finite_values(args, stream); });
   }
 
   static void scale(const ScaleArgs& args, const Tensor& on) {

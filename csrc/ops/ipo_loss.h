@@ -50,7 +50,7 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     args.sequence_rules = settings.sequence_rules;
     take_mask(inputs.loss_mask);
     take_segments(inputs.cu_seqlens);
-    allocate(inputs.cu_seqlens.has_value(), with_gradient);
+    allocate(with_gradient);
   }
 
   // Only what a fault can hide in, for tokens whose log-probabilities do not exist yet.
@@ -71,12 +71,37 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     }
   }
 
+  // Measures replay too, in rows behind the loss's own. `replayed` is [tokens]; an entropy that is
+  // not finite is counted, and adds nothing.
+  void measure_replay(const Tensor& replayed) {
+    IPO_EXT_CHECK(replayed.scalar_type() == ScalarType::Bool,
+                  "replayed: expected dtype torch.bool");
+    check_per_token(replayed, like_, "replayed");
+    replayed_ = as_contiguous(replayed, "replayed");
+    any_entropy_ = args.entropy;
+    if (args.entropy.data != nullptr) {
+      finite_entropy_ = empty(
+          {like_.numel()},
+          args.entropy.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float, like_);
+      args.entropy.data = finite_entropy_->const_data_ptr();
+    }
+    allocate_metrics(math::replay::kNumRows);
+  }
+
   template <typename Backend>
   void run() {
     const Tensor workspace =
         empty({static_cast<int64_t>(Backend::workspace_bytes(args))}, ScalarType::Byte, like_);
     args.workspace = workspace.mutable_data_ptr();
+    if (finite_entropy_.has_value())
+      Backend::finite_values({any_entropy_, finite_entropy_->mutable_data_ptr(), like_.numel()},
+                             like_);
     Backend::ipo_loss(args, like_);
+    if (!replayed_.has_value()) return;
+    const auto* replays = static_cast<const uint8_t*>(replayed_->const_data_ptr());
+    Backend::replay_metrics({args.compute_dtype, replays, any_entropy_, args.loss_mask,
+                             args.segments, args.sums, args.means},
+                            like_);
   }
 
   IpoLossArgs args = {};
@@ -93,6 +118,7 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
 
   void take_segments(const std::optional<Tensor>& cu_seqlens) {
     args.segments = {nullptr, 1, like_.numel(), 0};
+    is_packed_ = cu_seqlens.has_value();
     if (!cu_seqlens.has_value()) return;
     IPO_EXT_CHECK(cu_seqlens->scalar_type() == ScalarType::Int && cu_seqlens->dim() == 1 &&
                       cu_seqlens->numel() > 0 && same_device(*cu_seqlens, like_),
@@ -102,27 +128,40 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     args.segments.count = cu_seqlens_.numel() - 1;
   }
 
-  void allocate(bool packed, bool with_gradient) {
-    const ScalarType compute =
-        args.compute_dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-    const int64_t segments = args.segments.count;
+  void allocate(bool with_gradient) {
     const auto shape = like_.sizes();
-    loss = empty({}, compute, like_);
-    gradient = with_gradient ? empty({shape.begin(), shape.end()}, compute, like_)
-                             : empty({0}, compute, like_);
-    means = empty_rows(math::mean::kNumRows, segments, packed, compute, like_);
-    sums = empty_rows(math::kNumSumRows, segments, packed, ScalarType::Double, like_);
-    extremes = empty_rows(math::extreme::kNumRows, segments, packed, ScalarType::Double, like_);
+    loss = empty({}, compute(), like_);
+    gradient = with_gradient ? empty({shape.begin(), shape.end()}, compute(), like_)
+                             : empty({0}, compute(), like_);
     args.loss = loss.mutable_data_ptr();
     args.gradient = with_gradient ? gradient.mutable_data_ptr() : nullptr;
+    allocate_metrics(0);
+  }
+
+  // With so many rows of sums and of means behind the loss's own.
+  void allocate_metrics(int64_t more) {
+    const int64_t segments = args.segments.count;
+    const auto rows = [&](int64_t count, ScalarType dtype) {
+      return empty_rows(count, segments, is_packed_, dtype, like_);
+    };
+    means = rows(math::mean::kNumRows + more, compute());
+    sums = rows(math::kNumSumRows + more, ScalarType::Double);
+    extremes = rows(math::extreme::kNumRows, ScalarType::Double);
     args.means = means.mutable_data_ptr();
     args.sums = static_cast<double*>(sums.mutable_data_ptr());
     args.extremes = static_cast<double*>(extremes.mutable_data_ptr());
   }
 
+  ScalarType compute() const {
+    return args.compute_dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  }
+
   Tensor like_;
   PerToken trainer_logprobs_, IPO_EXT_TOKEN_INPUTS(IPO_EXT_NAME, IPO_EXT_NAME) entropy_;
   Tensor mask_, cu_seqlens_;
+  bool is_packed_ = false;
+  std::optional<Tensor> replayed_, finite_entropy_;
+  TokenInput any_entropy_;
 };
 
 #undef IPO_EXT_NAME
@@ -195,22 +234,34 @@ template <typename Backend>
 Tensor metric_means(const Tensor& sums, const Tensor& extremes, bool float64) {
   const bool packed = sums.dim() == 2;
   const int64_t segments = packed ? sums.size(1) : 1;
-  IPO_EXT_CHECK(is_float64(sums) && sums.numel() == math::kNumSumRows * segments,
-                "sums: expected float64 [", math::kNumSumRows, "] or [", math::kNumSumRows,
-                ", segments]");
+  const int64_t more = sums.dim() > 0 ? sums.size(0) - math::kNumSumRows : -1;  // of replay
+  IPO_EXT_CHECK(
+      is_float64(sums) && sums.dim() <= 2 && (more == 0 || more == math::replay::kNumRows),
+      "sums: expected float64 [", math::kNumSumRows, "] or [", math::kNumSumRows,
+      ", segments], or ", math::replay::kNumRows, " rows more");
   IPO_EXT_CHECK(is_float64(extremes) && extremes.numel() == math::extreme::kNumRows * segments &&
                     same_device(extremes, sums),
                 "extremes: expected float64 [", math::extreme::kNumRows, "] or [",
                 math::extreme::kNumRows, ", segments] on the device of sums");
   const Tensor sums_rows = as_contiguous(sums, "sums");
   const Tensor extreme_rows = as_contiguous(extremes, "extremes");
-  Tensor means = empty_rows(math::mean::kNumRows, segments, packed,
+  Tensor means = empty_rows(math::mean::kNumRows + more, segments, packed,
                             float64 ? ScalarType::Double : ScalarType::Float, sums);
+  const DType compute = float64 ? DType::kFloat64 : DType::kFloat32;
+  const auto* given = static_cast<const double*>(sums_rows.const_data_ptr());
   Backend::metric_means(
-      {float64 ? DType::kFloat64 : DType::kFloat32, segments,
-       static_cast<const double*>(sums_rows.const_data_ptr()),
-       static_cast<const double*>(extreme_rows.const_data_ptr()), means.mutable_data_ptr()},
+      {compute, segments, given, static_cast<const double*>(extreme_rows.const_data_ptr()),
+       means.mutable_data_ptr()},
       sums);
+  if (more > 0)
+    Backend::replay_metrics({compute,
+                             nullptr,
+                             {},
+                             nullptr,
+                             {nullptr, segments, 0, 0},
+                             const_cast<double*>(given),
+                             means.mutable_data_ptr()},
+                            sums);
   return means;
 }
 

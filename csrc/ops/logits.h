@@ -76,6 +76,9 @@ class __attribute__((visibility("hidden"))) RowsCall {
   LogitsArgs args = {};
   Tensor fault;
 
+  // Where all that a call makes lies.
+  const Tensor& on() const { return labels_; }
+
  protected:
   Tensor labels_;
 
@@ -191,38 +194,184 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
   std::vector<Tensor> kept_;
 };
 
-// A verdict on a sequence needs all of its log-probabilities before any gradient: they come first,
-// then the loss and its derivatives by them, then the gradient, by another pass over the logits.
+// Rows that replay the sampler's support, and other ids than the label whose log-probabilities are
+// wanted: what is done beside the pass over all rows, which knows neither. Without both, nothing.
+class __attribute__((visibility("hidden"))) Replay {
+ public:
+  Replay(const RowsCall& rows, const std::optional<Tensor>& sampling_mask, bool with_entropy,
+         const std::optional<Tensor>& candidates = std::nullopt)
+      : on_(rows.on()), with_entropy_(with_entropy) {
+    const int64_t count = rows.args.logits.rows;
+    if (sampling_mask.has_value())
+      take_ids(*sampling_mask, count, "sampling_mask", ids_, args_.ids, args_.width);
+    if (candidates.has_value())
+      take_ids(*candidates, count, "candidates", candidates_, args_.candidates,
+               args_.num_candidates);
+    if (!exists()) return;
+    replayed_ = allocate({count}, ScalarType::Bool, args_.replays);
+    others_ = allocate({count}, ScalarType::Bool, args_.others);
+  }
+
+  bool exists() const { return ids_.has_value() || candidates_.has_value(); }
+  // [tokens], as find() leaves it; without an element where there is no sampling mask.
+  Tensor replayed() const {
+    return ids_.has_value() ? replayed_ : empty({0}, ScalarType::Bool, on_);
+  }
+  // [..., candidates] as the forward pass leaves them; without an element where there are none.
+  Tensor new_candidate_logprobs(const LogitsArgs& rows) {
+    args_.rows = rows;
+    if (!candidates_.has_value()) return empty({0}, compute(), on_);
+    return allocate(sizes_of(*candidates_), compute(), args_.candidate_logprobs);
+  }
+  void take_grad_candidates(const LogitsArgs& rows, const std::optional<Tensor>& grads) {
+    args_.rows = rows;
+    if (!candidates_.has_value()) return;
+    IPO_EXT_CHECK(grads.has_value() && grads->scalar_type() == compute() &&
+                      grads->numel() == candidates_->numel() && same_device(*grads, on_),
+                  "grad_candidates: expected ", candidates_->numel(),
+                  " elements in the compute dtype, on the device of logits");
+    grad_candidates_ = as_contiguous(*grads, "grad_candidates");
+    args_.grad_candidates = grad_candidates_.const_data_ptr();
+  }
+
+  // Decides which rows replay. Where it `checks` ids: raises on the CPU for one that breaks the
+  // contract, else adds to what find_faults has left.
+  template <typename Backend>
+  void find(const LogitsArgs& rows, bool checks) {
+    if (!exists()) return;
+    args_.rows = rows;
+    args_.checks = checks;
+    if (is_backward(rows)) row_grads_ = allocate({rows.logits.rows}, compute(), args_.row_grads);
+    Backend::find_support(args_, on_);
+    if constexpr (Backend::kFaultsRaise) {
+      if (checks && *rows.fault != 0) raise_fault();
+    }
+  }
+
+  // Runs the forward pass over all rows, and reads S of those that replay.
+  template <typename Backend>
+  void run_forward(LogitsCall& rows, bool keeps) {
+    const uint8_t* active = rows.args.active;
+    if (exists() && !with_entropy_) rows.args.active = args_.others;
+    rows.run<Backend>();
+    rows.args.active = active;
+    read<Backend>(rows.args, keeps);
+  }
+
+  // Runs the backward pass over all rows, and writes the gradient of those that replay on S, which
+  // has been read. Where no gradient of the entropy flows, the pass only zeroes their rows.
+  template <typename Backend>
+  void run_backward(LogitsCall& rows) {
+    const LogitsArgs given = rows.args;
+    if (exists() && given.grad_entropy.data == nullptr) rows.args.active = args_.others;
+    if (exists() && given.grad_entropy.data != nullptr)
+      rows.args.grad_logprobs = {args_.row_grads, given.compute_dtype};
+    rows.run<Backend>();
+    rows.args = given;
+    if (!exists()) return;
+    args_.rows = given;
+    Backend::write_support(args_, on_);
+  }
+
+  // `keeps` what the gradient will be made of, before it is written over the logits.
+  template <typename Backend>
+  void read(const LogitsArgs& rows, bool keeps) {
+    if (!exists()) return;
+    args_.rows = rows;
+    if (keeps) {
+      kept_ = allocate({rows.logits.rows, args_.width}, compute(), args_.kept);
+      kept_candidates_ =
+          allocate({rows.logits.rows, args_.num_candidates + 1}, compute(), args_.kept_candidates);
+      stats_ = allocate({2, rows.logits.rows}, compute(), args_.stats);
+    }
+    Backend::read_support(args_, on_);
+  }
+
+ private:
+  void take_ids(const Tensor& ids, int64_t rows, const char* name, std::optional<Tensor>& held,
+                const int32_t*& data, int64_t& width) {
+    IPO_EXT_CHECK(ids.scalar_type() == ScalarType::Int && ids.dim() > 0 &&
+                      ids.numel() == rows * ids.size(-1) && same_device(ids, on_),
+                  name, ": expected int32 [..., ids] of ", rows, " tokens on the device of labels");
+    held = as_contiguous(ids, name);
+    data = static_cast<const int32_t*>(held->const_data_ptr());
+    width = held->size(-1);
+  }
+  ScalarType compute() const {
+    return args_.rows.compute_dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  }
+  template <typename T>
+  Tensor allocate(std::vector<int64_t> sizes, ScalarType dtype, T*& data) const {
+    Tensor tensor = empty(std::move(sizes), dtype, on_);
+    data = static_cast<T*>(tensor.mutable_data_ptr());
+    return tensor;
+  }
+
+  void raise_fault() const {
+    const int64_t columns = args_.rows.logits.columns;
+    for (int64_t row = 0; row < args_.rows.logits.rows; ++row) {
+      if (!row_is_active(args_.rows, row)) continue;
+      const int32_t *ids = ids_of(args_, row), *candidates = candidates_of(args_, row);
+      for (int64_t i = 0; i < args_.width; ++i) {
+        IPO_EXT_CHECK(id_is_valid(args_, ids, i), "sampling_mask: expected tokens in [0, ", columns,
+                      "), none of them twice, or -1, wherever a row is active, got ", ids[i],
+                      " at row ", row, ", place ", i);
+      }
+      for (int64_t i = 0; i < args_.num_candidates; ++i) {
+        IPO_EXT_CHECK(candidate_is_valid(args_, candidates[i]),
+                      "candidates: expected tokens in [0, ", columns,
+                      ") or -1 wherever a row is active, got ", candidates[i], " at row ", row,
+                      ", place ", i);
+      }
+    }
+  }
+
+  SupportArgs args_ = {};
+  Tensor on_;
+  bool with_entropy_;
+  std::optional<Tensor> ids_, candidates_;
+  Tensor replayed_, others_, row_grads_, grad_candidates_, kept_, kept_candidates_, stats_;
+};
+
+// All log-probabilities before any gradient: for a verdict on a sequence, which needs them, and for
+// rows whose log-probability is not the row's alone. Then come the loss and its derivatives by
+// them, then the gradient, by another pass over the logits.
 template <typename Backend>
-void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss) {
+void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss, Replay& replay) {
   const LogitsMatrix gradient = std::exchange(rows.args.gradient, {});
+  const bool with_gradient = gradient.data != nullptr;
   rows.args.mode = LogitsMode::kForward;
   std::optional<Tensor> softmax_stats;
-  if (gradient.data != nullptr) softmax_stats = rows.per_token(2, rows.args.softmax_stats);
-  rows.run<Backend>();
+  if (with_gradient) softmax_stats = rows.per_token(2, rows.args.softmax_stats);
+  replay.run_forward<Backend>(rows, with_gradient);
   loss.run<Backend>();
-  if (gradient.data == nullptr) return;
+  if (!with_gradient) return;
   rows.args.mode = LogitsMode::kBackward;
   rows.args.gradient = gradient;
   rows.args.grad_logprobs = {loss.args.gradient, loss.args.compute_dtype};
-  rows.run<Backend>();
+  replay.run_backward<Backend>(rows);
 }
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logits(
-    LogitsCall& rows, const LossInputs& inputs, const LossSettings& settings) {
+    LogitsCall& rows, const LogitScaling& scaling, const LossInputs& inputs,
+    const LossSettings& settings) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
   const Tensor row_scales = rows.new_row_scales();
-  const bool needs_grad_logprobs =
-      settings.params.judges_sequences && rows.args.gradient.data != nullptr;
-  IpoLossCall loss(logprobs, inputs, entropy, settings, needs_grad_logprobs);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy);
+  const bool in_two_passes = settings.params.judges_sequences || replay.exists();
+  const bool needs_grad_logprobs = in_two_passes && rows.args.gradient.data != nullptr;
+  const auto measured = scaling.with_entropy ? std::optional(entropy) : std::nullopt;
+  IpoLossCall loss(logprobs, inputs, measured, settings, needs_grad_logprobs);
+  if (replay.exists()) loss.measure_replay(replay.replayed());
   loss.check_values<Backend>();
   rows.take_loss(loss);
   rows.find_faults<Backend>();
+  replay.find<Backend>(rows.args, true);
   loss.args.fault = rows.args.fault;
-  if (settings.params.judges_sequences) {
-    run_in_two_passes<Backend>(rows, loss);
+  if (in_two_passes) {
+    run_in_two_passes<Backend>(rows, loss, replay);
   } else {
     rows.run<Backend>();
     loss.run<Backend>();
@@ -238,7 +387,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_l
   const Tensor gradient =
       with_gradient ? rows.new_gradient() : empty({0}, logits.scalar_type(), logits);
   const auto [loss, logprobs, entropy, means, sums, extremes, row_scales] =
-      loss_of_logits<Backend>(rows, inputs, settings);
+      loss_of_logits<Backend>(rows, scaling, inputs, settings);
   return {loss, gradient, logprobs, entropy, means, sums, extremes, row_scales};
 }
 
@@ -246,16 +395,18 @@ template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits_(
     const Tensor& logits, const Tensor& labels, const LogitScaling& scaling,
     const LossInputs& inputs, const LossSettings& settings) {
-  LogitsCall rows(logits, apart_from(logits, labels),
-                  {apart_from(logits, scaling.temperature), scaling.softcap});
+  const LogitScaling kept = apart_from(logits, scaling);
+  LogitsCall rows(logits, apart_from(logits, labels), kept);
   rows.write_gradient_over_logits();
-  return loss_of_logits<Backend>(rows, apart_from(logits, inputs), settings);
+  return loss_of_logits<Backend>(rows, kept, apart_from(logits, inputs), settings);
 }
 
 template <typename Backend>
-Tensor find_faults(const Tensor& labels, const std::optional<Tensor>& temperature,
-                   const std::optional<Tensor>& loss_mask, const std::optional<Tensor>& cu_seqlens,
-                   const std::optional<Tensor>& normalizer, int64_t columns, int64_t max_active) {
+std::tuple<Tensor, Tensor> find_faults(
+    const Tensor& labels, const std::optional<Tensor>& candidates,
+    const std::optional<Tensor>& temperature, const std::optional<Tensor>& sampling_mask,
+    const std::optional<Tensor>& loss_mask, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& normalizer, int64_t columns, int64_t max_active) {
   RowsCall rows(labels, columns, temperature);
   rows.args.max_active = max_active;
   std::optional<IpoLossCall> loss;
@@ -267,7 +418,9 @@ Tensor find_faults(const Tensor& labels, const std::optional<Tensor>& temperatur
     rows.args.mode = LogitsMode::kLoss;
   }
   rows.find_faults<Backend>();
-  return rows.fault;
+  Replay replay(rows, sampling_mask, true, candidates);
+  replay.find<Backend>(rows.args, true);
+  return {rows.fault, replay.replayed()};
 }
 
 template <typename Backend>
@@ -283,51 +436,70 @@ std::tuple<Tensor, Tensor> chunk_logprobs_and_gradient(
   if (gradient.has_value()) rows.write_gradient_to(*gradient);
   rows.write_row_scales_to(row_scales);
   rows.args.fault = fault_flag(fault, logits);
-  IpoLossCall loss(logprobs, inputs, std::nullopt, settings, false);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy);
+  IpoLossCall loss(logprobs, inputs, std::nullopt, settings,
+                   replay.exists() && gradient.has_value());
   rows.take_loss(loss);
-  rows.run<Backend>();
+  if (replay.exists()) {
+    replay.find<Backend>(rows.args, false);
+    run_in_two_passes<Backend>(rows, loss, replay);
+  } else {
+    rows.run<Backend>();
+  }
   return {logprobs, entropy};
 }
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_metrics(
-    const Tensor& logprobs, const Tensor& entropy, const LossInputs& inputs,
-    const LossSettings& settings, const Tensor& fault, bool with_gradient) {
+    const Tensor& logprobs, const std::optional<Tensor>& entropy,
+    const std::optional<Tensor>& replayed, const LossInputs& inputs, const LossSettings& settings,
+    const Tensor& fault, bool with_gradient) {
   IpoLossCall loss(logprobs, inputs, entropy, settings, with_gradient);
+  if (replayed.has_value()) loss.measure_replay(*replayed);
   loss.args.fault = fault_flag(fault, logprobs);
   loss.run<Backend>();
   return {loss.loss, loss.gradient, loss.means, loss.sums, loss.extremes};
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> forward_rows(LogitsCall& rows) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_rows(LogitsCall& rows, Replay& replay,
+                                                        bool checks) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
   const Tensor softmax_stats = rows.per_token(2, rows.args.softmax_stats);
-  rows.run<Backend>();
-  return {logprobs, entropy, softmax_stats};
+  const Tensor candidate_logprobs = replay.new_candidate_logprobs(rows.args);
+  replay.find<Backend>(rows.args, checks);
+  replay.run_forward<Backend>(rows, false);
+  return {logprobs, entropy, softmax_stats, candidate_logprobs};
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits, const Tensor& labels,
-                                                  const LogitScaling& scaling) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(const Tensor& logits,
+                                                          const Tensor& labels,
+                                                          const LogitScaling& scaling,
+                                                          const std::optional<Tensor>& candidates) {
   LogitsCall rows(logits, labels, scaling);
   rows.find_faults<Backend>();
-  return forward_rows<Backend>(rows);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy, candidates);
+  return forward_rows<Backend>(rows, replay, true);
 }
 
 template <typename Backend>
-std::tuple<Tensor, Tensor, Tensor> chunk_logprobs(const Tensor& logits, const Tensor& labels,
-                                                  const LogitScaling& scaling,
-                                                  const Tensor& fault) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> chunk_logprobs(const Tensor& logits,
+                                                          const Tensor& labels,
+                                                          const LogitScaling& scaling,
+                                                          const std::optional<Tensor>& candidates,
+                                                          const Tensor& fault) {
   LogitsCall rows(logits, labels, scaling);
   rows.args.fault = fault_flag(fault, logits);
-  return forward_rows<Backend>(rows);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy, candidates);
+  return forward_rows<Backend>(rows, replay, false);
 }
 
 template <typename Backend>
-void backward_rows(LogitsCall& rows, const Tensor& entropy, const Tensor& softmax_stats,
-                   const Tensor& grad_logprobs, const Tensor& grad_entropy) {
+void backward_rows(LogitsCall& rows, Replay& replay, bool checks, const Tensor& entropy,
+                   const Tensor& softmax_stats, const Tensor& grad_logprobs,
+                   const Tensor& grad_entropy, const std::optional<Tensor>& grad_candidates) {
   const int64_t count = rows.args.logits.rows;
   rows.args.mode = LogitsMode::kBackward;
   rows.args.entropy = rows.saved(entropy, count, "entropy");
@@ -335,32 +507,41 @@ void backward_rows(LogitsCall& rows, const Tensor& entropy, const Tensor& softma
   const DType compute = rows.args.compute_dtype;
   rows.args.grad_logprobs = {rows.saved(grad_logprobs, count, "grad_logprobs"), compute};
   rows.args.grad_entropy = {rows.saved(grad_entropy, count, "grad_entropy"), compute};
-  rows.run<Backend>();
+  replay.take_grad_candidates(rows.args, grad_candidates);
+  replay.find<Backend>(rows.args, checks);
+  replay.read<Backend>(rows.args, true);
+  replay.run_backward<Backend>(rows);
 }
 
 template <typename Backend>
 Tensor token_logprobs_backward(const Tensor& logits, const Tensor& labels,
-                               const LogitScaling& scaling, const Tensor& entropy,
-                               const Tensor& softmax_stats, const Tensor& grad_logprobs,
-                               const Tensor& grad_entropy) {
+                               const LogitScaling& scaling, const std::optional<Tensor>& candidates,
+                               const Tensor& entropy, const Tensor& softmax_stats,
+                               const Tensor& grad_logprobs, const Tensor& grad_entropy,
+                               const std::optional<Tensor>& grad_candidates) {
   LogitsCall rows(logits, labels, scaling);
   const Tensor gradient = rows.new_gradient();
   rows.find_faults<Backend>();
-  backward_rows<Backend>(rows, entropy, softmax_stats, grad_logprobs, grad_entropy);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy, candidates);
+  backward_rows<Backend>(rows, replay, true, entropy, softmax_stats, grad_logprobs, grad_entropy,
+                         grad_candidates);
   return gradient;
 }
 
 template <typename Backend>
 void chunk_logprobs_backward(const Tensor& logits, const Tensor& labels,
-                             const LogitScaling& scaling, const Tensor& entropy,
-                             const Tensor& softmax_stats, const Tensor& grad_logprobs,
-                             const Tensor& grad_entropy, const Tensor& fault,
+                             const LogitScaling& scaling, const std::optional<Tensor>& candidates,
+                             const Tensor& entropy, const Tensor& softmax_stats,
+                             const Tensor& grad_logprobs, const Tensor& grad_entropy,
+                             const std::optional<Tensor>& grad_candidates, const Tensor& fault,
                              const Tensor& gradient, const std::optional<Tensor>& row_scales) {
   LogitsCall rows(logits, labels, scaling);
   rows.write_gradient_to(gradient);
   rows.write_row_scales_to(row_scales);
   rows.args.fault = fault_flag(fault, logits);
-  backward_rows<Backend>(rows, entropy, softmax_stats, grad_logprobs, grad_entropy);
+  Replay replay(rows, scaling.sampling_mask, scaling.with_entropy, candidates);
+  backward_rows<Backend>(rows, replay, false, entropy, softmax_stats, grad_logprobs, grad_entropy,
+                         grad_candidates);
 }
 
 }  // namespace ipo_ext

@@ -51,21 +51,25 @@ inline constexpr const char* ipo_loss_from_logits_ =
 
 inline constexpr const char* token_logprobs =
     "(Tensor logits, Tensor labels" LOGIT_SCALING
-    ") "
-    "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)";
+    ", Tensor? candidates) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats, Tensor candidate_logprobs)";
 
 inline constexpr const char* token_logprobs_backward =
     "(Tensor logits, Tensor labels" LOGIT_SCALING
-    ", Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, Tensor grad_entropy) -> Tensor";
+    ", Tensor? candidates, Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, "
+    "Tensor grad_entropy, Tensor? grad_candidates) -> Tensor";
 
 // -------------------------------------------------------------------------------------------------
 // Steps of the loss from hidden states, whose chunk loop is Python's
 // -------------------------------------------------------------------------------------------------
 
-// 0 in the one element of `fault` where all is well. On the CPU a fault raises instead.
+// 0 in the one element of `fault` where all is well. On the CPU a fault raises instead. `replayed`
+// says which tokens replay the sampler's support; without an element where there is no such mask.
 inline constexpr const char* find_faults =
-    "(Tensor labels, Tensor? temperature, Tensor? loss_mask, Tensor? cu_seqlens, "
-    "Tensor? normalizer, SymInt columns, SymInt max_active) -> Tensor fault";
+    "(Tensor labels, Tensor? candidates, Tensor? temperature, Tensor? sampling_mask, "
+    "Tensor? loss_mask, Tensor? cu_seqlens, Tensor? normalizer, SymInt columns, "
+    "SymInt max_active) "
+    "-> (Tensor fault, Tensor replayed)";
 
 // Log-probabilities and entropies of a chunk's rows, whose faults have been looked for, and the
 // gradient, which may be narrower than the logits and lie over them. Neither cu_seqlens nor
@@ -77,7 +81,7 @@ inline constexpr const char* chunk_logprobs_and_gradient =
 
 // Of all rows, and the derivatives by their log-probabilities where wanted.
 inline constexpr const char* loss_and_metrics =
-    "(Tensor logprobs, Tensor entropy" LOSS_INPUTS LOSS_SETTINGS
+    "(Tensor logprobs, Tensor? entropy, Tensor? replayed" LOSS_INPUTS LOSS_SETTINGS
     ", Tensor fault, bool with_gradient) "
     "-> (Tensor loss, Tensor gradient" METRICS ")";
 
@@ -85,13 +89,14 @@ inline constexpr const char* loss_and_metrics =
 // gradient may be narrower than the logits and lie over them.
 inline constexpr const char* chunk_logprobs =
     "(Tensor logits, Tensor labels" LOGIT_SCALING
-    ", Tensor fault) "
-    "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)";
+    ", Tensor? candidates, Tensor fault) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats, Tensor candidate_logprobs)";
 
 inline constexpr const char* chunk_logprobs_backward =
     "(Tensor logits, Tensor labels" LOGIT_SCALING
-    ", Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, Tensor grad_entropy, "
-    "Tensor fault, Tensor(a!) gradient, Tensor(b!)? row_scales) -> ()";
+    ", Tensor? candidates, Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, "
+    "Tensor grad_entropy, Tensor? grad_candidates, Tensor fault, Tensor(a!) gradient, Tensor(b!)? "
+    "row_scales) -> ()";
 
 // -------------------------------------------------------------------------------------------------
 // Scaling of a saved gradient

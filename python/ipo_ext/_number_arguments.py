@@ -37,29 +37,31 @@ def scalar(
 
 
 def logit_scaling(
-    temperature: torch.Tensor | None,
+    given: LogitScaling,
     softcap: float | None,
     logit_scale: float | None,
     like: torch.Tensor,
 ) -> LogitScaling:
-    """As the operators take it, which know no scale s and no None for a softcap c.
+    """``given``, which has been checked, with softcap and scale as the operators take them: they
+    know no scale s and no None for a softcap c.
 
     ``c * tanh(s * z / c) / T`` is ``c' * tanh(z / c') / T'`` with ``c' = c / s``, ``T' = T / s``.
-    The temperature has been checked.
     """
     cap = 0.0 if softcap is None else _softcap(softcap, like)
     if logit_scale is None:
-        return LogitScaling(temperature, cap)
+        return given._replace(softcap=cap)
     scale = _logit_scale(logit_scale, like)
     if softcap is not None:
         cap = cap / scale
         _check_held("softcap / logit_scale", cap, like, softcap, logit_scale)
-    given = scalar("temperature", 1.0, like) if temperature is None else temperature
-    wide = cast(torch.Tensor, given).double()
+    unscaled = given.temperature
+    unscaled = scalar("temperature", 1.0, like) if unscaled is None else unscaled
+    wide = cast(torch.Tensor, unscaled).double()
     lowest, highest = _invertible("temperature", _computed_in(like))
     scaled = (wide / scale).clamp(lowest, highest)  # as the operators would, but never to infinity
     # What is no temperature stays as it was given, for the message that will say so.
-    return LogitScaling(torch.where((wide > 0) & wide.isfinite(), scaled, wide), cap)
+    temperature = torch.where((wide > 0) & wide.isfinite(), scaled, wide)
+    return given._replace(temperature=temperature, softcap=cap)
 
 
 def _softcap(softcap: float, like: torch.Tensor) -> float:

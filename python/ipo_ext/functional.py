@@ -148,6 +148,8 @@ def ipo_loss_from_logits(
     inplace: bool = False,
     config: IPOConfig = _DEFAULT,
     logit_scale: float | None = None,
+    sampling_mask: torch.Tensor | None = None,
+    entropy: bool = True,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss straight from the logits: the formula of ``ipo_loss``.
@@ -181,10 +183,17 @@ def ipo_loss_from_logits(
             not need them: a matrix product, not a softmax or tanh, whose backward pass then raises.
             Slices such as ``logits[:, :-1]`` are written where they lie, compiled too; what lies
             beside them stays. Without a gradient to write nothing is overwritten. Default False.
+        sampling_mask: int32 ``[..., K]``, K up to 512: the ids that the sampler drew a token from
+            (top-p, top-k), in any order, -1 where there are fewer. A token whose ids contain its
+            label has its log-probability, and so its gradient, over these alone; every other one
+            over the whole vocabulary, as without a mask. Not read where the loss mask is false.
+            The gradient then takes a pass of its own.
+        entropy: whether entropies are wanted, which are the whole row's. Without them a token that
+            replays its ids costs K + 1 logits, not V. Default True.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
-        loss mask leaves out. Nothing is synchronised.
+        loss mask leaves out; ``entropy`` is None where it is not wanted. Nothing is synchronised.
 
     Raises:
         TypeError, ValueError: as for ``ipo_loss``; ValueError also where ``inplace`` may not be:
@@ -192,8 +201,9 @@ def ipo_loss_from_logits(
         IndexError: on CPU, a label of an active token is not in ``[0, V)``. (A RuntimeError in a
             compiled graph; on CUDA the loss and every gradient are NaN instead.)
         RuntimeError: on CPU, as for ``ipo_loss``, or a temperature of an active token is not finite
-            and > 0 (on CUDA: NaN); anywhere, where ``inplace`` cannot be: rows that share memory or
-            whose elements are not adjacent.
+            and > 0, or its ids in ``sampling_mask`` are not distinct tokens (on CUDA: NaN);
+            anywhere, where ``inplace`` cannot be: rows that share memory or whose elements are not
+            adjacent.
 
     Example:
         >>> out = ipo_loss_from_logits(
@@ -210,23 +220,23 @@ def ipo_loss_from_logits(
         normalizer=scalar("normalizer", normalizer, logits),
         **tensors,
     )
-    temperature = scalar("temperature", temperature, logits)
-    checks.check_logits_loss(logits, labels, temperature, inputs, config.teacher_tau)
-    checks.check_no_gradient(inputs, temperature)
+    scaling = LogitScaling(scalar("temperature", temperature, logits), 0.0, sampling_mask, entropy)
+    checks.check_logits_loss(logits, labels, scaling, inputs, config.teacher_tau)
+    checks.check_no_gradient(inputs, scaling.temperature)
     compute = checks.compute_dtype(logits, inference_logprobs)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
         _check_may_be_overwritten(logits)
     if config.judges_sequences:
         inputs = _with_sequences(inputs)
-    scaling = logit_scaling(temperature, softcap, logit_scale, logits)
+    scaling = logit_scaling(scaling, softcap, logit_scale, logits)
     settings = settings_of(config, compute)
-    loss, logprobs, entropy, *rows = with_torch_errors(
+    loss, logprobs, entropies, *rows = with_torch_errors(
         functools.partial(run_ipo_loss_from_logits, inplace=inplace),
         IPOLossFromLogitsArguments(logits, labels, scaling, inputs, settings, with_gradient),
     )
-    metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, has_entropy=True)
-    return IPOOutput(loss, metrics, logprobs, entropy)
+    metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, scaling)
+    return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
 def token_logprobs(
@@ -236,33 +246,39 @@ def token_logprobs(
     temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sampling_mask: torch.Tensor | None = None,
+    entropy: bool = True,
+    candidates: torch.Tensor | None = None,
+) -> tuple[Any, ...]:
     """Log-probabilities of the labels and entropies of the rows, both differentiable.
 
     A label of -100 marks a row that takes no part: it is not read, its outputs and its gradient are
     0. Rows into which no gradient flows are not read by the backward pass.
 
     Args:
-        logits, labels, temperature, softcap, logit_scale: as for ``ipo_loss_from_logits``, except
-            that labels are read everywhere.
+        logits, labels, temperature, softcap, logit_scale, sampling_mask, entropy: as for
+            ``ipo_loss_from_logits``, except that labels are read everywhere.
+        candidates: int32 ``[..., K]``, K up to 512: ids whose log-probabilities are wanted beside
+            the label's, in any order, also more than once, -1 where there are fewer.
 
     Returns:
-        ``(logprobs, entropy)``, each ``[...]``, float64 for float64 logits, else float32.
+        ``(logprobs, entropy)``, each ``[...]``, float64 for float64 logits, else float32; the
+        latter None where it is not wanted. With ``candidates`` also their log-probabilities,
+        ``[..., K]``, differentiable too: over the row's ids where it replays them, and then -inf
+        for others; 0 for an id of -1 and in a row that takes no part.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as for ``ipo_loss_from_logits``; on CUDA
             what would raise an IndexError or a RuntimeError makes everything NaN.
     """
-    temperature = scalar("temperature", temperature, logits)
-    checks.check_logits(logits, labels, temperature)
-    checks.check_no_gradient(None, temperature)
-    logprobs, entropy, _ = with_torch_errors(
-        run_token_logprobs,
-        TokenLogprobsArguments(
-            logits, labels, logit_scaling(temperature, softcap, logit_scale, logits)
-        ),
+    scaling = LogitScaling(scalar("temperature", temperature, logits), 0.0, sampling_mask, entropy)
+    checks.check_logits(logits, labels, scaling, candidates)
+    checks.check_no_gradient(None, scaling.temperature)
+    scaling = logit_scaling(scaling, softcap, logit_scale, logits)
+    results = with_torch_errors(
+        run_token_logprobs, TokenLogprobsArguments(logits, labels, scaling, candidates)
     )
-    return logprobs, entropy
+    return _wanted(results, entropy, candidates)
 
 
 @spells_out_tensors
@@ -282,6 +298,8 @@ def ipo_loss_from_hidden(
     config: IPOConfig = _DEFAULT,
     logit_scale: float | None = None,
     bias: torch.Tensor | None = None,
+    sampling_mask: torch.Tensor | None = None,
+    entropy: bool = True,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from hidden states and the LM head's weight: the formula of ``ipo_loss``.
@@ -307,6 +325,8 @@ def ipo_loss_from_hidden(
             Nothing is shifted here. Not read where the loss mask is false.
         inference_logprobs, advantages, loss_mask, temperature, softcap, logit_scale: as for
             ``ipo_loss_from_logits``.
+        sampling_mask, entropy: as for ``ipo_loss_from_logits``, except that all logits are made
+            anyway.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
         chunk_size: rows of a chunk, at least 1. Default: the largest multiple of 128 whose logits
             take no more than 1.25 GB on a GPU (2048 rows of 151,936), 48 MiB on a CPU; at
@@ -320,14 +340,15 @@ def ipo_loss_from_hidden(
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
-        loss mask leaves out.
+        loss mask leaves out; ``entropy`` is None where it is not wanted.
 
     Raises:
         TypeError, ValueError: as for ``ipo_loss``.
         IndexError: on CPU, a label of an active token is not in ``[0, V)``. (A RuntimeError in a
             compiled graph; on CUDA the loss and every gradient are NaN instead.)
         RuntimeError: on CPU, as for ``ipo_loss``, a temperature of an active token is not finite
-            and > 0, or ``num_active`` is below the truth (on CUDA: NaN).
+            and > 0, its ids in ``sampling_mask`` are not distinct tokens, or ``num_active`` is
+            below the truth (on CUDA: NaN).
 
     Example:
         >>> out = ipo_loss_from_hidden(
@@ -344,17 +365,17 @@ def ipo_loss_from_hidden(
         normalizer=scalar("normalizer", normalizer, hidden),
         **tensors,
     )
-    temperature = scalar("temperature", temperature, hidden)
-    head = HeadInputs(hidden, weight, bias, labels, LogitScaling(temperature, 0.0))
+    scaling = LogitScaling(scalar("temperature", temperature, hidden), 0.0, sampling_mask, entropy)
+    head = HeadInputs(hidden, weight, bias, labels, scaling)
     checks.check_hidden_loss(head, inputs, config.teacher_tau)
-    checks.check_no_gradient(inputs, temperature)
-    head = head._replace(scaling=logit_scaling(temperature, softcap, logit_scale, hidden))
+    checks.check_no_gradient(inputs, scaling.temperature)
+    head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
     compute = checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
     needs_grad = [leaf is not None and leaf.requires_grad and with_gradient for leaf in head.leaves]
     if config.judges_sequences:
         inputs = _with_sequences(inputs)
-    loss, logprobs, entropy, *rows = with_torch_errors(
+    loss, logprobs, entropies, *rows = with_torch_errors(
         run_ipo_loss_from_hidden,
         checks.product_dtype(hidden, weight, bias),
         IPOLossFromHiddenArguments(
@@ -366,8 +387,8 @@ def ipo_loss_from_hidden(
             NeedsGrad(*needs_grad),
         ),
     )
-    metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, has_entropy=True)
-    return IPOOutput(loss, metrics, logprobs, entropy)
+    metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, scaling)
+    return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
 def linear_token_logprobs(
@@ -380,7 +401,10 @@ def linear_token_logprobs(
     chunk_size: int | None = None,
     logit_scale: float | None = None,
     bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sampling_mask: torch.Tensor | None = None,
+    entropy: bool = True,
+    candidates: torch.Tensor | None = None,
+) -> tuple[Any, ...]:
     """``token_logprobs`` of ``hidden @ weight.T + bias``, whose logits never exist as a whole.
 
     Both results are differentiable; the backward pass makes the logits again, a chunk at a time
@@ -390,25 +414,35 @@ def linear_token_logprobs(
 
     Args:
         hidden, weight, chunk_size, bias: as for ``ipo_loss_from_hidden``.
-        labels, temperature, softcap, logit_scale: as for ``token_logprobs``.
+        labels, temperature, softcap, logit_scale, sampling_mask, entropy, candidates: as for
+            ``token_logprobs``.
 
     Returns:
-        ``(logprobs, entropy)``, each ``[...]``, float64 for float64 inputs, else float32.
+        As ``token_logprobs``; float64 for float64 inputs, else float32.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
     """
-    temperature = scalar("temperature", temperature, hidden)
-    head = HeadInputs(hidden, weight, bias, labels, LogitScaling(temperature, 0.0))
-    checks.check_hidden(head)
-    checks.check_no_gradient(None, temperature)
-    head = head._replace(scaling=logit_scaling(temperature, softcap, logit_scale, hidden))
-    logprobs, entropy, _ = with_torch_errors(
+    scaling = LogitScaling(scalar("temperature", temperature, hidden), 0.0, sampling_mask, entropy)
+    head = HeadInputs(hidden, weight, bias, labels, scaling)
+    checks.check_hidden(head, candidates)
+    checks.check_no_gradient(None, scaling.temperature)
+    head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
+    results = with_torch_errors(
         run_linear_token_logprobs,
         checks.product_dtype(hidden, weight, bias),
-        LinearTokenLogprobsArguments(head, _chunk_size(chunk_size, hidden, weight)),
+        LinearTokenLogprobsArguments(head, candidates, _chunk_size(chunk_size, hidden, weight)),
     )
-    return logprobs, entropy
+    return _wanted(results, entropy, candidates)
+
+
+def _wanted(
+    results: tuple[torch.Tensor, ...], entropy: bool, candidates: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """What the caller of a block has asked for."""
+    logprobs, entropies, _, candidate_logprobs = results
+    wanted = (logprobs, entropies if entropy else None)
+    return wanted if candidates is None else (*wanted, candidate_logprobs)
 
 
 def _check_may_be_overwritten(logits: torch.Tensor) -> None:
@@ -483,18 +517,18 @@ def _metrics(
     cu_seqlens: torch.Tensor | None,
     inputs: LossInputs,
     config: IPOConfig,
-    *,
-    has_entropy: bool = False,
+    scaling: LogitScaling | None = None,
 ) -> IPOMetrics:
     """Of the operator's means, sums and extremes, for the segments that the caller has named."""
     metrics = IPOMetrics(
         *rows,
         has_teacher=inputs.teacher_logprobs is not None,
-        has_entropy=has_entropy,
+        has_entropy=scaling is not None and scaling.with_entropy,
         has_rollout_rule=config.has_rollout_rule,
         has_sequence_rule=config.has_sequence_rule,
         has_clip=config.clip_high is not None,
         has_cap=config.ratio_cap is not None,
+        has_replay=scaling is not None and scaling.sampling_mask is not None,
     )
     return metrics if inputs.cu_seqlens is cu_seqlens else metrics.total()
 

@@ -23,7 +23,8 @@ class IPOMetrics:
 
     Attributes:
         means: ``[rows]`` or ``[rows, segments]`` in the compute dtype; read by name.
-        sums: ``[rows]`` or ``[rows, segments]``, float64: counts and sums, rows ``SUM_ROWS``.
+        sums: ``[rows]`` or ``[rows, segments]``, float64: counts and sums, rows ``SUM_ROWS``, with
+            a sampling mask ``REPLAY_ROWS`` too.
         extremes: ``[2]`` or ``[2, segments]``, float64: the smallest and the largest log-ratio,
             +inf and -inf over nothing.
     """
@@ -31,6 +32,7 @@ class IPOMetrics:
     SUM_ROWS: tuple[str, ...] = _C.SUM_ROWS
     EXTREME_ROWS: tuple[str, ...] = _C.EXTREME_ROWS
     MEAN_ROWS: tuple[str, ...] = _C.MEAN_ROWS
+    REPLAY_ROWS: tuple[str, ...] = _C.REPLAY_ROWS
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class IPOMetrics:
         has_sequence_rule: bool = False,
         has_clip: bool = False,
         has_cap: bool = False,
+        has_replay: bool = False,
     ) -> None:
         self.means = means
         self.sums = sums
@@ -54,6 +57,7 @@ class IPOMetrics:
         self.has_sequence_rule = has_sequence_rule
         self.has_clip = has_clip
         self.has_cap = has_cap
+        self.has_replay = has_replay
 
     def keys(self) -> KeysView[str]:
         return _ROWS[_optional(self)].keys()
@@ -121,7 +125,7 @@ class IPOMetrics:
     def __add__(self, other: IPOMetrics) -> IPOMetrics:
         if not isinstance(other, IPOMetrics):
             return NotImplemented
-        if self.sums.shape != other.sums.shape:
+        if self.sums.shape[1:] != other.sums.shape[1:]:
             raise ValueError(
                 f"metrics: expected equal segments to add, got shapes {tuple(self.sums.shape)} and "
                 f"{tuple(other.sums.shape)}; add their total() instead"
@@ -171,27 +175,39 @@ class IPOMetrics:
         return _unflatten((means, sums, extremes), _optional(self))
 
 
-# Metrics that are there only where the loss has what they measure, and the attribute that says so.
+# Metrics that are there only where the loss has what they measure, and the attributes that say so,
+# all of which must.
 _OPTIONAL_ROWS = {
-    "teacher_kl": "has_teacher",
-    "entropy": "has_entropy",
-    "rollout_dropped": "has_rollout_rule",
-    "sequence_dropped": "has_sequence_rule",
-    "is_clipped": "has_clip",
-    "ratio_capped": "has_cap",
+    "teacher_kl": ("has_teacher",),
+    "entropy": ("has_entropy",),
+    "rollout_dropped": ("has_rollout_rule",),
+    "sequence_dropped": ("has_sequence_rule",),
+    "is_clipped": ("has_clip",),
+    "ratio_capped": ("has_cap",),
+    "replayed": ("has_replay",),
+    "nonfinite_entropy": ("has_replay", "has_entropy"),
 }
-_ROWS = {
-    present: {
+_ATTRIBUTES = tuple(dict.fromkeys(itertools.chain(*_OPTIONAL_ROWS.values())))
+
+
+def _rows_of(present: tuple[bool, ...]) -> dict[str, int]:
+    """Name to row of the metrics that are there where ``present`` are the attributes."""
+    has = dict(zip(_ATTRIBUTES, present, strict=True))
+    return {
         name: row
-        for row, name in enumerate(IPOMetrics.MEAN_ROWS)
-        if name not in _OPTIONAL_ROWS or present[list(_OPTIONAL_ROWS).index(name)]
+        for row, name in enumerate((*IPOMetrics.MEAN_ROWS, *IPOMetrics.REPLAY_ROWS))
+        if all(has[attribute] for attribute in _OPTIONAL_ROWS.get(name, ()))
     }
-    for present in itertools.product((False, True), repeat=len(_OPTIONAL_ROWS))
+
+
+_ROWS = {
+    present: _rows_of(present)
+    for present in itertools.product((False, True), repeat=len(_ATTRIBUTES))
 }
 
 
 def _optional(metrics: IPOMetrics) -> tuple[bool, ...]:
-    return tuple([getattr(metrics, name) for name in _OPTIONAL_ROWS.values()])
+    return tuple([getattr(metrics, name) for name in _ATTRIBUTES])
 
 
 def _present(metrics: IPOMetrics) -> str:
@@ -204,7 +220,7 @@ def _flatten(metrics: IPOMetrics) -> tuple[list[torch.Tensor], tuple[bool, ...]]
 
 
 def _unflatten(leaves: Any, context: tuple[bool, ...]) -> IPOMetrics:
-    present: dict[str, Any] = dict(zip(_OPTIONAL_ROWS.values(), context, strict=True))
+    present: dict[str, Any] = dict(zip(_ATTRIBUTES, context, strict=True))
     return IPOMetrics(*leaves, **present)
 
 

@@ -99,6 +99,8 @@ class LinearIPOLoss(nn.Module):
         num_active: int | None = None,
         logit_scale: float | None = None,
         bias: torch.Tensor | None = None,
+        sampling_mask: torch.Tensor | None = None,
+        entropy: bool = True,
         **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput:
         """As ``ipo_loss_from_hidden``, with the module's own for settings that are left out.
@@ -124,6 +126,8 @@ class LinearIPOLoss(nn.Module):
             num_active=num_active,
             logit_scale=self.logit_scale if logit_scale is None else logit_scale,
             bias=bias,
+            sampling_mask=sampling_mask,
+            entropy=entropy,
             **inputs,
         )
 
@@ -207,6 +211,8 @@ class IPOLMHead(LinearIPOLoss):
         chunk_size: int | None = None,
         num_active: int | None = None,
         logit_scale: float | None = None,
+        sampling_mask: torch.Tensor | None = None,
+        entropy: bool = True,
         **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput | torch.Tensor:
         """``LinearIPOLoss`` over the head's own weight and bias.
@@ -224,10 +230,13 @@ class IPOLMHead(LinearIPOLoss):
             "chunk_size": chunk_size,
             "num_active": num_active,
             "logit_scale": logit_scale,
+            "sampling_mask": sampling_mask,
             **tensors,
         }
         if labels is not None:
-            return super().forward(hidden, self.weight, labels, bias=self.bias, **inputs)
+            return super().forward(
+                hidden, self.weight, labels, bias=self.bias, entropy=entropy, **inputs
+            )
         if any(value is not None for value in inputs.values()):
             raise TypeError(
                 "labels: expected a tensor beside the loss's other arguments, got None; "

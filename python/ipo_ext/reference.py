@@ -31,12 +31,15 @@ def ipo_loss(
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
     entropy: torch.Tensor | None = None,
+    replayed: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> IPOOutput:
     """As ``ipo_ext.ipo_loss``, in eager torch and differentiable any number of times.
 
     Args:
         entropy: per token, only measured: metric ``entropy``.
+        replayed: per token, bool, only measured: metrics ``replayed`` and, where there is an
+            entropy, ``nonfinite_entropy``.
         dtype: what to compute in, default the kernels' compute dtype. The mask is decided in the
             kernels' compute dtype whatever ``dtype`` is, so that a float64 reference of float32
             inputs keeps the same tokens.
@@ -131,7 +134,11 @@ def ipo_loss(
             _, log_cap = _log_bounds(0.0, config.ratio_cap, band_x.dtype)
             shares["ratio_capped"] = (counted & (band_x > log_cap), active)
         if entropy is not None:
-            shares["entropy"] = (only(counted, entropy), active)
+            shares["entropy"] = (only(counted & entropy.isfinite(), entropy), active)
+        if replayed is not None:
+            shares["replayed"] = (active & replayed, active)
+            if entropy is not None:
+                shares["nonfinite_entropy"] = (active & ~entropy.isfinite(), active)
         measured = active & band_x.isfinite()
         parts = _segments(cu_seqlens, x.numel())
 
@@ -373,17 +380,23 @@ def ipo_loss_from_logits(
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
     logit_scale: float | None = None,
+    sampling_mask: torch.Tensor | None = None,
+    entropy: bool = True,
     dtype: torch.dtype | None = None,
 ) -> IPOOutput:
     """As ``ipo_ext.ipo_loss_from_logits``, in eager torch, computed in ``dtype``."""
-    logprobs, entropy = token_logprobs(
+    labels = labels.masked_fill(~loss_mask, _IGNORED)
+    logprobs, entropies = token_logprobs(
         logits,
-        labels.masked_fill(~loss_mask, _IGNORED),
+        labels,
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        sampling_mask=sampling_mask,
+        entropy=entropy,
         dtype=dtype,
     )
+    entropies = None if entropies is None else entropies.detach()
     loss, metrics, *_ = ipo_loss(
         logprobs,
         inference_logprobs,
@@ -394,10 +407,11 @@ def ipo_loss_from_logits(
         cu_seqlens=cu_seqlens,
         normalizer=normalizer,
         config=config,
-        entropy=entropy.detach(),
+        entropy=entropies,
+        replayed=None if sampling_mask is None else _replays(sampling_mask, labels),
         dtype=dtype,
     )
-    return IPOOutput(loss, metrics, logprobs.detach(), entropy.detach())
+    return IPOOutput(loss, metrics, logprobs.detach(), entropies)
 
 
 def ipo_loss_from_hidden(
@@ -426,7 +440,7 @@ def linear_token_logprobs(
     bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Any, ...]:
     """As ``ipo_ext.linear_token_logprobs``, in eager torch, with all of the logits."""
     logits = _logits(hidden, weight, bias, labels != _IGNORED, dtype)
     return token_logprobs(logits, labels, dtype=dtype, **options)
@@ -453,31 +467,81 @@ def token_logprobs(
     temperature: float | torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | None = None,
+    sampling_mask: torch.Tensor | None = None,
+    entropy: bool = True,
+    candidates: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Any, ...]:
     """As ``ipo_ext.token_logprobs``, in eager torch and differentiable any number of times."""
     dtype = dtype or torch.promote_types(logits.dtype, torch.float32)
     active = labels != _IGNORED
-    whole = active & ~logits.isnan().any(-1)
-    z = torch.where(whole[..., None], logits, 0).to(dtype)
+    scaling = (temperature, softcap, logit_scale, dtype)
+    absent = torch.where(active, math.nan, 0.0).to(dtype)
+    everything = torch.ones_like(logits, dtype=torch.bool)
+    support = everything
+    if sampling_mask is not None:
+        support = _support(sampling_mask, logits.shape[-1])
+        support = support | ~_replays(sampling_mask, labels)[..., None]
+    log_p, sound = _log_softmax(logits, support, active, *scaling)
+    logprobs = log_p.gather(-1, torch.where(sound, labels, 0)[..., None].long()).squeeze(-1)
+    logprobs = torch.where(sound, logprobs, absent)
+    entropies = None
+    if entropy:
+        every_log_p, whole = _log_softmax(logits, everything, active, *scaling)
+        possible = every_log_p.isfinite()  # p log p is 0 where p is, and so is its derivative
+        finite_log_p = torch.where(possible, every_log_p, 0)
+        entropies = -torch.where(possible, finite_log_p.exp() * finite_log_p, 0).sum(-1)
+        entropies = torch.where(whole, entropies, absent)
+    if candidates is None:
+        return logprobs, entropies
+    exists = active[..., None] & (candidates >= 0)
+    place = torch.where(exists, candidates, 0).long()
+    of_candidates = torch.where(sound[..., None], log_p.gather(-1, place), absent[..., None])
+    of_candidates = torch.where(support.gather(-1, place), of_candidates, -math.inf)
+    return logprobs, entropies, torch.where(exists, of_candidates, 0)
+
+
+def _log_softmax(
+    logits: torch.Tensor,
+    support: torch.Tensor,
+    active: torch.Tensor,
+    temperature: float | torch.Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[..., V]`` over the ids in ``support``, -inf at others, and which rows are sound.
+
+    A row that holds NaN or +inf, or nothing but -inf, is not; its gradient must stay its own.
+    """
+    whole = active & ~(support & logits.isnan()).any(-1)
+    z = torch.where(whole[..., None] & support, logits, 0).to(dtype)
     if logit_scale is not None:
         z = logit_scale * z
     if softcap is not None:
         z = softcap * _tanh(z / softcap)
-    # A row that holds NaN or +inf, or nothing but -inf, is NaN, but its gradient must stay its own.
+    z = torch.where(support, z, -math.inf)
     sound = whole & (z < math.inf).all(-1) & (z > -math.inf).any(-1)
     z = torch.where(sound[..., None], z, 0)
     if isinstance(temperature, torch.Tensor) and temperature.dim() > 0:
         z = z / torch.where(active, temperature, 1)[..., None].to(dtype)
     elif temperature is not None:
         z = z / temperature
-    log_p = z.log_softmax(-1)
-    logprobs = log_p.gather(-1, torch.where(sound, labels, 0)[..., None].long()).squeeze(-1)
-    possible = log_p.isfinite()  # p log p is 0 where p is, and so is its derivative
-    finite_log_p = torch.where(possible, log_p, 0)
-    entropy = -torch.where(possible, finite_log_p.exp() * finite_log_p, 0).sum(-1)
-    absent = torch.where(active, math.nan, 0.0).to(dtype)
-    return torch.where(sound, logprobs, absent), torch.where(sound, entropy, absent)
+    return z.log_softmax(-1), sound
+
+
+def _support(sampling_mask: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """``[..., V]``: the ids that each row's sampler drew from."""
+    beside = torch.where(sampling_mask < 0, vocabulary, sampling_mask).long()  # a column for -1
+    shape = (*sampling_mask.shape[:-1], vocabulary + 1)
+    support = torch.zeros(shape, dtype=torch.bool, device=sampling_mask.device)
+    return support.scatter(-1, beside, True)[..., :vocabulary]
+
+
+def _replays(sampling_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Per token, whether it takes part and was drawn from its ids."""
+    contains = ((sampling_mask == labels[..., None]) & (sampling_mask >= 0)).any(-1)
+    return (labels != _IGNORED) & contains
 
 
 def _tanh(u: torch.Tensor) -> torch.Tensor:

@@ -29,12 +29,12 @@ SPELLED_OUT: dict[Callable[..., Any], str] = {
     ipo_ext.ipo_loss_from_logits: (
         "logits, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
         f"softcap=None, {TENSORS}, normalizer=None, inplace=False, config=IPOConfig(), "
-        "logit_scale=None"
+        "logit_scale=None, sampling_mask=None, entropy=True"
     ),
     ipo_ext.ipo_loss_from_hidden: (
         "hidden, weight, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
         f"softcap=None, {TENSORS}, normalizer=None, chunk_size=None, num_active=None, "
-        "config=IPOConfig(), logit_scale=None, bias=None"
+        "config=IPOConfig(), logit_scale=None, bias=None, sampling_mask=None, entropy=True"
     ),
     ipo_ext.IPOLoss.forward: (
         "self, trainer_logprobs, inference_logprobs, advantages=None, loss_mask=None, *, "
@@ -43,12 +43,12 @@ SPELLED_OUT: dict[Callable[..., Any], str] = {
     ipo_ext.LinearIPOLoss.forward: (
         "self, hidden, weight, labels, inference_logprobs, advantages=None, loss_mask=None, *, "
         f"temperature=None, softcap=None, {TENSORS}, normalizer=None, chunk_size=None, "
-        "num_active=None, logit_scale=None, bias=None"
+        "num_active=None, logit_scale=None, bias=None, sampling_mask=None, entropy=True"
     ),
     ipo_ext.IPOLMHead.forward: (
         "self, hidden, labels=None, inference_logprobs=None, advantages=None, loss_mask=None, *, "
         f"temperature=None, softcap=None, {TENSORS}, normalizer=None, chunk_size=None, "
-        "num_active=None, logit_scale=None"
+        "num_active=None, logit_scale=None, sampling_mask=None, entropy=True"
     ),
     LossBatch.__init__: (
         "self, inference_logprobs, advantages, loss_mask, *, temperature=None, "
@@ -108,7 +108,7 @@ def test_a_batch_has_the_inputs_of_the_losses() -> None:
     """In the functions' order; what a gradient flows to and what shapes the call are no inputs."""
     names = [p.name for p in parameters_of(ipo_ext.ipo_loss_from_hidden, {"config"})]
     others = {"hidden", "weight", "bias", "labels", "softcap", "logit_scale"}
-    others |= {"chunk_size", "num_active"}
+    others |= {"chunk_size", "num_active", "sampling_mask", "entropy"}
     assert list(FIELDS) == [name for name in names if name not in others]
     assert [p.name for p in parameters_of(LossBatch.__init__, {"self"})] == list(FIELDS)
 

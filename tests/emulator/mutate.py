@@ -44,6 +44,8 @@ from_logits = tests_in("loss/test_from_logits.py")
 logits_paths = tests_in("loss/test_logits_paths.py")
 scale = tests_in("loss/test_scale.py")
 components = tests_in("loss/test_components.py")
+replay = tests_in("loss/test_replay.py")
+candidates = tests_in("loss/test_candidates.py")
 
 AROUND_TILES = from_logprobs(
     "test_matches_the_reference_around_tiles",
@@ -84,6 +86,10 @@ SLICE = "kernels/cuda/logits/slice.cuh"
 CLUSTER = "kernels/cuda/common/cluster.cuh"
 TILE_SUMS = "kernels/cuda/ipo_loss/tile_sums.cuh"
 SCALE = "kernels/cuda/scale.cu"
+SUPPORT = "kernels/support.h"
+SUPPORT_TERMS = "math/support.h"
+SUPPORT_KERNELS = "kernels/cuda/support.cu"
+REPLAY = "ops/logits.h"
 
 MUTATIONS = (
     Mutation(
@@ -583,6 +589,90 @@ MUTATIONS = (
         "rows.row_stride * element_bytes % 16 == 0",
         "true",
         scale("test_scale_of_rows_that_lie_apart"),
+    ),
+    Mutation(
+        "rows-without-their-label-replay",
+        SUPPORT,
+        "has_label |= ids[i] != kNoId && ids[i] == label;",
+        "has_label |= ids[i] != kNoId;",
+        replay("test_a_row_that_does_not_contain_its_label_uses_the_whole_vocabulary"),
+    ),
+    Mutation(
+        "ids-that-may-repeat",
+        SUPPORT,
+        "found |= ids[other] == ids[place];",
+        "found |= 0;",
+        replay("test_ids_that_break_the_contract"),
+    ),
+    Mutation(
+        "ids-one-beyond-the-vocabulary",
+        SUPPORT,
+        "id < args.rows.logits.columns && !is_repeated",
+        "id <= args.rows.logits.columns && !is_repeated",
+        replay("test_ids_that_break_the_contract"),
+    ),
+    Mutation(
+        "support-over-the-entropys-scale",
+        SUPPORT,
+        "math::fp16_scale(math::derivative_bound(all, entropy, inverse_temperature));",
+        "before;",
+        replay("test_a_fp16_gradient_beside_the_entropys"),
+    ),
+    Mutation(
+        "infinite-entropy-added",
+        SUPPORT,
+        "math::is_finite(value) ? value : E(0);",
+        "value;",
+        replay("test_a_logit_outside_may_be_anything"),
+    ),
+    Mutation(
+        "entropy-without-a-gradient-on-the-support",
+        SUPPORT_TERMS,
+        "if (of_row.grads.entropy == 0) return by_logprobs;",
+        "if (of_row.grads.entropy != 2) return by_logprobs;",
+        replay("test_blocks_match_float64"),
+    ),
+    Mutation(
+        "support-of-one-lane",
+        SUPPORT_KERNELS,
+        "return warp_all_reduce(value, [](double a, double b) { return a + b; });",
+        "return value;",
+        replay("test_matches_float64"),
+    ),
+    Mutation(
+        "last-row-without-its-support",
+        SUPPORT_KERNELS,
+        "return row < args.rows.logits.rows ? row : -1;",
+        "return row + 1 < args.rows.logits.rows ? row : -1;",
+        replay("test_matches_float64"),
+    ),
+    Mutation(
+        "candidates-of-no-sum",
+        SUPPORT,
+        "if (has_grads && id != kNoId)",
+        "if (has_grads && id == kNoId)",
+        candidates("test_match_float64"),
+    ),
+    Mutation(
+        "candidates-outside-the-support",
+        SUPPORT,
+        "return !args.replays[row] || support_contains(args, row, id, place);",
+        "return true;",
+        candidates("test_match_float64"),
+    ),
+    Mutation(
+        "candidates-over-the-scale-of-their-sum",
+        SUPPORT,
+        "if (factor != 1 && !passed.are_zero()) {",
+        "if (factor > 1 && !passed.are_zero()) {",
+        candidates("test_a_fp16_row_has_one_scale"),
+    ),
+    Mutation(
+        "gradient-outside-the-support",
+        REPLAY,
+        "if (exists() && given.grad_entropy.data == nullptr) rows.args.active = args_.others;",
+        "",
+        replay("test_a_logit_outside_may_be_anything"),
     ),
 )
 

@@ -617,7 +617,55 @@ class TestFusedOutputLinear:
         assert loss.isnan()
         assert gradient.isfinite().all()
 
-    def test_refuses_a_part_of_the_vocabulary(self) -> None:
+    def sampling_mask(self, labels: torch.Tensor) -> torch.Tensor:
+        """Of the six tokens: with the label (thrice), empty, without it, and the label alone."""
+        others = (labels[..., None] + torch.arange(1, 4)) % self.vocab
+        ids = torch.cat([others, labels[..., None]], -1).int()
+        ids[0, 0, 1] = -1
+        ids[1, 0] = -1
+        ids[1, 1, 3] = -1
+        ids[1, 2, :3] = -1
+        return ids
+
+    def test_replays_a_sampling_mask(self) -> None:
+        head = prime_rl.FusedOutputLinear(self.hidden_size, self.vocab, 2)
+        head.return_mask_logprobs = True
+        inputs = self.inputs()
+        labels = inputs["labels"].clamp(min=0)
+        ids = self.sampling_mask(labels)
+        out = head(**{**inputs, "labels": labels}, sampling_mask=ids)
+        z = inputs["hidden_states"] @ head.weight.T / inputs["temperature"][..., None]
+        inside = torch.zeros(2, 3, self.vocab + 1, dtype=torch.bool)
+        inside = inside.scatter(-1, torch.where(ids < 0, self.vocab, ids).long(), True)[..., :-1]
+        replays = inside.gather(-1, labels[..., None])
+        assert replays.sum() == 4
+        log_p = z.masked_fill(replays & ~inside, -torch.inf).log_softmax(-1)
+        logprobs = log_p.gather(-1, labels[..., None]).squeeze(-1)
+        counts = replays & (ids >= 0)
+        at_ids = torch.where(counts, log_p.gather(-1, ids.clamp(min=0).long()), 0)
+        entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+        assert out.keys() == {"logprobs", "entropy", "mask_logprobs"}
+        expected = {"logprobs": logprobs, "entropy": entropy, "mask_logprobs": at_ids}
+        torch.testing.assert_close(out, expected)
+        leaves = (inputs["hidden_states"], head.weight)
+        weights = torch.randn(ids.shape)
+        ours = out["logprobs"].sum() + (weights * out["mask_logprobs"]).sum()
+        theirs = logprobs.sum() + torch.where(counts, weights * at_ids, 0).sum()
+        for mine, exact in zip(
+            torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True
+        ):
+            torch.testing.assert_close(mine, exact)
+
+    def test_gives_log_probabilities_of_a_mask_where_asked_for(self) -> None:
         head = prime_rl.FusedOutputLinear(self.hidden_size, self.vocab)
-        with pytest.raises(ValueError, match="sampling_mask: expected None"):
-            head(**self.inputs(), sampling_mask=torch.zeros(2, 3, 4, dtype=torch.int32))
+        inputs = self.inputs()
+        ids = self.sampling_mask(inputs["labels"].clamp(min=0))
+        assert head(**inputs, sampling_mask=ids).keys() == {"logprobs", "entropy"}
+        head.return_mask_logprobs = True
+        assert head(**inputs).keys() == {"logprobs", "entropy"}
+
+    def test_refuses_a_sampling_mask_without_a_temperature(self) -> None:
+        head = prime_rl.FusedOutputLinear(self.hidden_size, self.vocab)
+        inputs = {**self.inputs(), "temperature": None}
+        with pytest.raises(ValueError, match="sampling_mask: expected None without a temperature"):
+            head(**inputs, sampling_mask=torch.zeros(2, 3, 4, dtype=torch.int32))

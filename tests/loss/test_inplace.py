@@ -49,6 +49,7 @@ def into(
 def loss_and_metrics(case: LogitsCase, rows: Result) -> tuple[torch.Tensor, ...]:
     """Loss and metrics of log-probabilities and entropies that are there."""
     made = {"logprobs": rows.logprobs, "entropy": rows.entropy, "fault": find_faults(case)}
+    made["replayed"] = None
     loss, _, *metrics = call_operator("loss_and_metrics", case, **made, with_gradient=False)
     return loss, *metrics
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ipo_ext._ops.arguments import LogitScaling
 from tests.support.backends import Backend, parameters
 from tests.support.cases import assert_same_bits, bits, evaluate, same_bits
 from tests.support.layouts import at_row_starts, misaligned, strided
@@ -216,11 +217,11 @@ def test_backward_over_logits(backend: Backend, dtype: torch.dtype) -> None:
     rows = {
         "logits": torch.randn(3, 40011, device=backend.device),
         "labels": torch.tensor([0, 40010, 20000], device=backend.device),
-        "temperature": None,
-        "softcap": 2.0,
+        **LogitScaling(None, softcap=2.0)._asdict(),
+        "candidates": None,
         "fault": torch.zeros(1, dtype=torch.int32, device=backend.device),
     }
-    _, entropy, softmax_stats = operator("chunk_logprobs")(**rows)
+    _, entropy, softmax_stats, _ = operator("chunk_logprobs")(**rows)
     grad_logprobs, grad_entropy = torch.randn(2, 3, device=backend.device)
     backward = functools.partial(
         operator("chunk_logprobs_backward"),
@@ -229,6 +230,7 @@ def test_backward_over_logits(backend: Backend, dtype: torch.dtype) -> None:
         softmax_stats=softmax_stats,
         grad_logprobs=grad_logprobs,
         grad_entropy=grad_entropy,
+        grad_candidates=None,
         row_scales=None,
     )
     apart = torch.full((3, 40011), math.nan, dtype=dtype, device=backend.device)

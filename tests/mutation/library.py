@@ -40,7 +40,9 @@ TRACER = Path("tests/mutation/trace.cpp")
 def build_library(root: Path, flags: Sequence[str] = (), extra: Sequence[Path] = ()) -> Path:
     """``_C`` of the sources of ``root``, within it."""
     torch_flags = (f"-isystem{TORCH / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000")
-    plain = [KERNELS / f"{name}.cpp" for name in ("dispatch", "ipo_loss", "logits", "scale")]
+    plain = [
+        KERNELS / f"{name}.cpp" for name in ("dispatch", "ipo_loss", "logits", "scale", "support")
+    ]
     jobs = [(source, (*FLAGS, *flags)) for source in (*plain, *extra)]
     jobs += simd_jobs(chosen_arch(), flags)
     jobs.append((Path("csrc/ops/register.cpp"), (*FLAGS, *torch_flags, *flags)))

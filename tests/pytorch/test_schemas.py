@@ -69,8 +69,9 @@ def test_a_schema_is_made_of_the_fields() -> None:
     text = groups.schema(groups.LinearTokenLogprobsArguments, groups.LinearTokenLogprobsResults)
     assert text == (
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperature, "
-        "float softcap, SymInt chunk_size) "
-        "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)"
+        "float softcap, Tensor? sampling_mask, bool with_entropy, Tensor? candidates, "
+        "SymInt chunk_size) -> (Tensor logprobs, Tensor entropy, Tensor softmax_stats, "
+        "Tensor candidate_logprobs)"
     )
 
 

@@ -108,6 +108,8 @@ class _LabelledCase(Case):
     temperature: float | torch.Tensor | None = None
     softcap: float | None = None
     logit_scale: float | None = None
+    sampling_mask: torch.Tensor | None = None
+    entropy: bool | None = None
 
     def from_logprobs(self, trainer_logprobs: torch.Tensor) -> LogprobsCase:
         """The same call from the log-probabilities."""

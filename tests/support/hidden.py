@@ -14,8 +14,9 @@ from ipo_ext._ops import chunks
 from tests.support.backends import Backend
 from tests.support.cases import HiddenCase, evaluate
 from tests.support.closeness import assert_close
-from tests.support.logits import distinct_log_ratios
+from tests.support.logits import OF_LOGPROBS, distinct_log_ratios
 from tests.support.logprobs import random_case as logprobs_case
+from tests.support.replay import random_ids
 
 TOKENS, WIDTH, VOCABULARY = 37, 16, 53
 
@@ -31,19 +32,23 @@ def random_case(
     inference_dtype: torch.dtype = torch.float32,
     token_temperature: bool = False,
     has_bias: bool = False,
+    ids: int | None = None,
     **options: Any,
 ) -> HiddenCase:
-    """No token is near the band's ends."""
+    """No token is near the band's ends. ``ids``: how many a sampling mask has of each token."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator).to(dtype)
     weight = torch.randn(vocabulary, width, generator=generator).to(dtype) / width**0.5
     mask = torch.rand(tokens, generator=generator) >= masked
-    labels = torch.randint(vocabulary, (tokens,), generator=generator).masked_fill(~mask, -100)
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    if ids is not None:
+        options["sampling_mask"] = random_ids(labels, vocabulary, ids, generator)
+    labels = labels.masked_fill(~mask, -100)
     if token_temperature:
         options["temperature"] = torch.rand(tokens, generator=generator) + 0.5
     if has_bias:
         options["bias"] = torch.randn(vocabulary, generator=generator).to(dtype)
-    how = {name: options.get(name) for name in ("temperature", "softcap", "logit_scale", "bias")}
+    how = {name: options.get(name) for name in (*OF_LOGPROBS, "bias")}
     exact, _ = reference.linear_token_logprobs(hidden, weight, labels, **how, dtype=torch.float64)
     return HiddenCase(
         hidden=hidden,
@@ -140,7 +145,7 @@ def assert_accurate(case: HiddenCase, backend: Backend, grad_loss: float = 1.0, 
     terms = terms if wide.bias is None else terms + wide.bias.abs()
     arguments = scale * terms.amax(-1) / temperature
     in_float64 = case.hidden.dtype == torch.float64  # naive is exact then, and ours alone
-    for name in ("logprobs", "entropy"):
+    for name in ("logprobs", "entropy")[: 1 if case.entropy is False else 2]:
         mine, theirs, truth = (getattr(e.output, name) for e in (ours, naive, exact))
         size = truth.abs() + case.loss_mask * (1 + arguments)
         assert_close(mine, theirs, truth, scale=size, floor=8, name=name)

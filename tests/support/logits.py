@@ -13,12 +13,14 @@ from ipo_ext import IPOConfig, reference
 from tests.support.backends import Backend
 from tests.support.cases import LogitsCase, evaluate
 from tests.support.closeness import assert_close
+from tests.support.replay import random_ids
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NARROWER = (torch.float16, torch.bfloat16)
 # Enough to keep any GPU busy. Of fewer rows, those longer than 1024 columns are each summed by
 # several blocks, in another order, unless the gradient is narrower than the logits.
 MANY_ROWS = 200
+OF_LOGPROBS = ("temperature", "softcap", "logit_scale", "sampling_mask")
 WIDE_BAND = IPOConfig(dppo_mask_low=0.0, dppo_mask_high=math.inf)
 
 
@@ -33,10 +35,11 @@ def random_case(
     token_temperature: bool = False,
     spread: float = 2.0,
     likely: bool = False,
+    ids: int | None = None,
     **options: Any,
 ) -> LogitsCase:
     """No token is near the band's ends. ``likely``: labels have a probability of about a third,
-    however many columns there are."""
+    however many columns there are. ``ids``: how many a sampling mask has of each row."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, columns, generator=generator) * spread).to(dtype)
     mask = torch.rand(rows, generator=generator) >= masked
@@ -45,7 +48,9 @@ def random_case(
         logits[torch.arange(rows), labels] += math.log(columns)
     if token_temperature:
         options["temperature"] = torch.rand(rows, generator=generator) + 0.5
-    how = {name: options.get(name) for name in ("temperature", "softcap", "logit_scale")}
+    if ids is not None:
+        options["sampling_mask"] = random_ids(labels, columns, ids, generator)
+    how = {name: options.get(name) for name in OF_LOGPROBS}
     exact, _ = reference.token_logprobs(logits, labels, **how, dtype=torch.float64)
     return LogitsCase(
         logits=logits,
@@ -75,9 +80,10 @@ def assert_accurate(case: LogitsCase, backend: Backend, grad_loss: float = 1.0) 
     wide = case.with_(logits=case.logits.double())
     more = {"dtype": torch.float64}
     exact = evaluate(wide, reference.ipo_loss_from_logits, grad_loss=grad_loss, **more)
-    truths = {name: getattr(exact.output, name) for name in ("logprobs", "entropy")}
+    names = ("logprobs", "entropy")[: 1 if case.entropy is False else 2]
+    truths = {name: getattr(exact.output, name) for name in names}
     if case.logits.dtype == torch.float64:
-        truths = in_long_double(case)
+        truths = {name: in_long_double(case)[name] for name in names}
     for name, truth in truths.items():
         mine, theirs = (getattr(e.output, name) for e in (ours, naive))
         log_size = truth.abs() + case.loss_mask * largest_argument(case)
@@ -99,7 +105,7 @@ def assert_accurate(case: LogitsCase, backend: Backend, grad_loss: float = 1.0) 
 
 def gradient_scale(case: LogitsCase, exact: torch.Tensor) -> torch.Tensor:
     """Sizes of the terms of each derivative: at the label, 1 and p are subtracted."""
-    how = {name: getattr(case, name) for name in ("temperature", "softcap", "logit_scale")}
+    how = {name: getattr(case, name) for name in OF_LOGPROBS}
     log_p, _ = reference.token_logprobs(case.logits, case.labels, **how, dtype=torch.float64)
     p = log_p.exp()[:, None]
     label = torch.where(case.loss_mask, case.labels, 0)[:, None].long()
@@ -141,7 +147,22 @@ def in_long_double(case: LogitsCase) -> dict[str, torch.Tensor]:
         entropy = -np.where(p == 0, 0, p * log_p).sum(-1)
     labels = np.where(active, case.labels.cpu().numpy(), 0)
     logprobs = np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    if case.sampling_mask is not None:
+        logprobs = _over_supports(scaled, labels, case.sampling_mask.cpu().numpy(), logprobs)
     return {
         name: torch.from_numpy(np.where(active, values, 0).astype(np.float64))
         for name, values in (("logprobs", logprobs), ("entropy", entropy))
     }
+
+
+def _over_supports(
+    scaled: np.ndarray, labels: np.ndarray, ids: np.ndarray, logprobs: np.ndarray
+) -> np.ndarray:
+    """``logprobs`` with those of rows that replay their ids over these alone."""
+    replayed = logprobs.copy()
+    for row, label in enumerate(labels):
+        support = ids[row][ids[row] >= 0]
+        if label in support:
+            below = scaled[row, support] - scaled[row, label]
+            replayed[row] = below.max() * -1 - np.log(np.exp(below - below.max()).sum())
+    return replayed

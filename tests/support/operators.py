@@ -33,6 +33,10 @@ def operator_arguments(name: str, case: Case, **others: Any) -> dict[str, Any]:
         **case.arguments,
         "temperature": as_scalar(getattr(case, "temperature", None)),
         "softcap": getattr(case, "softcap", None) or 0.0,
+        "sampling_mask": getattr(case, "sampling_mask", None),
+        "candidates": None,
+        "grad_candidates": None,
+        "with_entropy": getattr(case, "entropy", None) is not False,
         "normalizer": as_scalar(case.normalizer),
         **settings_of(case.config, case.compute_dtype),
         **dict.fromkeys(("with_gradient", "needs_grad_hidden", "needs_grad_weight"), True),
@@ -58,7 +62,8 @@ def opcheck(name: str, case: Case, **others: Any) -> None:
 
 def find_faults(case: LogitsCase) -> torch.Tensor:
     sizes = {"columns": case.logits.shape[-1], "max_active": len(case.labels)}
-    return call_operator("find_faults", case, **sizes)
+    fault, _ = call_operator("find_faults", case, **sizes)
+    return fault
 
 
 def chunk_of_loss(
@@ -100,6 +105,10 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "advantages": torch.randn(TOKENS),
         "loss_mask": per_token < 0.8,
         "temperature": per_token + 0.5,
+        "sampling_mask": torch.arange(3, dtype=torch.int32).expand(TOKENS, 3),
+        "candidates": torch.arange(4, dtype=torch.int32).expand(TOKENS, 4),
+        "grad_candidates": torch.randn(TOKENS, 4),
+        "replayed": per_token < 0.5,
         "teacher_logprobs": -per_token,
         "loss_weights": per_token,
         "cu_seqlens": torch.tensor([0, 5, 5, TOKENS], dtype=torch.int32),
@@ -126,7 +135,7 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
     numbers = {
         **settings_of(config, torch.float32),
         **dict.fromkeys(("num_active", "max_active"), TOKENS),
-        **dict.fromkeys(("with_gradient", *NeedsGrad._fields), True),
+        **dict.fromkeys(("with_gradient", "with_entropy", *NeedsGrad._fields), True),
         "softcap": 4.0,
         "ref_kl_cap": 1e4,
         "ref_kl_tau": 1e-3,

@@ -21,10 +21,12 @@ SymInt = Annotated[int, "SymInt"]  # which torch.compile may leave without a val
 
 
 class LogitScaling(NamedTuple):
-    """What becomes of logits before the softmax."""
+    """What becomes of logits before the softmax, and what of it is wanted."""
 
     temperature: torch.Tensor | None  # [] or [...]; what they are divided by, default 1
     softcap: float  # 0 for none
+    sampling_mask: torch.Tensor | None = None  # [..., ids] int32; the sampler's support
+    with_entropy: bool = True  # else rows that replay their support are not read as a whole
 
 
 class LossInputs(NamedTuple):
@@ -86,6 +88,7 @@ class LogprobsBackward(NamedTuple):
     softmax_stats: torch.Tensor  # [2, rows], likewise: row maximum and sum of exponentials
     grad_logprobs: torch.Tensor  # [...]
     grad_entropy: torch.Tensor  # [...]
+    grad_candidates: torch.Tensor | None = None  # [..., candidates]
 
 
 class NeedsGrad(NamedTuple):
@@ -150,12 +153,14 @@ class TokenLogprobsArguments(NamedTuple):
     logits: torch.Tensor
     labels: torch.Tensor
     scaling: LogitScaling
+    candidates: torch.Tensor | None  # [..., candidates] int32; ids whose own are wanted too
 
 
 class TokenLogprobsBackwardArguments(NamedTuple):
     logits: torch.Tensor
     labels: torch.Tensor
     scaling: LogitScaling
+    candidates: torch.Tensor | None
     backward: LogprobsBackward
 
 
@@ -206,6 +211,7 @@ class IPOLossFromHiddenResults(NamedTuple):
 
 class LinearTokenLogprobsArguments(NamedTuple):
     head: HeadInputs
+    candidates: torch.Tensor | None
     chunk_size: SymInt
 
 
@@ -213,10 +219,12 @@ class LinearTokenLogprobsResults(NamedTuple):
     logprobs: torch.Tensor  # [...]
     entropy: torch.Tensor  # [...]
     softmax_stats: torch.Tensor  # [2, tokens]
+    candidate_logprobs: torch.Tensor  # [..., candidates]; without an element where there are none
 
 
 class LinearTokenLogprobsBackwardArguments(NamedTuple):
     head: HeadInputs
+    candidates: torch.Tensor | None
     chunk_size: SymInt
     backward: LogprobsBackward
     needs_grad: NeedsGrad
@@ -230,7 +238,9 @@ class LinearTokenLogprobsBackwardResults(NamedTuple):
 
 class FindFaultsArguments(NamedTuple):
     labels: torch.Tensor  # [...]
+    candidates: torch.Tensor | None
     temperature: torch.Tensor | None
+    sampling_mask: torch.Tensor | None
     loss_mask: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     normalizer: torch.Tensor | None
@@ -251,7 +261,8 @@ class ChunkLossArguments(NamedTuple):
 
 class LossAndMetricsArguments(NamedTuple):
     logprobs: torch.Tensor  # [tokens]
-    entropy: torch.Tensor  # [tokens]
+    entropy: torch.Tensor | None  # [tokens]
+    replayed: torch.Tensor | None  # [tokens] bool, as find_faults has returned it
     inputs: LossInputs
     settings: LossSettings
     fault: torch.Tensor
@@ -262,6 +273,7 @@ class ChunkLogprobsArguments(NamedTuple):
     logits: torch.Tensor
     labels: torch.Tensor
     scaling: LogitScaling
+    candidates: torch.Tensor | None
     fault: torch.Tensor
 
 
@@ -269,6 +281,7 @@ class ChunkLogprobsBackwardArguments(NamedTuple):
     logits: torch.Tensor
     labels: torch.Tensor
     scaling: LogitScaling
+    candidates: torch.Tensor | None
     backward: LogprobsBackward
     fault: torch.Tensor
     gradient: torch.Tensor

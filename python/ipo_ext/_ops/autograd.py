@@ -7,7 +7,7 @@ differentiated.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -185,14 +185,23 @@ def savable(tensor: torch.Tensor | None) -> torch.Tensor | None:
 def logprobs_backward(
     entropy: torch.Tensor,
     softmax_stats: torch.Tensor,
-    grad_logprobs: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
+    candidates: torch.Tensor | None,
+    grads: Sequence[torch.Tensor | None],
 ) -> LogprobsBackward:
-    """Of what autograd hands over: None where nothing flows in."""
+    """Of what autograd hands over: None where nothing flows in.
+
+    ``grads`` are those by log-probabilities, entropies and candidates' log-probabilities.
+    """
+    grad_logprobs, grad_entropy, grad_candidates = grads
     nothing = torch.zeros_like(entropy)
+    if candidates is None:
+        grad_candidates = None
+    elif grad_candidates is None:
+        grad_candidates = torch.zeros_like(candidates, dtype=entropy.dtype)
     return LogprobsBackward(
         entropy.detach(),
         softmax_stats,
         nothing if grad_logprobs is None else grad_logprobs,
         nothing if grad_entropy is None else grad_entropy,
+        grad_candidates,
     )

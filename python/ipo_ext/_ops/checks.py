@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 
 from ipo_ext import _C
-from ipo_ext._ops.arguments import TOKEN_INPUTS, Components, HeadInputs, LossInputs
+from ipo_ext._ops.arguments import TOKEN_INPUTS, Components, HeadInputs, LogitScaling, LossInputs
 from ipo_ext._precision import warn_if_rounded
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BOOLEAN = (torch.bool,)
 LABELS = (torch.int32, torch.int64)
 NORMALIZER = (*FLOATING, torch.int32, torch.int64)
+MOST_IDS = 512  # of a token's sampling mask, and of its candidates
 
 
 class Like(NamedTuple):
@@ -63,28 +64,33 @@ def check_components(trainer_logprobs: torch.Tensor, components: Components) -> 
 def check_logits_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    temperature: torch.Tensor | None,
+    scaling: LogitScaling,
     inputs: LossInputs,
     teacher_tau: float,
 ) -> None:
     """Raises unless the arguments of the loss from logits agree."""
-    check_logits(logits, labels, temperature)
+    check_logits(logits, labels, scaling)
     _check_inputs_of_loss(Like("labels", labels), inputs, teacher_tau)
 
 
 def check_logits(
-    logits: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor | None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    scaling: LogitScaling,
+    candidates: torch.Tensor | None = None,
 ) -> None:
-    """Raises unless logits, labels and temperature agree."""
+    """Raises unless logits, labels, temperature, sampling mask and candidates agree."""
     check_tensor("logits", logits, FLOATING)
     check_device_supported("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape [..., vocabulary], got {_shape(logits)}")
-    _check_labels(labels, Like("logits", logits), temperature)
+    _check_labels(labels, Like("logits", logits), scaling, candidates)
 
 
-def _check_labels(labels: torch.Tensor, rows: Like, temperature: torch.Tensor | None) -> None:
-    """Raises unless there is a label, and a temperature if they differ, for each row."""
+def _check_labels(
+    labels: torch.Tensor, rows: Like, scaling: LogitScaling, candidates: torch.Tensor | None
+) -> None:
+    """Raises unless there is a label for each row, and what else each has of its own."""
     check_tensor("labels", labels, LABELS)
     if labels.shape != rows.tensor.shape[:-1]:
         raise ValueError(
@@ -92,10 +98,31 @@ def _check_labels(labels: torch.Tensor, rows: Like, temperature: torch.Tensor | 
             f"{_shape(rows.tensor)} without its last dimension, got {_shape(labels)}"
         )
     check_device("labels", labels, rows)
+    if scaling.sampling_mask is not None:
+        _check_ids("sampling_mask", scaling.sampling_mask, Like("labels", labels))
+    if candidates is not None:
+        _check_ids("candidates", candidates, Like("labels", labels))
+    temperature = scaling.temperature
     if temperature is not None and temperature.dim() > 0:
         _check_per_token("temperature", temperature, FLOATING, Like("labels", labels))
     elif temperature is not None:
         _check_scalar("temperature", temperature, FLOATING, rows)
+
+
+def _check_ids(name: str, ids: torch.Tensor, labels: Like) -> None:
+    """Raises unless there are some for each label."""
+    check_tensor(name, ids, (torch.int32,))
+    shape = labels.tensor.shape
+    if ids.shape[:-1] != shape or ids.dim() != len(shape) + 1:
+        raise ValueError(
+            f"{name}: expected shape {[*shape, 'K']}, K ids for each of labels "
+            f"{_shape(labels.tensor)}, got {_shape(ids)}"
+        )
+    if ids.shape[-1] > MOST_IDS:
+        raise ValueError(
+            f"{name}: expected at most {MOST_IDS} ids a token, got shape {_shape(ids)}"
+        )
+    check_device(name, ids, labels)
 
 
 def check_hidden_loss(head: HeadInputs, inputs: LossInputs, teacher_tau: float) -> None:
@@ -104,8 +131,8 @@ def check_hidden_loss(head: HeadInputs, inputs: LossInputs, teacher_tau: float) 
     _check_inputs_of_loss(Like("labels", head.labels), inputs, teacher_tau)
 
 
-def check_hidden(head: HeadInputs) -> None:
-    """Raises unless hidden states, weight, bias, labels and temperature agree.
+def check_hidden(head: HeadInputs, candidates: torch.Tensor | None = None) -> None:
+    """Raises unless hidden states, weight, bias, labels and what belongs to tokens agree.
 
     Their dtypes may differ, for autocast: see ``product_dtype``.
     """
@@ -125,7 +152,7 @@ def check_hidden(head: HeadInputs) -> None:
     check_device("weight", weight, Like("hidden", hidden))
     if bias is not None:
         _check_bias(bias, Like("weight", weight))
-    _check_labels(labels, Like("hidden", hidden), scaling.temperature)
+    _check_labels(labels, Like("hidden", hidden), scaling, candidates)
 
 
 def _check_bias(bias: torch.Tensor, weight: Like) -> None:

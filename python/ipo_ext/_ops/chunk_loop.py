@@ -22,6 +22,7 @@ from ipo_ext._ops.arguments import (
     LinearTokenLogprobsBackwardArguments,
     LinearTokenLogprobsBackwardResults,
     LinearTokenLogprobsResults,
+    LogitScaling,
     LogprobsBackward,
     MetricRows,
     NeedsGrad,
@@ -40,9 +41,11 @@ def _ipo_loss_from_hidden(
         head=_flat_head(arguments.head), inputs=arguments.inputs.map_tokens(_flat)
     )
     head, inputs, num_active = arguments.head, arguments.inputs, arguments.num_active
-    fault = ops.find_faults(
+    fault, replayed = ops.find_faults(
         head.labels,
+        None,
         head.scaling.temperature,
+        head.scaling.sampling_mask,
         inputs.loss_mask,
         inputs.cu_seqlens,
         inputs.normalizer,
@@ -51,14 +54,14 @@ def _ipo_loss_from_hidden(
     )
     whole = arguments.settings.judges_sequences
     make = _loss_of_judged_sequences if whole else _loss_in_one_pass
-    results = make(ops, arguments, fault)
+    results = make(ops, arguments, fault, replayed)
     return results._replace(
         logprobs=results.logprobs.view(shape), entropy=results.entropy.view(shape)
     )
 
 
 def _loss_in_one_pass(
-    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor
+    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor, replayed: torch.Tensor
 ) -> IPOLossFromHiddenResults:
     """What tokens pay, and the gradients, as soon as a chunk's logits are there."""
     (hidden, weight, bias, labels, scaling), inputs = arguments.head, arguments.inputs
@@ -78,8 +81,7 @@ def _loss_in_one_pass(
         logprobs_here, entropy_here = ops.chunk_logprobs_and_gradient(
             logits,
             take(labels),
-            take(scaling.temperature),
-            scaling.softcap,
+            *_scaling_of(scaling, take),
             *inputs_here,
             *arguments.settings,
             fault,
@@ -91,12 +93,12 @@ def _loss_in_one_pass(
         pays = inputs_here.loss_mask & logprobs_here.isfinite()
         gradients.add(chunk, gradient, row_scales, states, pays)
 
-    loss, _, metrics = _loss_and_metrics(ops, arguments, fault, logprobs, entropy, False)
+    loss, _, metrics = _loss_and_metrics(ops, arguments, fault, logprobs, entropy, replayed, False)
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients.finished())
 
 
 def _loss_of_judged_sequences(
-    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor
+    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor, replayed: torch.Tensor
 ) -> IPOLossFromHiddenResults:
     """A verdict needs all log-probabilities of a sequence before any gradient.
 
@@ -107,16 +109,18 @@ def _loss_of_judged_sequences(
     labels = arguments.head.labels.masked_fill(~loss_mask, IGNORED_LABEL)
     head, chunk_size = arguments.head._replace(labels=labels), arguments.chunk_size
     rows = Rows.of(loss_mask, num_active)
-    logprobs, entropy, softmax_stats = _logprobs_of(ops, rows, fault, head, chunk_size)
+    logprobs, entropy, softmax_stats, _ = _logprobs_of(ops, rows, fault, head, None, chunk_size)
     needs_grad_logprobs = any(arguments.needs_grad)
     loss, grad_logprobs, metrics = _loss_and_metrics(
-        ops, arguments, fault, logprobs, entropy, needs_grad_logprobs
+        ops, arguments, fault, logprobs, entropy, replayed, needs_grad_logprobs
     )
     grad_logprobs = grad_logprobs.to(logprobs.dtype)
     if needs_grad_logprobs:
         rows = Rows.of(loss_mask & (grad_logprobs != 0), num_active)
     backward = LogprobsBackward(entropy, softmax_stats, grad_logprobs, torch.zeros_like(entropy))
-    gradients = _gradients_of(ops, rows, fault, head, chunk_size, backward, arguments.needs_grad)
+    gradients = _gradients_of(
+        ops, rows, fault, head, None, chunk_size, backward, arguments.needs_grad
+    )
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients)
 
 
@@ -126,12 +130,15 @@ def _loss_and_metrics(
     fault: torch.Tensor,
     logprobs: torch.Tensor,
     entropy: torch.Tensor,
+    replayed: torch.Tensor,
     needs_grad_logprobs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, MetricRows]:
     """Loss, its derivatives by the log-probabilities, metrics."""
+    scaling = arguments.head.scaling
     loss, grad_logprobs, *metrics = ops.loss_and_metrics(
         logprobs,
-        entropy,
+        entropy if scaling.with_entropy else None,
+        None if scaling.sampling_mask is None else replayed,
         *arguments.inputs,
         *arguments.settings,
         fault,
@@ -148,48 +155,72 @@ def _linear_token_logprobs(
     ops: Any, arguments: LinearTokenLogprobsArguments
 ) -> LinearTokenLogprobsResults:
     head, shape = _flat_head(arguments.head), arguments.head.labels.shape
-    fault = _faults_of_head(ops, head)
+    candidates = _flat_ids(arguments.candidates)
+    fault = _faults_of_head(ops, head, candidates)
     rows = Rows.of(head.labels != IGNORED_LABEL, None)
-    logprobs, entropy, stats = _logprobs_of(ops, rows, fault, head, arguments.chunk_size)
-    return LinearTokenLogprobsResults(logprobs.view(shape), entropy.view(shape), stats)
+    made = _logprobs_of(ops, rows, fault, head, candidates, arguments.chunk_size)
+    of_candidates = made.candidate_logprobs
+    if arguments.candidates is not None:
+        of_candidates = of_candidates.view(arguments.candidates.shape)
+    return LinearTokenLogprobsResults(
+        made.logprobs.view(shape), made.entropy.view(shape), made.softmax_stats, of_candidates
+    )
 
 
 def _logprobs_of(
-    ops: Any, rows: Rows, fault: torch.Tensor, inputs: HeadInputs, chunk_size: int
+    ops: Any,
+    rows: Rows,
+    fault: torch.Tensor,
+    inputs: HeadInputs,
+    candidates: torch.Tensor | None,
+    chunk_size: int,
 ) -> LinearTokenLogprobsResults:
-    """All of them as ``[tokens]``."""
+    """All of them as ``[tokens]`` and ``[tokens, candidates]``."""
     chunks = rows.chunks(chunk_size)
     head = Head(inputs.weight, inputs.bias, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
     logprobs = rows.new_output((rows.tokens,), fill)
     entropy = rows.new_output((rows.tokens,), fill)
     softmax_stats = rows.new_output((2, rows.tokens), fill)
+    shape = (0,) if candidates is None else tuple(candidates.shape)
+    of_candidates = rows.new_output(shape, fill)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
         logits = head.logits(rows.take_states(inputs.hidden, chunk))
-        logprobs_here, entropy_here, stats_here = ops.chunk_logprobs(
+        logprobs_here, entropy_here, stats_here, candidates_here = ops.chunk_logprobs(
             logits,
             take(inputs.labels),
-            take(inputs.scaling.temperature),
-            inputs.scaling.softcap,
+            *_scaling_of(inputs.scaling, take),
+            take(candidates),
             fault,
         )
         rows.put(logprobs, chunk, logprobs_here)
         rows.put(entropy, chunk, entropy_here)
         rows.put(softmax_stats.t(), chunk, stats_here.t())
-    return LinearTokenLogprobsResults(logprobs, entropy, softmax_stats)
+        if candidates is not None:
+            rows.put(of_candidates, chunk, candidates_here)
+    return LinearTokenLogprobsResults(logprobs, entropy, softmax_stats, of_candidates)
 
 
 def _linear_token_logprobs_backward(
     ops: Any, arguments: LinearTokenLogprobsBackwardArguments
 ) -> LinearTokenLogprobsBackwardResults:
-    head, (entropy, softmax_stats, *grads) = _flat_head(arguments.head), arguments.backward
-    backward = LogprobsBackward(_flat(entropy), softmax_stats, *map(_flat, grads))
-    fault = _faults_of_head(ops, head)
+    head, candidates = _flat_head(arguments.head), _flat_ids(arguments.candidates)
+    entropy, softmax_stats, grad_logprobs, grad_entropy, grad_candidates = arguments.backward
+    backward = LogprobsBackward(
+        _flat(entropy),
+        softmax_stats,
+        _flat(grad_logprobs),
+        _flat(grad_entropy),
+        _flat_ids(grad_candidates),
+    )
+    fault = _faults_of_head(ops, head, candidates)
     flows = (backward.grad_logprobs != 0) | (backward.grad_entropy != 0)
+    if backward.grad_candidates is not None:
+        flows |= (backward.grad_candidates != 0).any(-1)
     rows = Rows.of((head.labels != IGNORED_LABEL) & flows, None)
     return _gradients_of(
-        ops, rows, fault, head, arguments.chunk_size, backward, arguments.needs_grad
+        ops, rows, fault, head, candidates, arguments.chunk_size, backward, arguments.needs_grad
     )
 
 
@@ -198,6 +229,7 @@ def _gradients_of(
     rows: Rows,
     fault: torch.Tensor,
     inputs: HeadInputs,
+    candidates: torch.Tensor | None,
     chunk_size: int,
     backward: LogprobsBackward,
     needs_grad: NeedsGrad,
@@ -215,12 +247,13 @@ def _gradients_of(
         ops.chunk_logprobs_backward(
             logits,
             take(inputs.labels),
-            take(inputs.scaling.temperature),
-            inputs.scaling.softcap,
+            *_scaling_of(inputs.scaling, take),
+            take(candidates),
             take(backward.entropy),
             take(backward.softmax_stats.t()).t(),
             take(backward.grad_logprobs),
             take(backward.grad_entropy),
+            take(backward.grad_candidates),
             fault,
             gradient,
             row_scales,
@@ -233,10 +266,19 @@ def _gradients_of(
 # What both need
 
 
-def _faults_of_head(ops: Any, head: HeadInputs) -> torch.Tensor:
-    fault = ops.find_faults(
+def _scaling_of(scaling: LogitScaling, take: Callable[[Any], Any]) -> LogitScaling:
+    """Of a chunk's rows, which ``take`` gives of what each token has."""
+    return scaling._replace(
+        temperature=take(scaling.temperature), sampling_mask=take(scaling.sampling_mask)
+    )
+
+
+def _faults_of_head(ops: Any, head: HeadInputs, candidates: torch.Tensor | None) -> torch.Tensor:
+    fault, _ = ops.find_faults(
         head.labels,
+        candidates,
         head.scaling.temperature,
+        head.scaling.sampling_mask,
         None,
         None,
         None,
@@ -248,16 +290,23 @@ def _faults_of_head(ops: Any, head: HeadInputs) -> torch.Tensor:
 
 def _flat_head(head: HeadInputs) -> HeadInputs:
     """With what belongs to tokens as ``[tokens]``."""
-    temperature = head.scaling.temperature
+    temperature, _, sampling_mask, _ = head.scaling
     if temperature is not None and temperature.dim() > 0:
         temperature = _flat(temperature)
-    scaling = head.scaling._replace(temperature=temperature)
+    scaling = head.scaling._replace(temperature=temperature, sampling_mask=_flat_ids(sampling_mask))
     return head._replace(labels=_flat(head.labels), scaling=scaling)
 
 
 def _flat(tensor: Any) -> Any:
     """[...] -> [tokens]; None as it is."""
     return None if tensor is None else tensor.reshape(-1)
+
+
+def _flat_ids(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """[..., ids] -> [tokens, ids]; None as it is."""
+    if tensor is None:
+        return None
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _longest(chunks: list[slice]) -> int:

@@ -39,12 +39,16 @@ Tensors = tuple[Any, ...]
 
 
 def _metrics(
-    like: torch.Tensor, cu_seqlens: torch.Tensor | None, compute: torch.dtype
+    like: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    compute: torch.dtype,
+    replay: torch.Tensor | None = None,
 ) -> MetricRows:
     segments = () if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
+    more = 0 if replay is None else len(_C.REPLAY_ROWS)
     return MetricRows(
-        like.new_empty((len(_C.MEAN_ROWS), *segments), dtype=compute),
-        like.new_empty((len(_C.SUM_ROWS), *segments), dtype=torch.float64),
+        like.new_empty((len(_C.MEAN_ROWS) + more, *segments), dtype=compute),
+        like.new_empty((len(_C.SUM_ROWS) + more, *segments), dtype=torch.float64),
         like.new_empty((len(_C.EXTREME_ROWS), *segments), dtype=torch.float64),
     )
 
@@ -54,6 +58,11 @@ def _logprobs_and_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = checks.widened(like.dtype)
     return like.new_empty(labels.shape, dtype=dtype), like.new_empty(labels.shape, dtype=dtype)
+
+
+def _candidate_logprobs(like: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
+    shape = (0,) if candidates is None else candidates.shape
+    return like.new_empty(shape, dtype=checks.widened(like.dtype))
 
 
 def _softmax_stats(like: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -85,7 +94,8 @@ def _component_loss(arguments: ComponentLossArguments) -> Tensors:
 def _metric_means(arguments: MetricMeansArguments) -> torch.Tensor:
     dtype = torch.float64 if arguments.float64 else torch.float32
     sums = arguments.sums
-    return sums.new_empty((len(_C.MEAN_ROWS), *sums.shape[1:]), dtype=dtype)
+    rows = len(_C.MEAN_ROWS) + sums.shape[0] - len(_C.SUM_ROWS)
+    return sums.new_empty((rows, *sums.shape[1:]), dtype=dtype)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -94,13 +104,13 @@ def _metric_means(arguments: MetricMeansArguments) -> torch.Tensor:
 
 def _ipo_loss_from_logits(arguments: IPOLossFromLogitsArguments) -> Tensors:
     logits, labels, scaling, inputs, settings, with_gradient = arguments
-    checks.check_logits_loss(logits, labels, scaling.temperature, inputs, settings.teacher_tau)
+    checks.check_logits_loss(logits, labels, scaling, inputs, settings.teacher_tau)
     compute = checks.compute_dtype(logits, inputs.inference_logprobs)
     return (
         logits.new_empty((), dtype=compute),
         logits.new_empty(logits.shape if with_gradient else (0,)),
         *_logprobs_and_entropy(logits, labels),
-        _metrics(logits, inputs.cu_seqlens, compute),
+        _metrics(logits, inputs.cu_seqlens, compute, scaling.sampling_mask),
         _row_scales(logits, labels, with_gradient),
     )
 
@@ -116,9 +126,13 @@ def _ipo_loss_from_logits_inplace(arguments: IPOLossFromLogitsInplaceArguments) 
 
 
 def _token_logprobs(arguments: TokenLogprobsArguments) -> Tensors:
-    logits, labels, scaling = arguments
-    checks.check_logits(logits, labels, scaling.temperature)
-    return (*_logprobs_and_entropy(logits, labels), _softmax_stats(logits, labels))
+    logits, labels, scaling, candidates = arguments
+    checks.check_logits(logits, labels, scaling, candidates)
+    return (
+        *_logprobs_and_entropy(logits, labels),
+        _softmax_stats(logits, labels),
+        _candidate_logprobs(logits, candidates),
+    )
 
 
 def _token_logprobs_backward(arguments: TokenLogprobsBackwardArguments) -> torch.Tensor:
@@ -136,7 +150,7 @@ def _ipo_loss_from_hidden(arguments: IPOLossFromHiddenArguments) -> IPOLossFromH
     return IPOLossFromHiddenResults(
         head.hidden.new_empty((), dtype=compute),
         *_logprobs_and_entropy(head.hidden, head.labels),
-        _metrics(head.hidden, inputs.cu_seqlens, compute),
+        _metrics(head.hidden, inputs.cu_seqlens, compute, head.scaling.sampling_mask),
         *_gradients(head, arguments.needs_grad),
     )
 
@@ -159,9 +173,11 @@ def _gradients(head: HeadInputs, needs_grad: NeedsGrad) -> LinearTokenLogprobsBa
 
 def _linear_token_logprobs(arguments: LinearTokenLogprobsArguments) -> LinearTokenLogprobsResults:
     hidden, labels = arguments.head.hidden, arguments.head.labels
-    checks.check_hidden(arguments.head)
+    checks.check_hidden(arguments.head, arguments.candidates)
     return LinearTokenLogprobsResults(
-        *_logprobs_and_entropy(hidden, labels), _softmax_stats(hidden, labels)
+        *_logprobs_and_entropy(hidden, labels),
+        _softmax_stats(hidden, labels),
+        _candidate_logprobs(hidden, arguments.candidates),
     )
 
 
@@ -171,8 +187,13 @@ def _linear_token_logprobs_backward(
     return _gradients(arguments.head, arguments.needs_grad)
 
 
-def _find_faults(arguments: FindFaultsArguments) -> torch.Tensor:
-    return arguments.labels.new_empty((1,), dtype=torch.int32)
+def _find_faults(arguments: FindFaultsArguments) -> Tensors:
+    labels = arguments.labels
+    replayed = 0 if arguments.sampling_mask is None else labels.numel()
+    return (
+        labels.new_empty((1,), dtype=torch.int32),
+        labels.new_empty((replayed,), dtype=torch.bool),
+    )
 
 
 def _chunk_loss(arguments: ChunkLossArguments) -> Tensors:
@@ -185,13 +206,13 @@ def _loss_and_metrics(arguments: LossAndMetricsArguments) -> Tensors:
     return (
         logprobs.new_empty((), dtype=compute),
         logprobs.new_empty(logprobs.shape if arguments.with_gradient else (0,), dtype=compute),
-        _metrics(logprobs, inputs.cu_seqlens, compute),
+        _metrics(logprobs, inputs.cu_seqlens, compute, arguments.replayed),
     )
 
 
 def _chunk_logprobs(arguments: ChunkLogprobsArguments) -> Tensors:
-    logits, labels, scaling, _ = arguments
-    return _token_logprobs(TokenLogprobsArguments(logits, labels, scaling))
+    logits, labels, scaling, candidates, _ = arguments
+    return _token_logprobs(TokenLogprobsArguments(logits, labels, scaling, candidates))
 
 
 def _nothing(_: Any) -> None:

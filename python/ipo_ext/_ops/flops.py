@@ -62,6 +62,8 @@ def _of_logprobs_backward(arguments: LinearTokenLogprobsBackwardArguments) -> in
     """The logits once more, and the gradients, for rows into which a gradient flows."""
     head, backward = arguments.head, arguments.backward
     flows = (backward.grad_logprobs != 0) | (backward.grad_entropy != 0)
+    if backward.grad_candidates is not None:
+        flows = flows | (backward.grad_candidates != 0).any(-1)
     rows = _count((head.labels != IGNORED_LABEL) & flows) if any(arguments.needs_grad) else 0
     return (1 + _products(arguments.needs_grad)) * _product(rows, head)
 

@@ -169,11 +169,15 @@ class LinearTokenLogprobsGradient(NoSecondDerivative):
         labels: torch.Tensor,
         temperature: torch.Tensor | None,
         softcap: float,
+        sampling_mask: torch.Tensor | None,
+        with_entropy: bool,
+        candidates: torch.Tensor | None,
         chunk_size: int,
         entropy: torch.Tensor,
         softmax_stats: torch.Tensor,
         grad_logprobs: torch.Tensor,
         grad_entropy: torch.Tensor,
+        grad_candidates: torch.Tensor | None,
         needs_grad_hidden: bool,
         needs_grad_weight: bool,
         needs_grad_bias: bool,
@@ -185,11 +189,15 @@ class LinearTokenLogprobsGradient(NoSecondDerivative):
             labels,
             temperature,
             softcap,
+            sampling_mask,
+            with_entropy,
+            candidates,
             chunk_size,
             entropy,
             softmax_stats,
             grad_logprobs,
             grad_entropy,
+            grad_candidates,
             needs_grad_hidden,
             needs_grad_weight,
             needs_grad_bias,
@@ -210,24 +218,32 @@ def _keep_for_logprobs(
     output: tuple[Any, ...],
     dtype: torch.dtype,
 ) -> None:
-    hidden, weight, bias, labels, (temperature, ctx.softcap) = arguments.head
-    _, entropy, softmax_stats = output
+    hidden, weight, bias, labels, scaling = arguments.head
+    _, entropy, softmax_stats, _ = output
     ctx.mark_non_differentiable(softmax_stats)
-    saved = (savable(labels), savable(temperature), entropy.clone(), softmax_stats)
-    ctx.save_for_backward(hidden, weight, bias, *saved)
+    of_tokens = (labels, scaling.temperature, scaling.sampling_mask, arguments.candidates)
+    constants = map(savable, of_tokens)
+    ctx.save_for_backward(hidden, weight, bias, *constants, entropy.clone(), softmax_stats)
+    ctx.softcap, ctx.with_entropy = scaling.softcap, scaling.with_entropy
     ctx.set_materialize_grads(False)  # not for the statistics
     ctx.chunk_size, ctx.dtype = arguments.chunk_size, dtype
 
 
 def _logprobs_backward(
-    ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
+    ctx: Any,
+    grad_logprobs: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    _: torch.Tensor | None,
+    grad_candidates: torch.Tensor | None,
 ) -> tuple[Any, ...]:
-    others = (None,) * 4
-    if grad_logprobs is None and grad_entropy is None:
+    others = (None,) * 7
+    grads = (grad_logprobs, grad_entropy, grad_candidates)
+    if all(grad is None for grad in grads):
         return (None, None, None, *others)
-    hidden, weight, bias, labels, temperature, entropy, softmax_stats = ctx.saved_tensors
-    backward = logprobs_backward(entropy, softmax_stats, grad_logprobs, grad_entropy)
-    needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad[-7:]
+    hidden, weight, bias, labels, *constants, entropy, softmax_stats = ctx.saved_tensors
+    temperature, sampling_mask, candidates = constants
+    backward = logprobs_backward(entropy, softmax_stats, candidates, grads)
+    needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad[-3 - len(others) :]
     run: Any = LinearTokenLogprobsGradient.apply
     grad_hidden, grad_weight, grad_bias = run(
         hidden.to(ctx.dtype),
@@ -236,6 +252,9 @@ def _logprobs_backward(
         labels,
         temperature,
         ctx.softcap,
+        sampling_mask,
+        ctx.with_entropy,
+        candidates,
         ctx.chunk_size,
         *backward,
         needs_hidden,

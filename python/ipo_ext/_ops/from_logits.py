@@ -187,35 +187,49 @@ class TokenLogprobsGradient(NoSecondDerivative):
         labels: torch.Tensor,
         temperature: torch.Tensor | None,
         softcap: float,
+        sampling_mask: torch.Tensor | None,
+        with_entropy: bool,
+        candidates: torch.Tensor | None,
         entropy: torch.Tensor,
         softmax_stats: torch.Tensor,
         grad_logprobs: torch.Tensor,
         grad_entropy: torch.Tensor,
+        grad_candidates: torch.Tensor | None,
     ) -> torch.Tensor:
-        saved = (entropy, softmax_stats, grad_logprobs, grad_entropy)
-        values = (logits, labels, temperature, softcap, *saved)
+        scaling = (temperature, softcap, sampling_mask, with_entropy)
+        saved = (entropy, softmax_stats, grad_logprobs, grad_entropy, grad_candidates)
+        values = (logits, labels, *scaling, candidates, *saved)
         run = operator("token_logprobs_backward", values)
         return cast(torch.Tensor, with_torch_errors(run, *values))
 
 
 def _logprobs_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    logits, labels, (temperature, ctx.softcap) = unflatten(TokenLogprobsArguments, inputs)
-    _, entropy, softmax_stats = output
+    logits, labels, scaling, candidates = unflatten(TokenLogprobsArguments, inputs)
+    _, entropy, softmax_stats, _ = output
     ctx.mark_non_differentiable(softmax_stats)
-    saved = (savable(labels), savable(temperature), entropy.clone(), softmax_stats)
-    ctx.save_for_backward(logits, *saved)
+    constants = map(savable, (labels, scaling.temperature, scaling.sampling_mask, candidates))
+    ctx.save_for_backward(logits, *constants, entropy.clone(), softmax_stats)
+    ctx.softcap, ctx.with_entropy = scaling.softcap, scaling.with_entropy
     ctx.set_materialize_grads(False)  # not for the statistics
 
 
 def _logprobs_backward(
-    ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
+    ctx: Any,
+    grad_logprobs: torch.Tensor | None,
+    grad_entropy: torch.Tensor | None,
+    _: torch.Tensor | None,
+    grad_candidates: torch.Tensor | None,
 ) -> tuple[Any, ...]:
-    logits, labels, temperature, entropy, softmax_stats = ctx.saved_tensors
-    if grad_logprobs is None and grad_entropy is None:
-        return None, None, None, None
-    backward = logprobs_backward(entropy, softmax_stats, grad_logprobs, grad_entropy)
+    others = (None,) * 6
+    grads = (grad_logprobs, grad_entropy, grad_candidates)
+    if all(grad is None for grad in grads):
+        return (None, *others)
+    logits, labels, *constants, entropy, softmax_stats = ctx.saved_tensors
+    temperature, sampling_mask, candidates = constants
+    scaling = (temperature, ctx.softcap, sampling_mask, ctx.with_entropy)
+    backward = logprobs_backward(entropy, softmax_stats, candidates, grads)
     run: Any = TokenLogprobsGradient.apply
-    return run(logits, labels, temperature, ctx.softcap, *backward), None, None, None
+    return (run(logits, labels, *scaling, candidates, *backward), *others)
 
 
 @with_signature

@@ -36,6 +36,7 @@ class Input(NamedTuple):
     nasty: bool = False
     softcap: float | None = None  # for the operators that see logits, as the next
     logit_scale: float | None = None
+    ids: int | None = None  # of each row's sampling mask
     config: ipo_ext.IPOConfig = ipo_ext.IPOConfig(teacher_tau=0.2, kl_tau=0.1)
     inplace: bool = False  # for the operator that has it
     only_gpus: bool = False
@@ -48,6 +49,7 @@ INPUTS = (
     Input("nasty", rows=101, columns=37, nasty=True),
     Input("softcap", rows=35, columns=130, softcap=20.0),
     Input("scaled", rows=35, columns=130, softcap=20.0, logit_scale=0.3),
+    Input("replayed", rows=67, columns=131, ids=9, softcap=20.0),
     Input("inplace", rows=67, columns=131, inplace=True),
     Input("wide", rows=3, columns=5003),
     Input("one row", rows=1, columns=7),
@@ -98,13 +100,24 @@ def logits_and_labels(kind: Input, dtype: torch.dtype, generator: torch.Generato
         labels[::5] = kind.columns - 1
         logits[3::50, 0] = math.nan
         logits[4::50, 0] = math.inf
-    return {
+    arguments = {
         "logits": logits.to(dtype),
         "labels": labels,
         "temperature": temperature,
         "softcap": kind.softcap,
         "logit_scale": kind.logit_scale,
     }
+    if kind.ids is not None:
+        arguments["sampling_mask"] = sampling_mask(kind, labels, generator)
+    return arguments
+
+
+def sampling_mask(kind: Input, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Distinct ids of each row, of every other one with its label."""
+    ids = torch.rand(kind.rows, kind.columns, generator=generator).argsort(-1)[:, : kind.ids]
+    ids[ids == labels[:, None]] = -1
+    ids[::2, 0] = labels[::2]
+    return ids.int()
 
 
 def token_logprobs(kind: Input, dtype: torch.dtype, generator: torch.Generator) -> Arguments:

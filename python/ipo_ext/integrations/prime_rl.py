@@ -262,6 +262,9 @@ class FusedOutputLinear(nn.Linear):
             ``linear_token_logprobs``.
         softcap: ``c`` of ``c * tanh(logits / c)``, as upstream's ``GemmaFusedOutputLinear``, in
             whose place it can stand as well.
+
+    Attributes:
+        return_mask_logprobs: whether a call with a ``sampling_mask`` also gives ``mask_logprobs``.
     """
 
     def __init__(
@@ -274,6 +277,7 @@ class FusedOutputLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.chunk_size = chunk_size
         self.softcap = softcap
+        self.return_mask_logprobs = False
 
     def forward(  # type: ignore[override]  # upstream's call
         self,
@@ -284,30 +288,40 @@ class FusedOutputLinear(nn.Linear):
     ) -> dict[str, torch.Tensor]:
         """``hidden_states [B, T, H]``, ``labels [B, T]``, ``temperature [B, T]``.
 
+        ``sampling_mask [B, T, K]`` is that of ``linear_token_logprobs``: int32, -1 for none.
+
         Returns:
             ``{"logprobs": [B, T], "entropy": [B, T]}``, a pytree for FSDP's hooks, as upstream's.
+            With ``return_mask_logprobs`` also ``mask_logprobs [B, T, K]``, the log-probability of
+            each id of a row that replays them, 0 elsewhere.
             Without a temperature ``{"loss": []}``, the cross-entropy summed over all labels but
             -100, its gradients made in the same pass. It is NaN where a label's log-probability is
             not finite, while the gradients leave that row out.
         """
         if labels is None:
             raise ValueError("labels: expected a tensor [B, T], got None")
-        if sampling_mask is not None:
-            raise ValueError(
-                "sampling_mask: expected None: log-probabilities over a part of the vocabulary are "
-                "not supported; sample without top-p and top-k, or keep upstream's head"
-            )
         if temperature is None:
+            if sampling_mask is not None:
+                raise ValueError(
+                    "sampling_mask: expected None without a temperature, got a tensor: the summed "
+                    "cross-entropy is over the whole vocabulary"
+                )
             return {"loss": self._summed_cross_entropy(hidden_states, labels)}
-        logprobs, entropy = linear_token_logprobs(
+        logprobs, entropy, *of_ids = linear_token_logprobs(
             hidden_states,
             self.weight,
             labels,
             temperature=temperature,
             softcap=self.softcap,
             chunk_size=self.chunk_size,
+            sampling_mask=sampling_mask,
+            candidates=sampling_mask if self.return_mask_logprobs else None,
         )
-        return {"logprobs": logprobs, "entropy": entropy}
+        output = {"logprobs": logprobs, "entropy": entropy}
+        if sampling_mask is not None and of_ids:
+            replays = (sampling_mask == labels[..., None]).any(-1, keepdim=True)
+            output["mask_logprobs"] = torch.where(replays, of_ids[0], 0)
+        return output
 
     def _summed_cross_entropy(
         self, hidden_states: torch.Tensor, labels: torch.Tensor
