@@ -48,6 +48,7 @@ class Head:
         self, hidden: torch.Tensor, labels: torch.Tensor, temperature: torch.Tensor | None
     ) -> torch.Tensor:
         """float32 ``[...]`` of hidden states ``[..., H]``; 0 where a label is -100."""
+        logprobs: torch.Tensor
         logprobs, _ = linear_token_logprobs(
             hidden,
             self.weight,
