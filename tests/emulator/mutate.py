@@ -131,8 +131,8 @@ MUTATIONS = (
     Mutation(
         "wrong-stride-of-tiles",
         FINISH,
-        "tile += kThreads)",
-        "tile += 2 * kThreads)",
+        "< segments.num_tiles(); tile += kThreads)",
+        "< segments.num_tiles(); tile += 2 * kThreads)",
     ),
     Mutation(
         "wrong-stride-of-slots",
