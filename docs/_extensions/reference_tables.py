@@ -72,7 +72,8 @@ class Metrics(Table):
     kind = "metric"
 
     def known(self) -> dict[str, str]:
-        return dict.fromkeys(ipo_ext.IPOMetrics.MEAN_ROWS, "")
+        metrics = ipo_ext.IPOMetrics
+        return dict.fromkeys((*metrics.MEAN_ROWS, *metrics.REPLAY_ROWS), "")
 
 
 def on_lines(schema: str, width: int = 88) -> str:
