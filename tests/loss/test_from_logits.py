@@ -17,8 +17,13 @@ from hypothesis import strategies as st
 from ipo_ext import IPOConfig, reference
 from tests.support.backends import Backend
 from tests.support.cases import assert_same_bits, bits, evaluate, same_bits
-from tests.support.layouts import LAYOUTS
-from tests.support.logits import DTYPES, WIDE_BAND, assert_accurate, random_case
+from tests.support.logits import (
+    DTYPES,
+    WIDE_BAND,
+    assert_accurate,
+    assert_drawn_accurate,
+    random_case,
+)
 from tests.support.schedules import thread_order, torch_threads
 
 # -------------------------------------------------------------------------------------------------
@@ -66,21 +71,8 @@ def test_long_rows_use_the_large_block(backend: Backend) -> None:
     spread=st.sampled_from([0.1, 2.0, 8.0]),
     layout=st.sampled_from(["contiguous", "strided", "unaligned", "transposed"]),
 )
-def test_any_case(
-    backend_name: str,
-    rows: int,
-    columns: int,
-    temperature: float | str | None,
-    grad_loss: float,
-    layout: str,
-    **options: Any,
-) -> None:
-    of_token = temperature == "token"
-    options["temperature"] = None if of_token else temperature
-    case = random_case(rows, columns, token_temperature=of_token, **options)
-    case = case.with_(logits=LAYOUTS[layout](case.logits))
-    with Backend(backend_name).active() as backend:
-        assert_accurate(case, backend, grad_loss)
+def test_any_case(backend_name: str, **drawn: Any) -> None:
+    assert_drawn_accurate(backend_name, **drawn)
 
 
 def test_gradient_is_that_of_finite_differences(backend: Backend) -> None:

@@ -18,7 +18,6 @@ from tests.support import hidden, logits
 from tests.support.backends import Backend
 from tests.support.cases import Evaluation, LogitsCase, assert_same_bits, bits, evaluate, same_bits
 from tests.support.closeness import assert_close
-from tests.support.layouts import LAYOUTS
 from tests.support.logits import DTYPES, WIDE_BAND, random_case
 from tests.support.operators import call_operator, opcheck
 from tests.support.replay import PADDING, outside, random_ids
@@ -58,21 +57,8 @@ def test_the_fewest_and_the_most_ids(backend: Backend, ids: int) -> None:
     layout=st.sampled_from(["contiguous", "strided", "unaligned", "transposed"]),
     entropy=st.booleans(),
 )
-def test_any_case(
-    backend_name: str,
-    rows: int,
-    columns: int,
-    temperature: float | str | None,
-    grad_loss: float,
-    layout: str,
-    **options: Any,
-) -> None:
-    of_token = temperature == "token"
-    options["temperature"] = None if of_token else temperature
-    case = random_case(rows, columns, token_temperature=of_token, **options)
-    case = case.with_(logits=LAYOUTS[layout](case.logits))
-    with Backend(backend_name).active() as backend:
-        logits.assert_accurate(case, backend, grad_loss)
+def test_any_case(backend_name: str, **drawn: Any) -> None:
+    logits.assert_drawn_accurate(backend_name, **drawn)
 
 
 @pytest.mark.parametrize("entropy", [True, False])

@@ -13,6 +13,7 @@ from ipo_ext import IPOConfig, reference
 from tests.support.backends import Backend
 from tests.support.cases import LogitsCase, evaluate
 from tests.support.closeness import assert_close
+from tests.support.layouts import LAYOUTS
 from tests.support.replay import random_ids
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -101,6 +102,24 @@ def assert_accurate(case: LogitsCase, backend: Backend, grad_loss: float = 1.0) 
     )
     for name, value in exact.metrics.items():
         assert ours.metrics[name].item() == pytest.approx(value.item(), rel=2e-5, abs=2e-5)
+
+
+def assert_drawn_accurate(
+    backend_name: str,
+    rows: int,
+    columns: int,
+    temperature: float | str | None,
+    grad_loss: float,
+    layout: str,
+    **options: Any,
+) -> None:
+    """The same of a case that Hypothesis has drawn; a temperature of "token" is one for each."""
+    of_token = temperature == "token"
+    options["temperature"] = None if of_token else temperature
+    case = random_case(rows, columns, token_temperature=of_token, **options)
+    case = case.with_(logits=LAYOUTS[layout](case.logits))
+    with Backend(backend_name).active() as backend:
+        assert_accurate(case, backend, grad_loss)
 
 
 def gradient_scale(case: LogitsCase, exact: torch.Tensor) -> torch.Tensor:
