@@ -61,6 +61,10 @@ def main() -> int:
     document = json.loads(arguments.budgets.read_text())
     wanted = arguments.names or [entry["name"] for entry in document["budgets"]]
     entries = [entry for entry in document["budgets"] if entry["name"] in wanted]
+    if unknown := set(wanted) - {entry["name"] for entry in entries}:
+        parser.error(f"no budget is called {', '.join(sorted(unknown))}")
+    if arguments.update and arguments.names:
+        parser.error("--update writes all budgets, which are of one release of nvcc: name none")
     release = nvcc_release()
     binds = release == document["nvcc"]
     if not binds:

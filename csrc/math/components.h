@@ -48,7 +48,9 @@ struct ComponentParams {
 // What is added up over all tokens of a batch.
 #define IPO_EXT_COMPONENT_COUNTS(X) \
   X(ce_tokens)                      \
+  X(ce_kept)                        \
   X(ref_kl_tokens)                  \
+  X(ref_kl_finite)                  \
   X(ref_kl_kept)
 
 #define IPO_EXT_COMPONENT_SUMS(X) \
@@ -61,8 +63,10 @@ struct ComponentParams {
 
 // What users read: X(name, numerator, denominator), of the names above.
 #define IPO_EXT_COMPONENT_MEANS(X)                                                       \
-  X(nll, nll, ce_tokens)                                                                 \
-  X(ref_kl, ref_kl, ref_kl_tokens)                                                       \
+  X(nll, nll, ce_kept)                                                                   \
+  X(ce_nonfinite, (ce_tokens - ce_kept), ce_tokens)                                      \
+  X(ref_kl, ref_kl, ref_kl_finite)                                                       \
+  X(ref_kl_nonfinite, (ref_kl_tokens - ref_kl_finite), ref_kl_tokens)                    \
   X(ref_kl_is_masked, (ref_kl_tokens - ref_kl_kept), ref_kl_tokens)                      \
   X(ref_kl_masked_mismatch_kl, ref_kl_mismatch_kl_masked, (ref_kl_tokens - ref_kl_kept)) \
   X(ref_kl_unmasked_mismatch_kl, ref_kl_mismatch_kl_kept, ref_kl_kept)
@@ -139,6 +143,7 @@ IPO_HOST_DEVICE T add_components(ComponentSums<T>& total, const ComponentToken<T
   using L = Lanes<T>;
   const TokenLoss<T> ce = cross_entropy(token, params);
   total.counts[component_count::ce_tokens] += L::ones(ce.active);
+  total.counts[component_count::ce_kept] += L::ones(ce.kept);
   total.sums[component_sum::ce_loss] += L::widen(ce.pg_loss);
   total.sums[component_sum::nll] += L::widen(select<T>(ce.kept, -token.trainer_logprob, T{}));
 
@@ -147,6 +152,7 @@ IPO_HOST_DEVICE T add_components(ComponentSums<T>& total, const ComponentToken<T
   const Mask<T> masked = L::and_not(counted, ref_kl.kept);
   const T distance = token.ref_logprob - token.trainer_logprob;
   total.counts[component_count::ref_kl_tokens] += L::ones(ref_kl.active);
+  total.counts[component_count::ref_kl_finite] += L::ones(counted);
   total.counts[component_count::ref_kl_kept] += L::ones(ref_kl.kept);
   total.sums[component_sum::ref_kl_loss] += L::widen(ref_kl.pg_loss + ref_kl.kl_loss);
   total.sums[component_sum::ref_kl] += L::widen(select<T>(counted, distance, T{}));

@@ -220,7 +220,7 @@ def ipo_loss_from_logits(
         normalizer=scalar("normalizer", normalizer, logits),
         **tensors,
     )
-    scaling = LogitScaling(scalar("temperature", temperature, logits), 0.0, sampling_mask, entropy)
+    scaling = _scaling(temperature, sampling_mask, entropy, logits)
     checks.check_logits_loss(logits, labels, scaling, inputs, config.teacher_tau)
     checks.check_no_gradient(inputs, scaling.temperature)
     compute = checks.compute_dtype(logits, inference_logprobs)
@@ -271,7 +271,8 @@ def token_logprobs(
         TypeError, ValueError, IndexError, RuntimeError: as for ``ipo_loss_from_logits``; on CUDA
             what would raise an IndexError or a RuntimeError makes everything NaN.
     """
-    scaling = LogitScaling(scalar("temperature", temperature, logits), 0.0, sampling_mask, entropy)
+    scaling = _scaling(temperature, sampling_mask, entropy, logits)
+    candidates = _apart(candidates, sampling_mask)
     checks.check_logits(logits, labels, scaling, candidates)
     checks.check_no_gradient(None, scaling.temperature)
     scaling = logit_scaling(scaling, softcap, logit_scale, logits)
@@ -365,7 +366,7 @@ def ipo_loss_from_hidden(
         normalizer=scalar("normalizer", normalizer, hidden),
         **tensors,
     )
-    scaling = LogitScaling(scalar("temperature", temperature, hidden), 0.0, sampling_mask, entropy)
+    scaling = _scaling(temperature, sampling_mask, entropy, hidden)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
     checks.check_hidden_loss(head, inputs, config.teacher_tau)
     checks.check_no_gradient(inputs, scaling.temperature)
@@ -423,8 +424,9 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
     """
-    scaling = LogitScaling(scalar("temperature", temperature, hidden), 0.0, sampling_mask, entropy)
+    scaling = _scaling(temperature, sampling_mask, entropy, hidden)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
+    candidates = _apart(candidates, sampling_mask)
     checks.check_hidden(head, candidates)
     checks.check_no_gradient(None, scaling.temperature)
     head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
@@ -434,6 +436,27 @@ def linear_token_logprobs(
         LinearTokenLogprobsArguments(head, candidates, _chunk_size(chunk_size, hidden, weight)),
     )
     return _wanted(results, entropy, candidates)
+
+
+def _scaling(
+    temperature: float | torch.Tensor | None,
+    sampling_mask: torch.Tensor | None,
+    entropy: bool,
+    like: torch.Tensor,
+) -> LogitScaling:
+    """What a function over logits was given, but for scale and softcap, which come once checked."""
+    if not isinstance(entropy, bool):
+        raise TypeError(f"entropy: expected True or False, got {type(entropy).__name__}")
+    return LogitScaling(scalar("temperature", temperature, like), 0.0, sampling_mask, entropy)
+
+
+def _apart(
+    candidates: torch.Tensor | None, sampling_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """torch.compile (2.14) takes no Function that is given the same tensor twice."""
+    if candidates is sampling_mask and candidates is not None and torch.compiler.is_compiling():
+        return candidates.view(candidates.shape)
+    return candidates
 
 
 def _wanted(

@@ -237,7 +237,7 @@ class IPOLMHead(LinearIPOLoss):
             return super().forward(
                 hidden, self.weight, labels, bias=self.bias, entropy=entropy, **inputs
             )
-        if any(value is not None for value in inputs.values()):
+        if entropy is not True or any(value is not None for value in inputs.values()):
             raise TypeError(
                 "labels: expected a tensor beside the loss's other arguments, got None; "
                 "without labels the head gives logits, of the hidden states alone"

@@ -151,6 +151,20 @@ def test_every_budget_is_of_one_kind_and_limits_something() -> None:
         assert (ROOT / entry["source"]).is_file()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no such budget"], "no budget is called no such budget"),
+        (["log-probabilities, default, a token", "--update"], "--update writes all budgets"),
+    ],
+)
+def test_a_wrong_call_is_refused(arguments: list[str], message: str) -> None:
+    command = [sys.executable, "scripts/sass_budget.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def has_tools() -> bool:
     try:
         compiled_kernels.nvdisasm()

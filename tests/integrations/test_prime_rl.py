@@ -324,6 +324,18 @@ def test_what_a_token_outside_a_component_holds_reaches_it_not(stream: str) -> N
     assert all(values.isfinite().all() for values in metrics.values())
 
 
+def test_what_the_reference_says_of_rl_s_tokens_is_not_measured() -> None:
+    """It is the distillation's, whose tokens alone have one."""
+    batch, streams = components()
+    batch["ref_logprobs"] = torch.where(
+        streams["ref_kl_weights"] == 0, torch.nan, batch["ref_logprobs"]
+    )
+    loss, metrics = component_loss(batch, streams)
+    assert loss.isfinite()
+    assert all(values.isfinite().all() for values in metrics.values())
+    assert "teacher_kl" not in metrics
+
+
 def test_a_step_without_tokens_of_a_component_is_0() -> None:
     batch, streams = components()
     nothing = {name: torch.zeros_like(values) for name, values in streams.items()}

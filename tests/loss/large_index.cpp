@@ -18,20 +18,20 @@
 #include "kernels/cuda/ipo_loss/ipo_loss.cu"
 
 #define IPO_EXT_CPU_ARCH baseline
+#include "kernels/cpu/components_simd.cpp"
 #include "kernels/cpu/ipo_loss_simd.cpp"
 #include "kernels/cpu/sequence_simd.cpp"
-#include "kernels/cpu/components_simd.cpp"
 #if defined(__x86_64__)
 #undef IPO_EXT_CPU_ARCH
 #define IPO_EXT_CPU_ARCH x86_64_v3
+#include "kernels/cpu/components_simd.cpp"
 #include "kernels/cpu/ipo_loss_simd.cpp"
 #include "kernels/cpu/sequence_simd.cpp"
-#include "kernels/cpu/components_simd.cpp"
 #undef IPO_EXT_CPU_ARCH
 #define IPO_EXT_CPU_ARCH x86_64_v4
+#include "kernels/cpu/components_simd.cpp"
 #include "kernels/cpu/ipo_loss_simd.cpp"
 #include "kernels/cpu/sequence_simd.cpp"
-#include "kernels/cpu/components_simd.cpp"
 #endif
 
 namespace {
@@ -156,8 +156,8 @@ struct OnCuda {
     cuda::launch(judged ? last_tile<math::Rules::kAny, E, kCount>
                         : last_tile<math::Rules::kDefault, E, kCount>,
                  1, cuda::kThreads, sizeof(cuda::TileStorage<E>), nullptr, args);
-    cuda::launch(cuda::ipo_loss_finish<E>, 2, cuda::kThreads, sizeof(cuda::FinishStorage), nullptr,
-                 args);
+    cuda::launch(cuda::ipo_loss_finish<E, false>, 2, cuda::kThreads, sizeof(cuda::FinishStorage),
+                 nullptr, args);
   }
 };
 

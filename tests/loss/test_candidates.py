@@ -293,3 +293,27 @@ def test_candidates_of_another_kind(
         with pytest.raises(error) as caught:
             block(case.logits, case.labels, candidates=candidates)
         assert str(caught.value).startswith("candidates: " + message)
+
+
+@blocks
+def test_compiled_for_the_ids_of_the_sampling_mask_itself(backend: Backend, block: Block) -> None:
+    """What score centering asks for: the same tensor as both."""
+    case = case_with(torch.float32).to(backend.device)
+    torch.compiler.reset()
+
+    def log_probabilities(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return block(logits, case.labels, sampling_mask=ids, candidates=ids)[2]
+
+    logits = case.logits.clone().requires_grad_()
+    compiled = torch.compile(log_probabilities, backend="aot_eager", fullgraph=True)
+    results = [each(logits, case.sampling_mask) for each in (log_probabilities, compiled)]
+    assert same_bits(*results)
+    assert same_bits(*[torch.autograd.grad(each.sum(), logits)[0] for each in results])
+
+
+@blocks
+@pytest.mark.parametrize("wrong", [None, "no", 1, torch.tensor(True)])
+def test_entropy_is_a_bool(block: Block, wrong: Any) -> None:
+    case = case_with(torch.float32)
+    with pytest.raises(TypeError, match="entropy: expected True or False, got "):
+        block(case.logits, case.labels, entropy=wrong)

@@ -121,7 +121,8 @@ def expected(
             config=CE,
         ).call(reference.ipo_loss, dtype=dtype)
         outputs.append(ce)
-        means["nll"] = ce.metrics["teacher_kl"]
+        means["nll"] = ce.metrics["teacher_kl"] / (1 - ce.metrics["nonfinite"])
+        means["ce_nonfinite"] = ce.metrics["nonfinite"]
     if beside.ref_kl_weights is not None:
         config = REF_KL
         if beside.cap == NONE:
@@ -139,8 +140,8 @@ def expected(
             config=config,
         ).call(reference.ipo_loss, dtype=dtype)
         outputs.append(ref_kl)
-        means["ref_kl"] = ref_kl.metrics["teacher_kl"]
-        for name in ("is_masked", "masked_mismatch_kl", "unmasked_mismatch_kl"):
+        means["ref_kl"] = ref_kl.metrics["teacher_kl"] / (1 - ref_kl.metrics["nonfinite"])
+        for name in ("is_masked", "masked_mismatch_kl", "unmasked_mismatch_kl", "nonfinite"):
             means[f"ref_kl_{name}"] = ref_kl.metrics[name]
     gradients = [torch.autograd.grad(output.loss, trainer)[0].double() for output in outputs]
     loss = sum(output.loss.double() for output in outputs)
@@ -253,6 +254,26 @@ def test_a_number_that_is_not_finite_stays_where_it_is(
     assert means.isfinite().all()
     if name == "ref_logprobs":
         assert same_bits(means, clean_means)
+
+
+def test_what_is_not_finite_is_counted_and_left_out(backend: Backend) -> None:
+    trainer = torch.tensor([-1.0, -2.0, math.nan, -math.inf, -3.0])
+    zeros = torch.zeros(5)
+    case = LogprobsCase(
+        trainer_logprobs=trainer,
+        inference_logprobs=torch.tensor([-1.0, -2.0, -1.0, -1.0, -math.inf]),
+        advantages=zeros,
+        loss_mask=zeros.bool(),
+    )
+    beside = Beside(torch.tensor([1.0, 1, 1, 1, 0]), zeros + 1, zeros, ce_scale=torch.tensor(4))
+    output, gradient, means = ours(case, beside, backend)
+    rows = dict(zip(_C.COMPONENT_MEAN_ROWS, means.tolist(), strict=True))
+    assert rows["nll"] == 1.5
+    assert rows["ce_nonfinite"] == 0.5
+    assert rows["ref_kl"] == 1.5
+    assert rows["ref_kl_nonfinite"] == pytest.approx(0.6)
+    assert float(output.loss.detach()) == pytest.approx(3 / 4 - 3 / 7)
+    assert gradient.isfinite().all()
 
 
 def test_a_scale_of_0_and_weights_of_0_are_nothing(backend: Backend) -> None:

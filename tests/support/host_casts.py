@@ -149,6 +149,9 @@ def run_on_two_ranks(on_rank: Callable[[int, str], None], folder: Path) -> None:
 def _one_rank(rank: int, on_rank: Callable[[int, str], None], meeting: str) -> None:
     torch.set_num_threads(1)
     on_rank(rank, meeting)
+    # Else gloo's threads may still run when the process ends, which then aborts.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 # -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ namespace {
 using namespace ipo_ext::math;
 
 #define IPO_EXT_STAGED(member, ...) alignas(64) E member[kChunk];
-#define IPO_EXT_POINTER(member, tensor) \
+#define IPO_EXT_STAGE(member, tensor) \
   const E* member = stage<E>(args.components.tensor, absent, begin, count, staging.member);
 #define IPO_EXT_LOAD(member, ...) load<T>(member + i),
 
@@ -35,7 +35,7 @@ inline __attribute__((always_inline)) void add_chunk(const IpoLossArgs& args, in
       stage<E>(args.trainer_logprobs, absent, begin, count, staging.trainer_logprob);
   const E* inference_logprob =
       stage<E>(args.inference_logprobs, absent, begin, count, staging.inference_logprob);
-  IPO_EXT_COMPONENT_TOKEN_INPUTS(IPO_EXT_POINTER)
+  IPO_EXT_COMPONENT_TOKEN_INPUTS(IPO_EXT_STAGE)
   E* const stored = static_cast<E*>(args.gradient) + begin;
   const bool has_gradient = args.gradient != nullptr;
   const bool is_staged = !has_gradient || is_ragged<E>(count);
@@ -50,7 +50,7 @@ inline __attribute__((always_inline)) void add_chunk(const IpoLossArgs& args, in
 }
 
 #undef IPO_EXT_LOAD
-#undef IPO_EXT_POINTER
+#undef IPO_EXT_STAGE
 #undef IPO_EXT_STAGED
 
 // Adds the lanes of a vector of sums in order.

@@ -94,6 +94,12 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int6
   copy_sums(sums, tile);
 }
 
+#undef IPO_EXT_LOAD
+#undef IPO_EXT_STAGE_REQUIRED
+#undef IPO_EXT_STAGE_OPTIONAL
+#undef IPO_EXT_STAGED
+#undef IPO_EXT_POINTER
+
 // Adds the lanes of a vector of sums in order.
 template <typename E>
 inline __attribute__((always_inline)) TileSums<E> merge_lanes(const TileSums<Vector<E>>& vector) {

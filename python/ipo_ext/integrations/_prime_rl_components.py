@@ -76,14 +76,14 @@ def components_of(
 
 
 def metrics_of(means: torch.Tensor, components: Components) -> dict[str, torch.Tensor]:
-    """Upstream's name to a mean ``[1]``, of the components that there are."""
+    """Name to a mean ``[1]``, of the components that there are: upstream's, and shares left out."""
     rows = dict(zip(_C.COMPONENT_MEAN_ROWS, means.split(1), strict=True))
-    metrics = {}
+    metrics: dict[str, torch.Tensor] = {}
     if components.ce_weights is not None:
-        metrics["nll"] = rows["nll"]
+        metrics |= {"nll": rows["nll"], "ce/nonfinite": rows["ce_nonfinite"]}
     if components.ref_kl_weights is not None:
         metrics["ref_kl"] = rows["ref_kl"]
-        for name in ("is_masked", "masked_mismatch_kl", "unmasked_mismatch_kl"):
+        for name in ("is_masked", "masked_mismatch_kl", "unmasked_mismatch_kl", "nonfinite"):
             metrics[f"ref_kl/{name}"] = rows[f"ref_kl_{name}"]
     return metrics
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-_DRAWS_FROM_THE_POLICY = {
+_DRAWS_FROM_THE_POLICY: dict[str, tuple[Any, ...]] = {
     "top_p": (1,),
     "top_k": (0, -1),
     "min_p": (0,),
@@ -16,6 +16,10 @@ _DRAWS_FROM_THE_POLICY = {
     "min_tokens": (0,),
     "do_sample": (True,),
     "num_beams": (1,),
+    "typical_p": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "bad_words": ([],),
 }
 _CHANGES_NO_DISTRIBUTION = {  # where a completion ends, what comes with it
     *("temperature", "logprobs", "prompt_logprobs"),  # the first two are refused where they do
@@ -23,6 +27,8 @@ _CHANGES_NO_DISTRIBUTION = {  # where a completion ends, what comes with it
     *("eos_token_id", "bos_token_id", "pad_token_id", "ignore_eos", "include_stop_str_in_output"),
     *("detokenize", "skip_special_tokens", "spaces_between_special_tokens"),
     *("seed", "use_cache", "cache_implementation"),
+    *("n", "num_return_sequences", "output_kind", "return_token_ids", "truncate_prompt_tokens"),
+    *("priority",),
 }
 
 

@@ -195,7 +195,9 @@ def compute_component_loss(
         The sum of the components, and the metrics. Those of rl are ``[sequences]``, 0 for a
         sequence without tokens, which upstream leaves out (to know that would synchronise). The
         others, ``nll``, ``ref_kl``, ``ref_kl/is_masked``, ``ref_kl/masked_mismatch_kl`` and
-        ``ref_kl/unmasked_mismatch_kl``, are ``[1]``, means over the component's tokens.
+        ``ref_kl/unmasked_mismatch_kl``, are ``[1]``, means over the component's tokens; so are
+        ``ce/nonfinite`` and ``ref_kl/nonfinite``, the share of them that pays nothing because a
+        log-probability, or a ratio without a cap, is not finite.
 
     Raises:
         ValueError: ``ref_kl_weights`` without ``ref_logprobs``, the log-probabilities of a
@@ -387,6 +389,9 @@ def _packed_loss(
             f"loss_fn: expected what {__name__}.{setup_loss_fn.__name__} returns, got "
             f"{type(loss_fn).__name__}; replace upstream's setup_loss_fn as well"
         )
+    has_ref_kl = components is not None and components.ref_kl_weights is not None
+    if has_ref_kl and loss_fn.config.teacher_tau == 0:
+        teacher_logprobs = None  # of another component: what they hold for rl's tokens is garbage
     mask = torch.cat(list(loss_mask))
     weights = _packed(loss_weights)
     tokens = (

@@ -115,10 +115,14 @@ def check_config(config: Any) -> None:
         _check_sampling(config.actor_rollout_ref.rollout)
 
 
+_RAW = ("raw_logprobs", None)
+
+
 def _check_sampling(rollout: Any) -> None:
     """Where the ratio is to the engine; verl's agent loops set repetition_penalty to 1."""
     mode = rollout.get("logprobs_mode")
-    if mode != "processed_logprobs" and (rollout.temperature != 1 or mode != "raw_logprobs"):
+    # Unset, the engine's default is raw ones, from before temperature.
+    if mode != "processed_logprobs" and (rollout.temperature != 1 or mode not in _RAW):
         raise ValueError(
             "rollout.logprobs_mode: expected processed_logprobs, from after temperature, as "
             f"rollout.temperature is {rollout.temperature!r}, got {mode!r}"
