@@ -37,8 +37,9 @@ def test_modules(backend: Backend) -> None:
     other = evaluate(case, config=config, softcap=2.0, logit_scale=1.5)
     torch.testing.assert_close(once, other.loss)
     assert torch.equal(head(case.hidden), F.linear(case.hidden, linear.weight))
-    with pytest.raises(TypeError, match="labels: expected a tensor beside the loss's other"):
-        head(case.hidden, temperature=0.8)
+    for other in ({"temperature": 0.8}, {"entropy": False}):
+        with pytest.raises(TypeError, match="labels: expected a tensor beside the loss's other"):
+            head(case.hidden, **other)
 
 
 def test_head_tied_to_the_embedding(backend: Backend) -> None:
