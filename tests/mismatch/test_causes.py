@@ -301,3 +301,57 @@ def test_real_rollouts_with_zeros(run: Run, tmp_path: Path) -> None:
     output = run(written(tmp_path / "f", rows))
     assert output.certain == ["missing log-probabilities, written as 0"]
     assert len(output.clean) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Files with the trainer's log-probabilities, and a model beside them
+
+
+def with_trainer(rows: list[dict[str, Any]], trainer: torch.Tensor) -> list[dict[str, Any]]:
+    return [
+        {**row, "trainer_logprobs": values}
+        for row, values in zip(rows, trainer.tolist(), strict=True)
+    ]
+
+
+def test_a_model_that_fits_better_than_the_files_trainer_is_no_temperature(
+    run: Run, sampled: Sampled, directory: Path, tmp_path: Path
+) -> None:
+    logprobs = sampled.logprobs()
+    rows = with_trainer(sampled.rows(logprobs), rounded(logprobs, 0.3))
+    output = run(written(tmp_path / "f", rows), "--model", directory)
+    assert output.certain == [f"the files' trainer log-probabilities are not those of {directory}"]
+    (clean,) = output.clean
+    assert clean == "nothing: float32 on both sides"
+    assert f"{directory} and the engine: k3 is" in output.text
+
+
+def test_a_trainer_in_low_precision_beside_a_model_is_said_and_is_clean(
+    run: Run, sampled: Sampled, directory: Path, tmp_path: Path
+) -> None:
+    logprobs = sampled.logprobs()
+    rows = with_trainer(sampled.rows(logprobs), rounded(logprobs, LOW_PRECISION))
+    output = run(written(tmp_path / "f", rows), "--model", directory)
+    assert output.certain == []
+    files, engine = output.clean
+    assert files.startswith("the files' trainer log-probabilities are those of ")
+    assert engine == "nothing: float32 on both sides"
+
+
+def test_a_temperature_that_the_file_does_not_say_may_be_the_trainers_too(
+    run: Run, model: planted.LlamaForCausalLM, directory: Path, tmp_path: Path
+) -> None:
+    def scaled(logits: torch.Tensor) -> torch.Tensor:
+        return logits / 0.7
+
+    sampled = planted.sample(model, scaled)
+    logprobs = sampled.logprobs(scaled)
+    rows = with_trainer(sampled.rows(logprobs), rounded(logprobs, LOW_PRECISION))
+    path = written(tmp_path / "f", rows)
+    output = run(path, "--model", directory)
+    files, temperature = output.certain
+    assert files == f"the files' trainer log-probabilities are not those of {directory}"
+    assert temperature == "another temperature: the engine's log-probabilities are at 0.7"
+    assert "--temperature 0.7 if the trainer divides by it already" in output.text
+    output = run(path, "--model", directory, "--temperature", 0.7)
+    assert output.certain == []

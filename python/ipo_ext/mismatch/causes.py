@@ -21,7 +21,7 @@ from .counterfactuals import (
     Laboratory,
     Truncation,
 )
-from .lookalikes import level_of
+from .lookalikes import LEVELS, level_of
 from .statistics import UNLIKELY, Statistics, measure
 
 SURE, ALIKE, CLEAN, OPEN = "sure", "alike", "clean", "open"
@@ -76,6 +76,7 @@ class Comparison:
         return f"the mean of |x| falls from {_size(self.before)} to {_size(self.after)} nats"
 
 
+_SAME_TEMPERATURE = 0.0051  # half of the step in which it is looked for
 _FEWEST = 30  # tokens, for a cause to be named
 _STANDARD_ERRORS = 4
 _NOTHING = 1e-9  # a mean square that is float32's rounding: no cause is looked for in it
@@ -96,7 +97,8 @@ _TRUNCATIONS = (
 
 def causes(laboratory: Laboratory, statistics: Statistics) -> list[Finding]:
     """Everything that could be found, the surest first."""
-    findings = [each for each in (zeros(statistics), rounded(laboratory)) if each]
+    found_at_once = (files_and_model(laboratory), zeros(statistics), rounded(laboratory))
+    findings = [each for each in found_at_once if each]
     hypothesis = Hypothesis()
     for _ in range(len(_LOOKED_FOR)):
         if _mean_square(laboratory, hypothesis) < _NOTHING:
@@ -116,6 +118,33 @@ def causes(laboratory: Laboratory, statistics: Statistics) -> list[Finding]:
 
 # ---------------------------------------------------------------------------------------------
 # Values that say by themselves what they are
+
+
+def files_and_model(laboratory: Laboratory) -> Finding | None:
+    """Whether the trainer's values in the files are the model's, which the causes are told by."""
+    policy, chosen = laboratory.policy, laboratory.from_files
+    if policy is None or not chosen.any():
+        return None
+    files, model = laboratory.trainer[chosen], laboratory.trainer_of(Hypothesis())[chosen]
+    apart = measure(files, model)
+    level = level_of(apart.k3)
+    if level is LEVELS[0]:
+        return None
+    figures = (
+        f"k3 between them is {apart.k3:.2g} nats a token, and their difference has a standard "
+        f"deviation of {apart.deviation:.2g}; causes below compare the engine with the model, "
+        "numbers and tables with the files' values"
+    )
+    if level.is_clean:
+        title = f"the files' trainer log-probabilities are those of {policy.name} in low precision"
+        return Finding(CLEAN, title, figures)
+    return Finding(
+        SURE,
+        f"the files' trainer log-probabilities are not those of {policy.name}",
+        figures,
+        "give the weights that the trainer had, and --temperature if it divides logits by another "
+        "number than the files say; or leave --model out, to compare the files' values alone",
+    )
 
 
 def zeros(statistics: Statistics) -> Finding | None:
@@ -219,9 +248,14 @@ def temperature(laboratory: Laboratory, so_far: Hypothesis) -> Candidate | None:
     found = hypothesis.temperature
     assert found is not None
     divided_by = laboratory.temperatures.unique().tolist()
+    if all(abs(found - each) <= _SAME_TEMPERATURE for each in divided_by):
+        return None
     trainer = ", ".join(f"{each:g}" for each in divided_by[:3])
     evidence = f"at temperature {found:g} instead of {trainer}, {comparison}"
     raw = abs(found - 1) < 0.015
+    unless = ""
+    if laboratory.from_files.any():
+        unless = f"; give --temperature {found:g} if the trainer divides by it already"
     return Candidate(
         hypothesis,
         comparison.left,
@@ -233,7 +267,7 @@ def temperature(laboratory: Laboratory, so_far: Hypothesis) -> Candidate | None:
             evidence,
             'ask for processed ones (vLLM: logprobs_mode="processed_logprobs")'
             if raw
-            else f"divide the trainer's logits by {found:g} too, or sample at {trainer}",
+            else f"divide the trainer's logits by {found:g} too, or sample at {trainer}{unless}",
         ),
     )
 
@@ -331,9 +365,14 @@ def what_is_left(laboratory: Laboratory, hypothesis: Hypothesis, statistics: Sta
         )
     left = measure(trainer[known], engine[known])
     explained = hypothesis != Hypothesis()
-    k3 = left.k3 if explained or statistics.impossible_zeros else statistics.overall.k3
+    of_model = laboratory.policy is not None and bool(laboratory.from_files.any())
+    of_sample = explained or of_model or statistics.impossible_zeros
+    k3 = left.k3 if of_sample else statistics.overall.k3
     level = level_of(k3)
     after = "after that, " if explained else ""
+    if of_model:
+        assert laboratory.policy is not None
+        after += f"{laboratory.policy.name} and the engine: "
     evidence = (
         f"{after}k3 is {k3:.2g} nats a token and x has a standard deviation of "
         f"{left.deviation:.2g}; {level.measured}"
