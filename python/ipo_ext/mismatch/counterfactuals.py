@@ -93,8 +93,9 @@ class Laboratory:
         return (TRAINER, PREVIOUS, PREVIOUS_HEAD) if self.previous else (TRAINER,)
 
     def engine_of(self, hypothesis: Hypothesis) -> torch.Tensor:
-        """float64 ``[n]``: what the engine said one place off; NaN where it said nothing there."""
-        return self._values("inference_logprobs", hypothesis.shift)
+        """float64 ``[n]``: what the engine said one place off; NaN where that is nothing finite."""
+        engine = self._values("inference_logprobs", hypothesis.shift)
+        return engine.where(engine.isfinite(), math.nan)
 
     def trainer_of(self, hypothesis: Hypothesis) -> torch.Tensor:
         """float64 ``[n]``: the trainer's log-probabilities under a hypothesis.
@@ -102,7 +103,7 @@ class Laboratory:
         With a model they are the model's under every hypothesis, the first among them: a file's
         beside a model's would let the model explain what no hypothesis does.
         """
-        if self.policy is None:
+        if self.policy is None or not len(self.trainer):
             return self.trainer
         of_trainer = dataclasses.replace(hypothesis, shift=0)
         if of_trainer not in self._trainer:
@@ -180,10 +181,10 @@ class Laboratory:
 
 
 def _usable(rollout: Rollout) -> torch.Tensor:
-    """int64: the sampled tokens of which both log-probabilities are known."""
+    """int64: the sampled tokens of which both log-probabilities are known, and finite."""
     assert rollout.trainer_logprobs is not None
     places = predicted(rollout)
-    known = ~(rollout.inference_logprobs + rollout.trainer_logprobs)[places].isnan()
+    known = (rollout.inference_logprobs + rollout.trainer_logprobs)[places].isfinite()
     return places[known]
 
 
