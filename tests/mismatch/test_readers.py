@@ -97,6 +97,61 @@ def test_json_in_every_layout(tmp_path: Path, layout: str) -> None:
     assert [answer_of(each) for each in found] == [row["token_ids"] for row in rows]
 
 
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+@pytest.mark.parametrize(
+    ("layout", "third"),
+    [
+        ("indented objects", "f:33"),
+        ("a list a line", "f:3, element 1"),
+        ("a list, then objects", "f:2"),
+        ("all on one line", "f:1"),
+        ("two on the second line", "f:2, value 2"),
+        ("after 20 blank lines", "f:23"),
+    ],
+)
+def test_values_after_the_first_are_read_too_and_known_by_their_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, third: str, chunk: int
+) -> None:
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    rows = [own(token_ids=[number, 8, 9]) for number in range(4)]
+    each = [json.dumps(row) for row in rows]
+    texts = {
+        "indented objects": "\n".join(json.dumps(row, indent=1) for row in rows),
+        "a list a line": "".join(f"[{row}]\n" for row in each),
+        "a list, then objects": f"[{each[0]}, {each[1]}]\n{each[2]}\n{each[3]}",
+        "all on one line": "".join(each),
+        "two on the second line": f"{each[0]}\n{each[1]}{each[2]}\n{each[3]}",
+        "after 20 blank lines": "\n" * 20 + "\n".join(each),
+    }
+    path = tmp_path / "f"
+    path.write_text(texts[layout])
+    found, what, problems = read_all(path)
+    assert problems == []
+    assert [answer_of(rollout) for rollout in found] == [row["token_ids"] for row in rows]
+    assert what.records == 4
+    assert found[2].where == f"{tmp_path}/{third}"
+
+
+@pytest.mark.parametrize(
+    ("rest", "where", "why"),
+    [
+        ("]", ":3", "expected a JSON object or a list of them, got ']'; what follows is not read"),
+        ('{"a": ', ":3", "expected a JSON object: "),
+        ('[{"a": ', ":3, element 1", "expected a JSON object: "),
+    ],
+)
+def test_what_follows_a_value_and_is_none_is_named(
+    tmp_path: Path, rest: str, where: str, why: str
+) -> None:
+    path = tmp_path / "f"
+    path.write_text(json.dumps([own()]) + "\n\n" + rest)
+    found, _, (problem,) = read_all(path)
+    assert len(found) == 1
+    assert problem.where == f"{path}{where}"
+    assert problem.why.startswith(why)
+    assert "what follows is not read" in problem.why
+
+
 def test_a_list_is_read_across_the_ends_of_what_is_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
