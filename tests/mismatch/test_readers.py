@@ -333,6 +333,87 @@ def test_a_file_that_is_not_there() -> None:
         read_all(Path("/nowhere/at all"))
 
 
+HUGE = -(10**400)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        own(logprobs=[-0.5, HUGE, -1.5]),
+        own(temperature=-HUGE),
+        own(token_ids=[7, -HUGE, 9]),
+        {
+            "choices": [
+                {
+                    "token_ids": [3],
+                    "prompt_token_ids": [1],
+                    "logprobs": {"token_logprobs": [-1]},
+                    "weight_versions": [{"version": "a", "start": 0, "end": float("inf")}],
+                }
+            ]
+        },
+    ],
+    ids=["logprobs", "temperature", "token_ids", "weight_versions"],
+)
+def test_numbers_that_are_too_large_are_a_bad_records(tmp_path: Path, bad: dict[str, Any]) -> None:
+    path = written(tmp_path / "f", [bad, own()])
+    found, _, (problem,) = read_all(path)
+    assert len(found) == 1
+    assert problem.where == f"{path}:1"
+
+
+@pytest.mark.parametrize("broken", ["cut", "corrupt"])
+@pytest.mark.parametrize("layout", ["lines", "list"])
+def test_a_broken_gzip_is_named_and_what_came_before_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, layout: str
+) -> None:
+    monkeypatch.setattr(records, "_CHUNK", 1 << 14)
+    rows = [own(environment=f"{number * 7919:x}" * 9) for number in range(3000)]
+    lines = written(tmp_path / "lines", rows).read_bytes()
+    packed = bytearray(gzip.compress(lines if layout == "lines" else json.dumps(rows).encode()))
+    if broken == "cut":
+        packed = packed[: len(packed) * 9 // 10]
+    else:
+        packed[-8] ^= 0xFF  # the checksum
+    path = tmp_path / "f"
+    path.write_bytes(packed)
+    found, _, problems = read_all(path)
+    assert len(found) > 1000
+    assert problems[-1].where == f"{path}"
+    assert problems[-1].why.startswith("cannot be read to its end (")
+
+
+def test_a_gzip_that_is_broken_before_the_first_record_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(gzip.compress(json.dumps([own()] * 3).encode())[:40])
+    with pytest.raises(Refused, match="holds no record that can be read"):
+        read_all(path)
+
+
+def test_msgpack_that_ends_in_its_first_bytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"\xdc")
+    with pytest.raises(Refused, match="starts as msgpack does, but cannot be read"):
+        read_all(path)
+
+
+def test_a_corrupt_page_of_parquet_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    rows = [own(token_ids=[number, 8, 9]) for number in range(5000)]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(
+        table, path, row_group_size=1000, compression="gzip", use_dictionary=False
+    )
+    content = bytearray(path.read_bytes())
+    half = len(content) // 2
+    content[half : half + 400] = b"\xff" * 400
+    path.write_bytes(content)
+    found, _, (problem,) = read_all(path)
+    assert len(found) >= 1000
+    assert problem.where == f"{path}, after row {len(found)}"
+    assert problem.why.startswith("cannot be read to its end (")
+
+
 def test_a_pickle_is_not_loaded(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
     path.write_bytes(pickle.dumps(_Trap()))

@@ -12,6 +12,7 @@ import gzip
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -51,8 +52,20 @@ def records_of(path: Path) -> tuple[str, Iterator[Record]]:
         start = _start_of_gzip(path)
     _refuse_pickles(start)
     if _is_msgpack_array(start[0]):
-        return "msgpack", _msgpack_arrays(path)
-    return "JSON", _json_values(path)
+        return "msgpack", _up_to_a_break(path, _msgpack_arrays(path))
+    return "JSON", _up_to_a_break(path, _json_values(path))
+
+
+def _up_to_a_break(path: Path, records: Iterator[Record]) -> Iterator[Record]:
+    """Of a file that cannot be read to its end, as one packed by gzip that was cut."""
+    try:
+        yield from records
+    except (EOFError, OSError, zlib.error) as error:
+        yield Record(f"{path}", error=_break(error))
+
+
+def _break(error: Exception) -> str:
+    return f"cannot be read to its end ({type(error).__name__}: {error}); what follows is left out"
 
 
 def opened(path: Path) -> IO[bytes]:
@@ -66,7 +79,7 @@ def _start_of_gzip(path: Path) -> bytes:
     try:
         with gzip.open(path) as file:
             start = file.read(16)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise Refused(f"is packed by gzip, and broken: {error}") from error
     if not start:
         raise Refused("is empty, packed by gzip")
@@ -99,14 +112,16 @@ def _json_values(path: Path) -> Iterator[Record]:
 def _has_a_value_a_line(path: Path) -> bool:
     """Whether one of the first lines is an object by itself; a list of objects is no such line."""
     with opened(path) as file:
-        lines = (line.strip() for line in file)
+        while (first := file.read(1)).isspace():
+            pass
+        if first == b"[":  # its line may be as long as the file
+            return False
+        lines = (line.strip() for line in itertools.chain([first + file.readline()], file))
         filled = (line for line in lines if line)
-        for number, line in enumerate(itertools.islice(filled, _LINES_TO_TRY)):
-            if number == 0 and line.startswith(b"["):
-                return False
-            if len(line) > 2 and line.startswith(b"{") and isinstance(_value_or_none(line), dict):
-                return True
-    return False
+        return any(
+            len(line) > 2 and line.startswith(b"{") and isinstance(_value_or_none(line), dict)
+            for line in itertools.islice(filled, _LINES_TO_TRY)
+        )
 
 
 def _value_or_none(line: bytes) -> Any:
@@ -275,12 +290,16 @@ def _msgpack_arrays(path: Path) -> Iterator[Record]:
     msgpack = need("msgpack", "a msgpack file")
     with opened(path) as file:
         unpacker = msgpack.Unpacker(file, raw=False, strict_map_key=False, max_buffer_size=1 << 30)
-        count = unpacker.read_array_header()
+        try:
+            count = unpacker.read_array_header()
+        except Exception as error:  # the package has no common class for what it raises
+            kind = type(error).__name__
+            raise Refused(f"starts as msgpack does, but cannot be read ({kind})") from error
         for number in range(1, count + 1):
             where = f"{path}, element {number}"
             try:
                 value = unpacker.unpack()
-            except Exception as error:  # the package has no common class for what it raises
+            except Exception as error:
                 kind = type(error).__name__
                 yield Record(where, error=f"cannot be unpacked ({kind}); what follows is not read")
                 return
@@ -295,8 +314,16 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
         raise Refused(f"starts as parquet does, but cannot be read: {error}") from error
     number = 0
     with file:
-        for batch in file.iter_batches(batch_size=64):
-            for row in batch.to_pylist():
+        batches = file.iter_batches(batch_size=64)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                return
+            except Exception as error:
+                yield Record(f"{path}, after row {number}", error=_break(error))
+                return
+            for row in rows:
                 number += 1
                 yield Record(f"{path}, row {number}", row)
 
