@@ -165,7 +165,9 @@ class Statistics:
         ]
 
     def quantile(self, share: float) -> float:
-        """The upper edge of the bin of |x| in which ``share`` of the tokens is reached."""
+        """The upper edge of the bin of |x| in which ``share`` of the tokens is reached, or NaN."""
+        if not self.histogram.any():
+            return math.nan
         side = len(HISTOGRAM_EDGES) + 1
         sizes = self.histogram[side:] + self.histogram[:side].flip(0)
         reached = (sizes.cumsum(0) >= share * sizes.sum()).nonzero()[0]
