@@ -76,7 +76,6 @@ class Comparison:
         return f"the mean of |x| falls from {_size(self.before)} to {_size(self.after)} nats"
 
 
-_SAME_TEMPERATURE = 0.0051  # half of the step in which it is looked for
 _FEW_ZEROS = 10  # impossible ones, which a grammar may make
 _FEWEST = 30  # tokens, for a cause to be named
 _STANDARD_ERRORS = 4
@@ -258,8 +257,6 @@ def temperature(laboratory: Laboratory, so_far: Hypothesis) -> Candidate | None:
     found = hypothesis.temperature
     assert found is not None
     divided_by = laboratory.temperatures.unique().tolist()
-    if all(abs(found - each) <= _SAME_TEMPERATURE for each in divided_by):
-        return None
     trainer = ", ".join(f"{each:g}" for each in divided_by[:3])
     evidence = f"at temperature {found:g} instead of {trainer}, {comparison}"
     raw = abs(found - 1) < 0.015
