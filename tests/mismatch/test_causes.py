@@ -264,6 +264,97 @@ def test_an_infinite_log_probability_decides_nothing(
     assert "infinite" in output.text
 
 
+def with_trainer(rows: list[dict[str, Any]], trainer: torch.Tensor) -> list[dict[str, Any]]:
+    return [
+        {**row, "trainer_logprobs": values}
+        for row, values in zip(rows, trainer.tolist(), strict=True)
+    ]
+
+
+BROKEN = "log-probabilities that are infinite, or too far apart to be compared"
+
+
+@pytest.mark.parametrize("has_model", [False, True])
+@pytest.mark.parametrize(
+    ("whose", "value", "every", "counted"),
+    [
+        ("engine", -math.inf, 1, "960 of the engine's values are infinite"),
+        ("engine", -math.inf, 3, "320 of the engine's values are infinite"),
+        ("engine", -9999.0, 3, "320 tokens have |x| above 20"),
+        ("trainer", -math.inf, 1, "960 of the trainer's values are infinite"),
+        ("trainer", -9999.0, 3, "320 tokens have |x| above 20"),
+    ],
+)
+def test_infinite_values_and_their_stand_ins_are_counted_and_never_clean(
+    run: Run,
+    sampled: Sampled,
+    directory: Path,
+    tmp_path: Path,
+    whose: str,
+    value: float,
+    every: int,
+    counted: str,
+    has_model: bool,
+) -> None:
+    values = {"engine": sampled.logprobs(), "trainer": sampled.logprobs()}
+    values[whose].view(-1)[::every] = value
+    path = written(tmp_path / "f", with_trainer(sampled.rows(values["engine"]), values["trainer"]))
+    output = run(path, *(["--model", directory] if has_model else []))
+    assert output.status == 0
+    assert output.clean == []
+    found = output.findings("one of several that look alike")
+    assert any(each.startswith(BROKEN) for each in found)
+    assert counted in output.text
+
+
+def test_a_model_explains_no_infinite_value_of_a_truncated_engine(
+    run: Run, model: planted.LlamaForCausalLM, directory: Path, tmp_path: Path
+) -> None:
+    """Infinite values beside infinite values are NaN, which hid every truncation."""
+    sampled = planted.sample(model, planted.top_p(0.9))
+    logprobs = sampled.logprobs(planted.top_p(0.9))
+    logprobs[:, ::3] = -math.inf
+    output = run(written(tmp_path / "f", sampled.rows(logprobs)), "--model", directory)
+    assert output.certain == ["renormalised by a truncated sampler: about top_p 0.9"]
+    assert output.clean == []
+
+
+def test_a_shift_apart_by_more_than_20_nats_leaves_nothing_broken(
+    run: Run, sampled: Sampled, tmp_path: Path
+) -> None:
+    trainer = sampled.logprobs() * 5
+    trainer[:, ::2] = -0.01
+    output = run(written(tmp_path / "f", with_trainer(sampled.rows(trainer.roll(1, 1)), trainer)))
+    assert output.certain == ["a shift by one token (+1)"]
+    assert BROKEN not in output.text
+    assert len(output.clean) == 1
+
+
+def test_engine_values_that_are_all_zero_are_named_as_those_of_a_greedy_sampler(
+    run: Run, sampled: Sampled, directory: Path, tmp_path: Path
+) -> None:
+    rows = sampled.rows(torch.zeros_like(sampled.logprobs()))
+    output = run(written(tmp_path / "f", rows), "--model", directory)
+    assert output.certain == output.clean == []
+    (found,) = output.findings("one of several that look alike")
+    assert found.startswith("processed log-probabilities of a sampler that left one token")
+    assert "all 960 tokens have a log-probability of exactly 0" in output.text
+    assert "no token has both log-probabilities" not in output.text
+
+
+def test_a_few_impossible_zeros_may_be_a_grammars(
+    run: Run, sampled: Sampled, tmp_path: Path
+) -> None:
+    trainer = sampled.logprobs()
+    trainer[3, 5] = -6.0
+    engine = trainer.clone()
+    engine[3, 5] = 0.0
+    output = run(written(tmp_path / "f", with_trainer(sampled.rows(engine), trainer)))
+    assert output.certain == []
+    (found,) = output.findings("one of several that look alike")
+    assert found.startswith("missing log-probabilities, written as 0, or tokens to which a grammar")
+
+
 # ---------------------------------------------------------------------------------------------
 # Real rollouts: twelve answers of SmolLM2-135M-Instruct in vLLM 0.32 on a CPU, bfloat16, with the
 # float32 log-probabilities of transformers beside the engine's.
@@ -301,3 +392,50 @@ def test_real_rollouts_with_zeros(run: Run, tmp_path: Path) -> None:
     output = run(written(tmp_path / "f", rows))
     assert output.certain == ["missing log-probabilities, written as 0"]
     assert len(output.clean) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Files with the trainer's log-probabilities, and a model beside them
+
+
+def test_a_model_that_fits_better_than_the_files_trainer_is_no_temperature(
+    run: Run, sampled: Sampled, directory: Path, tmp_path: Path
+) -> None:
+    logprobs = sampled.logprobs()
+    rows = with_trainer(sampled.rows(logprobs), rounded(logprobs, 0.3))
+    output = run(written(tmp_path / "f", rows), "--model", directory)
+    assert output.certain == [f"the files' trainer log-probabilities are not those of {directory}"]
+    (clean,) = output.clean
+    assert clean == "nothing: float32 on both sides"
+    assert f"{directory} and the engine: k3 is" in output.text
+
+
+def test_a_trainer_in_low_precision_beside_a_model_is_said_and_is_clean(
+    run: Run, sampled: Sampled, directory: Path, tmp_path: Path
+) -> None:
+    logprobs = sampled.logprobs()
+    rows = with_trainer(sampled.rows(logprobs), rounded(logprobs, LOW_PRECISION))
+    output = run(written(tmp_path / "f", rows), "--model", directory)
+    assert output.certain == []
+    files, engine = output.clean
+    assert files.startswith("the files' trainer log-probabilities are those of ")
+    assert engine == "nothing: float32 on both sides"
+
+
+def test_a_temperature_that_the_file_does_not_say_may_be_the_trainers_too(
+    run: Run, model: planted.LlamaForCausalLM, directory: Path, tmp_path: Path
+) -> None:
+    def scaled(logits: torch.Tensor) -> torch.Tensor:
+        return logits / 0.7
+
+    sampled = planted.sample(model, scaled)
+    logprobs = sampled.logprobs(scaled)
+    rows = with_trainer(sampled.rows(logprobs), rounded(logprobs, LOW_PRECISION))
+    path = written(tmp_path / "f", rows)
+    output = run(path, "--model", directory)
+    files, temperature = output.certain
+    assert files == f"the files' trainer log-probabilities are not those of {directory}"
+    assert temperature == "another temperature: the engine's log-probabilities are at 0.7"
+    assert "--temperature 0.7 if the trainer divides by it already" in output.text
+    output = run(path, "--model", directory, "--temperature", 0.7)
+    assert output.certain == []

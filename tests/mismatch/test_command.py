@@ -92,11 +92,110 @@ def test_arguments_that_make_no_sense(
 
 def test_a_file_of_engine_values_alone_asks_for_a_model(run: Run, rollouts: Path) -> None:
     output = run(rollouts)
-    assert output.status == 1
-    assert output.errors == (
-        f"error: {rollouts}:1: the file has the engine's log-probabilities alone; the trainer's "
-        "are recomputed with --model DIR, a directory that transformers reads\n"
+    assert (output.status, output.text) == (1, "")
+    assert output.errors.startswith(
+        f"error: {rollouts}:1: has the engine's log-probabilities alone; the trainer's are "
+        "recomputed with --model DIR, a directory that transformers reads\n"
     )
+
+
+def test_a_record_of_engine_values_alone_is_left_out_and_named(
+    run: Run, sampled: Sampled, tmp_path: Path
+) -> None:
+    logprobs = sampled.logprobs()
+    rows = sampled.rows(logprobs)
+    for row, values in zip(rows, logprobs.tolist(), strict=True):
+        row["trainer_logprobs"] = values
+    del rows[3]["trainer_logprobs"]
+    path = written(tmp_path / "f", rows)
+    output = run(path)
+    assert output.status == 0
+    assert "of 39 rollouts" in output.text
+    assert f"left out: {path}:4: has the engine's log-probabilities alone" in output.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "shape"), [({"vocab_size": 50}, "[50, 32]"), ({"hidden_size": 16}, "[96, 16]")]
+)
+def test_previous_weights_of_another_shape_are_refused(
+    run: Run,
+    rollouts: Path,
+    model: planted.LlamaForCausalLM,
+    directory: Path,
+    tmp_path: Path,
+    changed: dict[str, int],
+    shape: str,
+) -> None:
+    config = type(model.config)(**{**model.config.to_dict(), **changed, "head_dim": 8})
+    previous = tmp_path / "previous"
+    planted.LlamaForCausalLM(config).save_pretrained(previous)
+    output = run(rollouts, "--model", directory, "--previous", previous)
+    assert (output.status, output.text) == (1, "")
+    assert (
+        f"error: --previous {previous}: expected a head of the shape of {directory}'s, [96, 32], "
+        f"got {shape}; give earlier weights of the same model\n" in output.errors
+    )
+
+
+def test_previous_weights_need_a_model(run: Run, rollouts: Path, directory: Path) -> None:
+    output = run(rollouts, "--previous", directory)
+    assert (output.status, output.text) == (1, "")
+    assert output.errors.endswith("error: --previous: expected --model DIR beside it, got none\n")
+
+
+@pytest.mark.parametrize("option", ["--html", "--png"])
+def test_what_cannot_be_written_is_refused_before_anything_is_read(
+    run: Run, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for path in (tmp_path / "file" / "out.png", tmp_path / "folder.png"):
+        output = run(tmp_path / "absent", option, path)
+        assert (output.status, output.text) == (1, "")
+        assert output.errors.startswith(f"error: {option} {path}: cannot be written: ")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_path_that_can_be_written_is_not_made_or_emptied_before_the_report(
+    run: Run, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept.html"
+    kept.write_text("kept")
+    run(tmp_path / "absent", "--html", kept, "--png", tmp_path / "new.png")
+    assert kept.read_text() == "kept"
+    assert not (tmp_path / "new.png").exists()
+
+
+def test_a_picture_of_another_kind_is_refused(run: Run, tmp_path: Path) -> None:
+    output = run(tmp_path / "absent", "--png", tmp_path / "x.out")
+    assert (output.status, output.text) == (1, "")
+    assert output.errors == (
+        f"error: --png {tmp_path / 'x.out'}: expected a name that ends with .png\n"
+    )
+
+
+@pytest.mark.parametrize("device", ["nope", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_refused(
+    run: Run, rollouts: Path, directory: Path, device: str
+) -> None:
+    output = run(rollouts, "--model", directory, "--device", device)
+    assert (output.status, output.text) == (1, "")
+    assert (
+        f"error: --device {device}: expected a device that is there, for instance cpu"
+        in output.errors
+    )
+
+
+def test_a_picture_where_no_log_ratio_is_finite(run: Run, sampled: Sampled, tmp_path: Path) -> None:
+    infinite = torch.full_like(sampled.logprobs(), -math.inf)
+    rows = sampled.rows(infinite, trainer_logprobs=infinite[0].tolist())
+    output = run(
+        written(tmp_path / "f", rows), "--html", tmp_path / "f.html", "--png", tmp_path / "f.png"
+    )
+    assert output.status == 0
+    assert "|x| of 99% nan at most" in output.text
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "f.html").read_text()
 
 
 def test_ids_beyond_the_models_vocabulary(

@@ -97,6 +97,61 @@ def test_json_in_every_layout(tmp_path: Path, layout: str) -> None:
     assert [answer_of(each) for each in found] == [row["token_ids"] for row in rows]
 
 
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+@pytest.mark.parametrize(
+    ("layout", "third"),
+    [
+        ("indented objects", "f:33"),
+        ("a list a line", "f:3, element 1"),
+        ("a list, then objects", "f:2"),
+        ("all on one line", "f:1"),
+        ("two on the second line", "f:2, value 2"),
+        ("after 20 blank lines", "f:23"),
+    ],
+)
+def test_values_after_the_first_are_read_too_and_known_by_their_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, third: str, chunk: int
+) -> None:
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    rows = [own(token_ids=[number, 8, 9]) for number in range(4)]
+    each = [json.dumps(row) for row in rows]
+    texts = {
+        "indented objects": "\n".join(json.dumps(row, indent=1) for row in rows),
+        "a list a line": "".join(f"[{row}]\n" for row in each),
+        "a list, then objects": f"[{each[0]}, {each[1]}]\n{each[2]}\n{each[3]}",
+        "all on one line": "".join(each),
+        "two on the second line": f"{each[0]}\n{each[1]}{each[2]}\n{each[3]}",
+        "after 20 blank lines": "\n" * 20 + "\n".join(each),
+    }
+    path = tmp_path / "f"
+    path.write_text(texts[layout])
+    found, what, problems = read_all(path)
+    assert problems == []
+    assert [answer_of(rollout) for rollout in found] == [row["token_ids"] for row in rows]
+    assert what.records == 4
+    assert found[2].where == f"{tmp_path}/{third}"
+
+
+@pytest.mark.parametrize(
+    ("rest", "where", "why"),
+    [
+        ("]", ":3", "expected a JSON object or a list of them, got ']'; what follows is not read"),
+        ('{"a": ', ":3", "expected a JSON object: "),
+        ('[{"a": ', ":3, element 1", "expected a JSON object: "),
+    ],
+)
+def test_what_follows_a_value_and_is_none_is_named(
+    tmp_path: Path, rest: str, where: str, why: str
+) -> None:
+    path = tmp_path / "f"
+    path.write_text(json.dumps([own()]) + "\n\n" + rest)
+    found, _, (problem,) = read_all(path)
+    assert len(found) == 1
+    assert problem.where == f"{path}{where}"
+    assert problem.why.startswith(why)
+    assert "what follows is not read" in problem.why
+
+
 def test_a_list_is_read_across_the_ends_of_what_is_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +331,87 @@ def test_a_file_of_another_format_is_refused_with_what_was_found(
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(Refused, match="cannot be opened: No such file"):
         read_all(Path("/nowhere/at all"))
+
+
+HUGE = -(10**400)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        own(logprobs=[-0.5, HUGE, -1.5]),
+        own(temperature=-HUGE),
+        own(token_ids=[7, -HUGE, 9]),
+        {
+            "choices": [
+                {
+                    "token_ids": [3],
+                    "prompt_token_ids": [1],
+                    "logprobs": {"token_logprobs": [-1]},
+                    "weight_versions": [{"version": "a", "start": 0, "end": float("inf")}],
+                }
+            ]
+        },
+    ],
+    ids=["logprobs", "temperature", "token_ids", "weight_versions"],
+)
+def test_numbers_that_are_too_large_are_a_bad_records(tmp_path: Path, bad: dict[str, Any]) -> None:
+    path = written(tmp_path / "f", [bad, own()])
+    found, _, (problem,) = read_all(path)
+    assert len(found) == 1
+    assert problem.where == f"{path}:1"
+
+
+@pytest.mark.parametrize("broken", ["cut", "corrupt"])
+@pytest.mark.parametrize("layout", ["lines", "list"])
+def test_a_broken_gzip_is_named_and_what_came_before_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, layout: str
+) -> None:
+    monkeypatch.setattr(records, "_CHUNK", 1 << 14)
+    rows = [own(environment=f"{number * 7919:x}" * 9) for number in range(3000)]
+    lines = written(tmp_path / "lines", rows).read_bytes()
+    packed = bytearray(gzip.compress(lines if layout == "lines" else json.dumps(rows).encode()))
+    if broken == "cut":
+        packed = packed[: len(packed) * 9 // 10]
+    else:
+        packed[-8] ^= 0xFF  # the checksum
+    path = tmp_path / "f"
+    path.write_bytes(packed)
+    found, _, problems = read_all(path)
+    assert len(found) > 1000
+    assert problems[-1].where == f"{path}"
+    assert problems[-1].why.startswith("cannot be read to its end (")
+
+
+def test_a_gzip_that_is_broken_before_the_first_record_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(gzip.compress(json.dumps([own()] * 3).encode())[:40])
+    with pytest.raises(Refused, match="holds no record that can be read"):
+        read_all(path)
+
+
+def test_msgpack_that_ends_in_its_first_bytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"\xdc")
+    with pytest.raises(Refused, match="starts as msgpack does, but cannot be read"):
+        read_all(path)
+
+
+def test_a_corrupt_page_of_parquet_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    rows = [own(token_ids=[number, 8, 9]) for number in range(5000)]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(
+        table, path, row_group_size=1000, compression="gzip", use_dictionary=False
+    )
+    content = bytearray(path.read_bytes())
+    half = len(content) // 2
+    content[half : half + 400] = b"\xff" * 400
+    path.write_bytes(content)
+    found, _, (problem,) = read_all(path)
+    assert len(found) >= 1000
+    assert problem.where == f"{path}, after row {len(found)}"
+    assert problem.why.startswith("cannot be read to its end (")
 
 
 def test_a_pickle_is_not_loaded(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from .counterfactuals import (
     Laboratory,
     Truncation,
 )
-from .lookalikes import level_of
-from .statistics import UNLIKELY, Statistics, measure
+from .lookalikes import LEVELS, level_of
+from .statistics import FAR, UNLIKELY, Statistics, is_far, measure
 
 SURE, ALIKE, CLEAN, OPEN = "sure", "alike", "clean", "open"
 
@@ -76,6 +76,7 @@ class Comparison:
         return f"the mean of |x| falls from {_size(self.before)} to {_size(self.after)} nats"
 
 
+_FEW_ZEROS = 10  # impossible ones, which a grammar may make
 _FEWEST = 30  # tokens, for a cause to be named
 _STANDARD_ERRORS = 4
 _NOTHING = 1e-9  # a mean square that is float32's rounding: no cause is looked for in it
@@ -96,7 +97,8 @@ _TRUNCATIONS = (
 
 def causes(laboratory: Laboratory, statistics: Statistics) -> list[Finding]:
     """Everything that could be found, the surest first."""
-    findings = [each for each in (zeros(statistics), rounded(laboratory)) if each]
+    found_at_once = (files_and_model(laboratory), zeros(statistics), rounded(laboratory))
+    findings = [each for each in found_at_once if each]
     hypothesis = Hypothesis()
     for _ in range(len(_LOOKED_FOR)):
         if _mean_square(laboratory, hypothesis) < _NOTHING:
@@ -108,7 +110,9 @@ def causes(laboratory: Laboratory, statistics: Statistics) -> list[Finding]:
         best = min(candidates, key=lambda each: each.left)
         findings.append(best.finding)
         hypothesis = best.hypothesis
-    findings.append(what_is_left(laboratory, hypothesis, statistics))
+    if spoiled := broken(laboratory, hypothesis, statistics):
+        findings.append(spoiled)
+    findings.append(what_is_left(laboratory, hypothesis, statistics, spoiled is not None))
     if laboratory.policy is None:
         findings.append(without_a_model())
     return findings
@@ -118,18 +122,52 @@ def causes(laboratory: Laboratory, statistics: Statistics) -> list[Finding]:
 # Values that say by themselves what they are
 
 
-def zeros(statistics: Statistics) -> Finding | None:
-    """Zeros where a value is missing: no engine is certain of what the trainer finds unlikely."""
-    if not statistics.impossible_zeros:
+def files_and_model(laboratory: Laboratory) -> Finding | None:
+    """Whether the trainer's values in the files are the model's, which the causes are told by."""
+    policy, chosen = laboratory.policy, laboratory.from_files
+    if policy is None or not chosen.any():
         return None
+    files, model = laboratory.trainer[chosen], laboratory.trainer_of(Hypothesis())[chosen]
+    apart = measure(files, model)
+    level = level_of(apart.k3)
+    if level is LEVELS[0]:
+        return None  # as float32's rounding leaves them
+    figures = (
+        f"k3 between them is {apart.k3:.2g} nats a token, and their difference has a standard "
+        f"deviation of {apart.deviation:.2g}; causes below compare the engine with the model, "
+        "numbers and tables with the files' values"
+    )
+    if level.is_clean:
+        title = f"the files' trainer log-probabilities are those of {policy.name} in low precision"
+        return Finding(CLEAN, title, figures)
     return Finding(
         SURE,
-        "missing log-probabilities, written as 0",
+        f"the files' trainer log-probabilities are not those of {policy.name}",
+        figures,
+        "give the weights that the trainer had, and --temperature if it divides logits by another "
+        "number than the files say; or leave --model out, to compare the files' values alone",
+    )
+
+
+def zeros(statistics: Statistics) -> Finding | None:
+    """Zeros where a value is missing: no engine is certain of what the trainer finds unlikely."""
+    if not statistics.impossible_zeros or statistics.zeros == statistics.tokens:
+        return None
+    evidence = (
         f"{statistics.zeros:,} of {statistics.tokens:,} tokens have a log-probability of exactly "
         f"0, a probability of 1; the trainer's is below {UNLIKELY:g} for "
-        f"{statistics.impossible_zeros:,} of them",
-        "leave these tokens out of the loss mask; they were inserted by a tool or a template, or "
-        "the engine was not asked for log-probabilities",
+        f"{statistics.impossible_zeros:,} of them"
+    )
+    title = "missing log-probabilities, written as 0"
+    advice = "leave these tokens out of the loss mask; they were inserted by a tool or a template"
+    if statistics.impossible_zeros < _FEW_ZEROS:
+        title += ", or tokens to which a grammar or a truncated sampler left no other"
+        return Finding(ALIKE, title, evidence, f"{advice}, or were not the policy's choice")
+    return Finding(
+        SURE,
+        title,
+        evidence,
+        f"{advice}, or the engine was not asked for log-probabilities",
     )
 
 
@@ -222,6 +260,9 @@ def temperature(laboratory: Laboratory, so_far: Hypothesis) -> Candidate | None:
     trainer = ", ".join(f"{each:g}" for each in divided_by[:3])
     evidence = f"at temperature {found:g} instead of {trainer}, {comparison}"
     raw = abs(found - 1) < 0.015
+    unless = ""
+    if laboratory.from_files.any():
+        unless = f"; give --temperature {found:g} if the trainer divides by it already"
     return Candidate(
         hypothesis,
         comparison.left,
@@ -233,7 +274,7 @@ def temperature(laboratory: Laboratory, so_far: Hypothesis) -> Candidate | None:
             evidence,
             'ask for processed ones (vLLM: logprobs_mode="processed_logprobs")'
             if raw
-            else f"divide the trainer's logits by {found:g} too, or sample at {trainer}",
+            else f"divide the trainer's logits by {found:g} too, or sample at {trainer}{unless}",
         ),
     )
 
@@ -321,29 +362,88 @@ def _size(x: torch.Tensor) -> str:
 # What is left
 
 
-def what_is_left(laboratory: Laboratory, hypothesis: Hypothesis, statistics: Statistics) -> Finding:
+def broken(
+    laboratory: Laboratory, hypothesis: Hypothesis, statistics: Statistics
+) -> Finding | None:
+    """Values that no arithmetic and no weights make: infinite ones, and what stands in for them."""
+    x = _log_ratios(laboratory, hypothesis)[laboratory.engine != 0]
+    left = int(is_far(x).sum())
+    far = 0 if hypothesis.shift else statistics.far  # a shift explains what is far without it
+    counts = [
+        f"{count:,} {what}"
+        for count, what in (
+            (statistics.infinite_inference, "of the engine's values are infinite"),
+            (statistics.infinite_trainer, "of the trainer's values are infinite"),
+            (far, f"tokens have |x| above {FAR:g}"),
+            (0 if far else left, f"of the {len(x):,} that were looked at have |x| above {FAR:g}"),
+        )
+        if count
+    ]
+    if not counts:
+        return None
+    return Finding(
+        ALIKE,
+        "log-probabilities that are infinite, or too far apart to be compared: missing values, "
+        "numbers that stand in for them, or tokens that one side could not have sampled",
+        f"of {statistics.tokens:,} tokens: {', '.join(counts)}",
+        "look at the farthest tokens, below; leave tokens without a log-probability out of the "
+        "loss mask, and write null for what is missing",
+    )
+
+
+def what_is_left(
+    laboratory: Laboratory, hypothesis: Hypothesis, statistics: Statistics, is_broken: bool
+) -> Finding:
     """The level of the mismatch that no hypothesis explains, and the causes of that level."""
+    if statistics.zeros == statistics.tokens:
+        return all_zero(statistics)
     trainer, engine = laboratory.trainer_of(hypothesis), laboratory.engine_of(hypothesis)
-    known = ~(trainer - engine).isnan() & (engine != 0)
+    x = trainer - engine
+    known = ~x.isnan() & ~is_far(x) & (laboratory.engine != 0)
     if not known.any():
         return Finding(
-            OPEN, "nothing is left to be explained", "no token has both log-probabilities"
+            OPEN,
+            "nothing is left to be explained",
+            "no other token has two log-probabilities that can be compared",
         )
     left = measure(trainer[known], engine[known])
-    explained = hypothesis != Hypothesis()
-    k3 = left.k3 if explained or statistics.impossible_zeros else statistics.overall.k3
+    of_all = _is_of_all_tokens(laboratory, hypothesis) and not is_broken
+    k3 = statistics.overall.k3 if of_all and not statistics.impossible_zeros else left.k3
     level = level_of(k3)
-    after = "after that, " if explained else ""
     evidence = (
-        f"{after}k3 is {k3:.2g} nats a token and x has a standard deviation of "
-        f"{left.deviation:.2g}; {level.measured}"
+        f"{_compared_with(laboratory, hypothesis)}k3 is {k3:.2g} nats a token and x has a "
+        f"standard deviation of {left.deviation:.2g}; {level.measured}"
     )
+    if not level.is_clean:
+        return Finding(ALIKE, level.title, evidence, _advice(level.advice, laboratory))
+    if is_broken:
+        return Finding(OPEN, f"of the other tokens, {level.title}", evidence)
+    return Finding(CLEAN, level.title, evidence)
+
+
+def all_zero(statistics: Statistics) -> Finding:
+    """Nothing can be said of an engine that is certain of every token."""
     return Finding(
-        CLEAN if level.is_clean else ALIKE,
-        level.title,
-        evidence,
-        "" if level.is_clean else _advice(level.advice, laboratory),
+        ALIKE,
+        "processed log-probabilities of a sampler that left one token (temperature 0, top_k=1), "
+        "or none at all, written as 0",
+        f"all {statistics.tokens:,} tokens have a log-probability of exactly 0, a probability of "
+        f"1; the trainer's is below {UNLIKELY:g} for {statistics.impossible_zeros:,} of them",
+        "sample at the trainer's temperature from all tokens, and ask for log-probabilities",
     )
+
+
+def _is_of_all_tokens(laboratory: Laboratory, hypothesis: Hypothesis) -> bool:
+    """Whether what was measured of every token is what the sample is compared by."""
+    of_model = laboratory.policy is not None and bool(laboratory.from_files.any())
+    return hypothesis == Hypothesis() and not of_model
+
+
+def _compared_with(laboratory: Laboratory, hypothesis: Hypothesis) -> str:
+    after = "after that, " if hypothesis != Hypothesis() else ""
+    if laboratory.policy is None or not laboratory.from_files.any():
+        return after
+    return f"{after}{laboratory.policy.name} and the engine: "
 
 
 def _advice(advice: str, laboratory: Laboratory) -> str:

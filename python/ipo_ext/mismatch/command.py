@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from ipo_ext import IPOConfig
 
 from .causes import causes
 from .counterfactuals import Laboratory
-from .extras import Missing
+from .extras import Missing, need
 from .page import write_page
 from .picture import write_png
 from .policy import DTYPES, BadModel, Policy, load
@@ -29,6 +30,10 @@ a temperature, raw log-probabilities, a truncated sampler, missing values, old w
 precision. Reads prime-rl's token exports and batches, verifiers' traces, responses of vLLM, SGLang
 and llama.cpp with token ids, and what ipo_ext.mismatch.dump writes; the format is found by what a
 file holds. Trainer log-probabilities that a file lacks are recomputed with --model."""
+
+
+class BadOutput(ValueError):
+    """A path to which no report can be written: in words, why."""
 
 
 class Problems:
@@ -54,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return _run(arguments)
-    except (BadModel, Missing) as error:
+    except (BadModel, BadOutput, Missing) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -63,8 +68,10 @@ def _run(arguments: argparse.Namespace) -> int:
     progress = Progress()
     problems = Problems(progress)
     files = [Found(path) for path in arguments.files]
+    _check_outputs(arguments)
     policy = _loaded(arguments.model, arguments, progress)
     previous = _loaded(arguments.previous, arguments, progress)
+    _check_previous(previous, policy)
     refused: list[str] = []
     rollouts = _all_rollouts(files, refused, problems, progress)
     rollouts = _comparable(rollouts, policy, problems)
@@ -104,6 +111,40 @@ def _write(report: Report, arguments: argparse.Namespace) -> None:
         print(f"picture: {arguments.png}")
 
 
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Raises before anything is computed what writing would raise after it."""
+    if arguments.png is not None:
+        if arguments.png.suffix.lower() != ".png":
+            raise BadOutput(f"--png {arguments.png}: expected a name that ends with .png")
+        need("matplotlib", "the picture")
+    for option, path in (("--html", arguments.html), ("--png", arguments.png)):
+        if path is not None and (why := _why_unwritable(path)):
+            raise BadOutput(f"{option} {path}: cannot be written: {why}")
+
+
+def _why_unwritable(path: Path) -> str | None:
+    """None where a file can be written, in folders that exist or in new ones."""
+    if path.is_dir():
+        return "it is a folder"
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if there != path and not there.is_dir():
+        return f"{there} is no folder"
+    return None if os.access(there, os.W_OK) else f"{there} is write-protected"
+
+
+def _check_previous(previous: Policy | None, policy: Policy | None) -> None:
+    if previous is None:
+        return
+    if policy is None:
+        raise BadModel("--previous: expected --model DIR beside it, got none")
+    shape, expected = (list(each.head.weight.shape) for each in (previous, policy))
+    if shape != expected:
+        raise BadModel(
+            f"--previous {previous.name}: expected a head of the shape of {policy.name}'s, "
+            f"{expected}, got {shape}; give earlier weights of the same model"
+        )
+
+
 def _loaded(
     directory: str | None, arguments: argparse.Namespace, progress: Progress
 ) -> Policy | None:
@@ -137,9 +178,9 @@ def _comparable(
             if policy is not None:
                 check_vocabulary(rollout, policy.vocabulary)
             elif rollout.trainer_logprobs is None:
-                raise BadModel(
-                    f"{rollout.where}: the file has the engine's log-probabilities alone; the "
-                    "trainer's are recomputed with --model DIR, a directory that transformers reads"
+                raise BadRecord(
+                    "has the engine's log-probabilities alone; the trainer's are recomputed with "
+                    "--model DIR, a directory that transformers reads"
                 )
         except BadRecord as error:
             problems.add(Problem(rollout.where, str(error)))

@@ -51,6 +51,7 @@ class Laboratory:
     Attributes:
         engine: float64 ``[n]``, the engine's log-probabilities of the sample's tokens.
         trainer: float64 ``[n]``, the trainer's as they are.
+        from_files: bool ``[n]``, those of ``trainer`` that a file holds, and no model made.
         temperatures: float64 ``[n]``, what the trainer divides logits by.
     """
 
@@ -68,6 +69,12 @@ class Laboratory:
         self._places = places
         self.trainer = self._values("trainer_logprobs", 0)
         self.engine = self._values("inference_logprobs", 0)
+        self.from_files = torch.cat(
+            [
+                torch.full((len(at),), not rollout.recomputed)
+                for rollout, at in zip(rollouts, places, strict=True)
+            ]
+        )
         scales = [temperature_of(rollout, temperature) for rollout in rollouts]
         self.temperatures = torch.cat(
             [
@@ -76,6 +83,7 @@ class Laboratory:
             ]
         )
         self._hidden: dict[str, torch.Tensor] = {}
+        self._trainer: dict[Hypothesis, torch.Tensor] = {}
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -85,17 +93,24 @@ class Laboratory:
         return (TRAINER, PREVIOUS, PREVIOUS_HEAD) if self.previous else (TRAINER,)
 
     def engine_of(self, hypothesis: Hypothesis) -> torch.Tensor:
-        """float64 ``[n]``: what the engine said one place off; NaN where it said nothing there."""
-        return self._values("inference_logprobs", hypothesis.shift)
+        """float64 ``[n]``: what the engine said one place off; NaN where that is nothing finite."""
+        engine = self._values("inference_logprobs", hypothesis.shift)
+        return engine.where(engine.isfinite(), math.nan)
 
     def trainer_of(self, hypothesis: Hypothesis) -> torch.Tensor:
-        """float64 ``[n]``: the trainer's log-probabilities under a hypothesis."""
-        if (hypothesis.weights, hypothesis.temperature, hypothesis.truncation) == (
-            TRAINER,
-            None,
-            None,
-        ):
+        """float64 ``[n]``: the trainer's log-probabilities under a hypothesis.
+
+        With a model they are the model's under every hypothesis, the first among them: a file's
+        beside a model's would let the model explain what no hypothesis does.
+        """
+        if self.policy is None or not len(self.trainer):
             return self.trainer
+        of_trainer = dataclasses.replace(hypothesis, shift=0)
+        if of_trainer not in self._trainer:
+            self._trainer[of_trainer] = self._made(of_trainer)
+        return self._trainer[of_trainer]
+
+    def _made(self, hypothesis: Hypothesis) -> torch.Tensor:
         if hypothesis.truncation is not None:
             return self.truncated(hypothesis, [hypothesis.truncation])[:, 0]
         return self.at_temperatures(hypothesis, [hypothesis.temperature])[:, 0]
@@ -166,10 +181,10 @@ class Laboratory:
 
 
 def _usable(rollout: Rollout) -> torch.Tensor:
-    """int64: the sampled tokens of which both log-probabilities are known."""
+    """int64: the sampled tokens of which both log-probabilities are known, and finite."""
     assert rollout.trainer_logprobs is not None
     places = predicted(rollout)
-    known = ~(rollout.inference_logprobs + rollout.trainer_logprobs)[places].isnan()
+    known = (rollout.inference_logprobs + rollout.trainer_logprobs)[places].isfinite()
     return places[known]
 
 

@@ -79,7 +79,7 @@ def _draw_distribution(axes: Axes, statistics: Statistics) -> None:
     edges = _all_edges()
     places = [_place(edge) for edge in edges]
     widths = [right - left for left, right in itertools.pairwise(places)]
-    shares = (statistics.histogram.double() / statistics.histogram.sum()).tolist()
+    shares = (statistics.histogram.double() / statistics.histogram.sum().clamp(min=1)).tolist()
     heights = [100 * share / width for share, width in zip(shares, widths, strict=True)]
     middles = [(left + right) / 2 for left, right in itertools.pairwise(edges)]
     colors = [INSIDE if _BAND[0] <= middle <= _BAND[1] else OUTSIDE for middle in middles]
@@ -124,8 +124,8 @@ def _place(x: float) -> float:
 
 def _reach(histogram: torch.Tensor) -> float:
     """The scale's half-width: all that is not empty, at least to 0.1, and a little air."""
-    filled = histogram.nonzero()[:, 0] - len(histogram) // 2
-    farthest = max(int(filled.max()) + 1, -int(filled.min()))
+    filled = (histogram.nonzero()[:, 0] - len(histogram) // 2).tolist()
+    farthest = max((max(place + 1, -place) for place in filled), default=0)
     return max(_place(0.1), _place(_all_edges()[len(histogram) // 2 + farthest])) + 0.5
 
 

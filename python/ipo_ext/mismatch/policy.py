@@ -96,7 +96,7 @@ def load(directory: str, *, dtype: str = "float32", device: str | None = None) -
     """The model and the tokenizer of a directory; nothing is downloaded.
 
     Raises:
-        BadModel: in words, what the directory lacks.
+        BadModel: in words, what the directory lacks, or that there is no such device.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -106,6 +106,7 @@ def load(directory: str, *, dtype: str = "float32", device: str | None = None) -
     transformers.logging.disable_progress_bar()
     where = _where_its_weights_are(path)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(chosen)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=DTYPES[dtype], local_files_only=True, **where
@@ -116,6 +117,16 @@ def load(directory: str, *, dtype: str = "float32", device: str | None = None) -
         ) from error
     model = model.to(chosen).eval()
     return Policy(directory, model, _head_of(directory, model), _tokenizer(directory, where))
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device has its own classes
+        raise BadModel(
+            f"--device {device}: expected a device that is there, for instance cpu or cuda: "
+            f"{_one_line(error)}"
+        ) from error
 
 
 def _where_its_weights_are(path: Path) -> dict[str, str]:

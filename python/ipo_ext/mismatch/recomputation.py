@@ -54,7 +54,9 @@ def _recomputed(
         hidden = policy.hidden([each.token_ids for each in of_batch])
         for place, rollout, states in zip(batch, of_batch, hidden, strict=True):
             made[place] = dataclasses.replace(
-                rollout, trainer_logprobs=_logprobs(rollout, states, policy, temperature)
+                rollout,
+                trainer_logprobs=_logprobs(rollout, states, policy, temperature),
+                recomputed=True,
             )
     return made
 

@@ -31,6 +31,7 @@ class Rollout:
         temperature: float64 ``[T]``, what the trainer divides logits by, or None: not known.
         versions: the weights that sampled each token, ``T`` names, or None: not known.
         environment: the task's name, or None.
+        recomputed: whether ``trainer_logprobs`` are a model's, and not the file's.
     """
 
     where: str
@@ -41,6 +42,7 @@ class Rollout:
     temperature: torch.Tensor | None = None
     versions: Sequence[str] | None = None
     environment: str | None = None
+    recomputed: bool = False
 
     def __len__(self) -> int:
         return len(self.token_ids)

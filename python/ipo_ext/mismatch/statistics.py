@@ -36,6 +36,7 @@ BANDS = {
 # A truncated sampler may be certain of a token that the trainer gives 80%; of one below this it is
 # not.
 UNLIKELY = 0.05
+FAR = 20.0  # nats: no engine samples what its trainer gives a probability of 2e-9 beside its own
 
 # Half open: [edge, next edge). Positions count sampled tokens; log-probabilities are the engine's.
 POSITIONS = (0, 1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -114,6 +115,8 @@ class Statistics:
         self.missing = 0  # sampled tokens without a log-probability of the engine or of the trainer
         self.zeros = 0  # tokens whose log-probability is exactly 0
         self.impossible_zeros = 0  # of those, tokens that the trainer finds unlikely
+        self.infinite_inference = self.infinite_trainer = 0  # tokens with such a log-probability
+        self.far = 0  # tokens with finite ones that are more than FAR apart, zeros aside
         self.extremes: list[Extreme] = []
         self.histogram = torch.zeros(2 * (len(HISTOGRAM_EDGES) + 1), dtype=torch.int64)
         self._sums: dict[tuple[str, str], IPOMetrics] = {}
@@ -162,7 +165,9 @@ class Statistics:
         ]
 
     def quantile(self, share: float) -> float:
-        """The upper edge of the bin of |x| in which ``share`` of the tokens is reached."""
+        """The upper edge of the bin of |x| in which ``share`` of the tokens is reached, or NaN."""
+        if not self.histogram.any():
+            return math.nan
         side = len(HISTOGRAM_EDGES) + 1
         sizes = self.histogram[side:] + self.histogram[:side].flip(0)
         reached = (sizes.cumsum(0) >= share * sizes.sum()).nonzero()[0]
@@ -178,6 +183,9 @@ class Statistics:
         zero = tokens.inference == 0
         self.zeros += int(zero.sum())
         self.impossible_zeros += int((zero & (tokens.trainer < math.log(UNLIKELY))).sum())
+        self.infinite_inference += int(tokens.inference.isinf().sum())
+        self.infinite_trainer += int(tokens.trainer.isinf().sum())
+        self.far += int((is_far(tokens.trainer - tokens.inference) & ~zero).sum())
         everything = torch.ones(len(tokens), dtype=torch.bool)
         self._count("all", "", tokens, everything)
         for kind, values in (("position", tokens.position), ("logprob", tokens.inference)):
@@ -279,6 +287,11 @@ class _Tokens:
 def measure(trainer: torch.Tensor, inference: torch.Tensor) -> Measured:
     """Of float64 log-probabilities ``[n]``."""
     return Measured(_metrics(trainer, inference, _EVERY_TOKEN))
+
+
+def is_far(x: torch.Tensor) -> torch.Tensor:
+    """bool, of log-ratios: finite, and too large to be a difference of arithmetic or weights."""
+    return x.isfinite() & (x.abs() > FAR)
 
 
 def _metrics(trainer: torch.Tensor, inference: torch.Tensor, config: IPOConfig) -> IPOMetrics:

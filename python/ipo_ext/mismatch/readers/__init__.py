@@ -96,7 +96,7 @@ def _rollouts_in(reader: ModuleType, record: Record) -> Iterator[Rollout]:
         yield from reader.rollouts_in(record.value, record.where)
     except BadRecord:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         kind = type(error).__name__
         raise BadRecord(f"is not laid out as {reader.NAME} are ({kind}: {error})") from error
 

@@ -30,7 +30,8 @@ def rollouts_in(record: dict[str, Any], where: str) -> Iterator[Rollout]:
             where,
             token_ids,
             sampled,
-            **values,
+            values["inference_logprobs"],
+            values["trainer_logprobs"],
             versions=None if step is None else [label(step)] * len(token_ids),
             environment=None if environment is None else label(environment),
         )

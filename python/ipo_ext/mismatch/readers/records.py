@@ -9,7 +9,10 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import gzip
+import io
+import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -49,8 +52,20 @@ def records_of(path: Path) -> tuple[str, Iterator[Record]]:
         start = _start_of_gzip(path)
     _refuse_pickles(start)
     if _is_msgpack_array(start[0]):
-        return "msgpack", _msgpack_arrays(path)
-    return "JSON", _json_values(path)
+        return "msgpack", _up_to_a_break(path, _msgpack_arrays(path))
+    return "JSON", _up_to_a_break(path, _json_values(path))
+
+
+def _up_to_a_break(path: Path, records: Iterator[Record]) -> Iterator[Record]:
+    """Of a file that cannot be read to its end, as one packed by gzip that was cut."""
+    try:
+        yield from records
+    except (EOFError, OSError, zlib.error) as error:
+        yield Record(f"{path}", error=_break(error))
+
+
+def _break(error: Exception) -> str:
+    return f"cannot be read to its end ({type(error).__name__}: {error}); what follows is left out"
 
 
 def opened(path: Path) -> IO[bytes]:
@@ -64,7 +79,7 @@ def _start_of_gzip(path: Path) -> bytes:
     try:
         with gzip.open(path) as file:
             start = file.read(16)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise Refused(f"is packed by gzip, and broken: {error}") from error
     if not start:
         raise Refused("is empty, packed by gzip")
@@ -97,13 +112,16 @@ def _json_values(path: Path) -> Iterator[Record]:
 def _has_a_value_a_line(path: Path) -> bool:
     """Whether one of the first lines is an object by itself; a list of objects is no such line."""
     with opened(path) as file:
-        for number in range(_LINES_TO_TRY):
-            line = file.readline().strip()
-            if number == 0 and line.startswith(b"["):
-                return False
-            if len(line) > 2 and line.startswith(b"{") and isinstance(_value_or_none(line), dict):
-                return True
-    return False
+        while (first := file.read(1)).isspace():
+            pass
+        if first == b"[":  # its line may be as long as the file
+            return False
+        lines = (line.strip() for line in itertools.chain([first + file.readline()], file))
+        filled = (line for line in lines if line)
+        return any(
+            len(line) > 2 and line.startswith(b"{") and isinstance(_value_or_none(line), dict)
+            for line in itertools.islice(filled, _LINES_TO_TRY)
+        )
 
 
 def _value_or_none(line: bytes) -> Any:
@@ -117,12 +135,18 @@ def _json_lines(path: Path) -> Iterator[Record]:
     with opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _json_line(f"{path}:{number}", line)
+                record = _json_line(f"{path}:{number}", line)
+                yield from [record] if record else _values_in_line(f"{path}:{number}", line)
 
 
-def _json_line(where: str, line: bytes) -> Record:
+def _json_line(where: str, line: bytes) -> Record | None:
+    """The one value of a line, or what is wrong with it; None where it is followed by another."""
     try:
         return Record(where, json.loads(line))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return None
+        return Record(where, error=f"expected a JSON object: {error}")
     except UnicodeDecodeError as error:
         return Record(where, error=f"expected UTF-8 text: {error.reason} at byte {error.start}")
     except ValueError as error:
@@ -131,37 +155,66 @@ def _json_line(where: str, line: bytes) -> Record:
         return Record(where, error="expected a JSON object, got one that is nested too deeply")
 
 
+def _values_in_line(where: str, line: bytes) -> Iterator[Record]:
+    text = _Text(io.BytesIO(line))
+    number = 0
+    while text.peek():
+        number += 1
+        yield from _value(f"{where}, value {number}" if number > 1 else where, text)
+
+
 def _long_json(path: Path) -> Iterator[Record]:
-    """Of one value over several lines, or of a list, whose elements are read one at a time."""
+    """Of values over several lines, and of lists, whose elements are read one at a time."""
     with opened(path) as file:
         text = _Text(file)
         opening = text.peek()
-        if opening == "[":
-            yield from _elements(path, text)
-        elif opening == "{":
+        if not opening or opening not in "[{":
+            raise Refused(f"is no JSON, msgpack or parquet: it starts with {text.shown()}")
+        if opening == "{":
             yield Record(f"{path}", _whole(text))
         else:
-            raise Refused(f"is no JSON, msgpack or parquet: it starts with {text.shown()}")
+            yield from _elements(f"{path}", text)
+        while text.peek():
+            yield from _value(f"{path}:{text.line}", text)
 
 
-def _elements(path: Path, text: _Text) -> Iterator[Record]:
+def _value(where: str, text: _Text) -> Iterator[Record]:
+    """The next value, of a list its elements, or what stands in its place and ends the text."""
+    opening = text.peek()
+    if opening == "[":
+        yield from _elements(where, text)
+    elif opening == "{":
+        yield _one(where, text)
+    else:
+        expected = "expected a JSON object or a list of them"
+        yield Record(where, error=f"{expected}, got {text.shown()}; what follows is not read")
+        text.give_up()
+
+
+def _elements(where: str, text: _Text) -> Iterator[Record]:
     text.skip(1)
     number = 0
     while (character := text.peek()) != "]":
         if character == "":
-            yield Record(f"{path}", error="ends within a list, as a file that was cut does")
+            yield Record(where, error="ends within a list, as a file that was cut does")
             return
         if character == ",":
             text.skip(1)
             continue
         number += 1
-        where = f"{path}, element {number}"
-        try:
-            value = text.value()
-        except ValueError as error:
-            yield Record(where, error=f"expected a JSON object: {error}; what follows is not read")
+        record = _one(f"{where}, element {number}", text)
+        yield record
+        if record.error is not None:
             return
-        yield Record(where, value)
+    text.skip(1)
+
+
+def _one(where: str, text: _Text) -> Record:
+    try:
+        return Record(where, text.value())
+    except ValueError as error:
+        text.give_up()
+        return Record(where, error=f"expected a JSON object: {error}; what follows is not read")
 
 
 def _whole(text: _Text) -> Any:
@@ -172,7 +225,7 @@ def _whole(text: _Text) -> Any:
 
 
 class _Text:
-    """Text of a file from which JSON values are taken; it holds one value, and what was read on."""
+    """Text from which JSON values are taken; it holds one value, and what was read on."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -180,6 +233,7 @@ class _Text:
         self.decoder = json.JSONDecoder()
         self.held = ""
         self.ended = False
+        self.line = 1  # of what is held
 
     def _read_on(self) -> None:
         """As much again as is held: a value is not tried once for each of its chunks."""
@@ -190,13 +244,18 @@ class _Text:
     def peek(self) -> str:
         """The next character that is no white space, or nothing at the end."""
         while True:
-            self.held = self.held.lstrip()
+            self.skip(len(self.held) - len(self.held.lstrip()))
             if self.held or self.ended:
                 return self.held[:1]
             self._read_on()
 
     def skip(self, characters: int) -> None:
+        self.line += self.held.count("\n", 0, characters)
         self.held = self.held[characters:]
+
+    def give_up(self) -> None:
+        """Nothing more is taken from it: where the next value would begin is not known."""
+        self.held, self.ended = "", True
 
     def value(self) -> Any:
         self.peek()
@@ -231,12 +290,16 @@ def _msgpack_arrays(path: Path) -> Iterator[Record]:
     msgpack = need("msgpack", "a msgpack file")
     with opened(path) as file:
         unpacker = msgpack.Unpacker(file, raw=False, strict_map_key=False, max_buffer_size=1 << 30)
-        count = unpacker.read_array_header()
+        try:
+            count = unpacker.read_array_header()
+        except Exception as error:  # the package has no common class for what it raises
+            kind = type(error).__name__
+            raise Refused(f"starts as msgpack does, but cannot be read ({kind})") from error
         for number in range(1, count + 1):
             where = f"{path}, element {number}"
             try:
                 value = unpacker.unpack()
-            except Exception as error:  # the package has no common class for what it raises
+            except Exception as error:
                 kind = type(error).__name__
                 yield Record(where, error=f"cannot be unpacked ({kind}); what follows is not read")
                 return
@@ -251,8 +314,16 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
         raise Refused(f"starts as parquet does, but cannot be read: {error}") from error
     number = 0
     with file:
-        for batch in file.iter_batches(batch_size=64):
-            for row in batch.to_pylist():
+        batches = file.iter_batches(batch_size=64)
+        while True:
+            try:
+                rows = next(batches).to_pylist()
+            except StopIteration:
+                return
+            except Exception as error:
+                yield Record(f"{path}, after row {number}", error=_break(error))
+                return
+            for row in rows:
                 number += 1
                 yield Record(f"{path}, row {number}", row)
 
