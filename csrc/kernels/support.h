@@ -293,6 +293,9 @@ IPO_HOST_DEVICE SupportGrads<E> support_grads(const SupportArgs& args, int64_t r
 template <typename E>
 IPO_HOST_DEVICE E own_grad(const SupportArgs& args, int64_t row, int32_t id, E grad_label) {
   double grad = id == label_of(args.rows, row) ? grad_label : E(0);
+#if defined(__CUDACC__)
+#pragma unroll 1  // or ptxas runs out of registers in fp64 on sm_100
+#endif
   for (int64_t i = 0; i < args.num_candidates; ++i) {
     if (candidates_of(args, row)[i] == id) grad += grad_candidate<E>(args, row, i);
   }
