@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ipo_ext._ops.arguments import Components
+from ipo_ext._ops.chunks import IGNORED_LABEL
 from ipo_ext._prime_rl_sections import NEWEST
 from ipo_ext.config import IPOConfig
 from ipo_ext.functional import (
@@ -335,7 +336,7 @@ class FusedOutputLinear(nn.Linear):
             labels,
             inference_logprobs=torch.zeros_like(constant),
             advantages=constant,
-            loss_mask=labels != _IGNORED_LABEL,
+            loss_mask=labels != IGNORED_LABEL,
             softcap=self.softcap,
             chunk_size=self.chunk_size,
             config=_CROSS_ENTROPY,
@@ -344,7 +345,6 @@ class FusedOutputLinear(nn.Linear):
         return torch.where(out.metrics["nonfinite"] > 0, torch.nan, out.loss)
 
 
-_IGNORED_LABEL = -100  # of a row that takes no part, as torch's cross_entropy has it
 # -logprob of every token: REINFORCE of an advantage of 1.
 _CROSS_ENTROPY = IPOConfig(mask_rule="none", pg_form="reinforce", kl_tau=0.0)
 _TEACHER = ("teacher_logprobs", "ref_logprobs")  # upstream renamed it
