@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -175,10 +176,12 @@ def main() -> None:
         folder = Path(temporary)
         options.wheel = (options.wheel or build_wheel(folder)).resolve()
         checkouts = [path.resolve() for path in options.checkout]
-        results = [
-            tested(name, environment_of(name, folder / name, options), folder, checkouts)
-            for name in names
-        ]
+        results = []
+        for name in names:
+            python = environment_of(name, folder / name, options)
+            results.append(tested(name, python, folder, checkouts))
+            if not options.quick:  # where later hosts read verl's
+                shutil.rmtree(folder / name)  # all of them together take more than 10 GB
     print("\n| host | version | trained | steps | loss | gradient |\n|---|---|---|---|---|---|")
     print(*(result.row() for result in results), sep="\n")
     sys.exit(not all(result.passed for result in results))
