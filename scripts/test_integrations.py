@@ -129,6 +129,16 @@ def install(python: Path, *packages: str) -> None:
     run(python, "-m", "pip", "install", "--quiet", "--no-compile", *packages)
 
 
+def check_wheel_is_found(python: Path, folder: Path) -> None:
+    """An editable install in the environment of ``--venv`` comes before what is installed here."""
+    found = run(python, "-c", "import ipo_ext; print(ipo_ext.__file__)").strip()
+    if not Path(found).is_relative_to(folder):
+        raise SystemExit(
+            f"--venv: expected an environment without an editable install of ipo_ext, got {found} "
+            "in the place of the wheel; take another environment"
+        )
+
+
 def tested(name: str, python: Path, folder: Path, checkouts: list[Path]) -> Result:
     # Without the fixtures of tests/conftest.py, which need the test extra.
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={TESTS}"]
@@ -179,6 +189,7 @@ def main() -> None:
         results = []
         for name in names:
             python = environment_of(name, folder / name, options)
+            check_wheel_is_found(python, folder)
             results.append(tested(name, python, folder, checkouts))
             if not options.quick:  # where later hosts read verl's
                 shutil.rmtree(folder / name)  # all of them together take more than 10 GB

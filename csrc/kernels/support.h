@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/logits.h"
+#include "kernels/one_thread.h"
 #include "math/sequence_rules.h"
 #include "math/support.h"
 
@@ -28,6 +29,7 @@ struct SupportArgs {
 
   const int32_t* candidates;    // [rows, num_candidates], kNoId where a row has fewer; or null
   int64_t num_candidates;       //
+  bool only_replayed;           // whether rows that do not replay have no candidates
   void* candidate_logprobs;     // [rows, num_candidates] compute; in a forward pass
   const void* grad_candidates;  // [rows, num_candidates] compute; in a backward pass
   void* kept_candidates;        // [rows, num_candidates + 1] compute, likewise: the logits of the
@@ -35,19 +37,6 @@ struct SupportArgs {
 };
 
 constexpr int32_t kNoId = -1;
-
-// The threads that share a row, on the CPU: one. Those of CUDA are a warp.
-struct OneThread {
-  IPO_HOST_DEVICE int64_t first() const { return 0; }
-  IPO_HOST_DEVICE int64_t count() const { return 1; }
-  IPO_HOST_DEVICE bool any(bool value) const { return value; }
-  template <typename E>
-  IPO_HOST_DEVICE E max(E value) const {
-    return value;
-  }
-  IPO_HOST_DEVICE double sum(double value) const { return value; }
-  IPO_HOST_DEVICE void sync() const {}
-};
 
 IPO_HOST_DEVICE const int32_t* ids_of(const SupportArgs& args, int64_t row) {
   return args.ids + row * args.width;
@@ -241,6 +230,7 @@ IPO_HOST_DEVICE void read_support_of_row(const SupportArgs& args, int64_t row,
   using E = Compute<Stored>;
   const bool replays = args.replays[row] != 0;
   if (!replays && !args.others[row]) return fill_candidates(args, row, E(0), threads);
+  if (!replays && args.only_replayed) return fill_candidates(args, row, E(0), threads);
   if (!replays && args.candidates == nullptr) return;
   if (args.stats != nullptr) keep_logits<Stored>(args, row, threads);
   SupportStats<E> stats;
@@ -361,7 +351,8 @@ template <typename Gradient, typename E, typename Threads>
 IPO_HOST_DEVICE void write_support_of_row(const SupportArgs& args, int64_t row,
                                           const Threads& threads) {
   const bool replays = args.replays[row] != 0;
-  if (!replays && (args.candidates == nullptr || !args.others[row])) return;
+  const bool has_candidates = args.candidates != nullptr && !args.only_replayed;
+  if (!replays && (!has_candidates || !args.others[row])) return;
   const math::RowGrads<E> upstream = upstream_grads<E>(args.rows, row);
   const SupportGrads<E> by_logprobs = support_grads<E>(args, row, upstream.logprob, threads);
   const math::RowGrads<E> all = {by_logprobs.bound, upstream.entropy};
@@ -418,7 +409,7 @@ struct FiniteArgs {
 
 // Counts of the tokens of a part of a segment.
 struct ReplayCounts {
-  int64_t rows[math::replay::kNumRows];
+  int64_t rows[math::replay::kNumCounts];
 };
 
 IPO_HOST_DEVICE void count_token(const ReplayMetricsArgs& args, int64_t token,
@@ -429,7 +420,8 @@ IPO_HOST_DEVICE void count_token(const ReplayMetricsArgs& args, int64_t token,
       !math::is_finite(load_token<double>(args.entropy, token, 0));
 }
 
-// Stores the counts of segment s, or takes those that are there, and their means.
+// Stores the counts of segment s and nothing for what others measure, or takes the sums that are
+// there, and the means.
 template <typename E>
 IPO_HOST_DEVICE void store_replay_rows(const ReplayMetricsArgs& args, int64_t s,
                                        const ReplayCounts& counts) {
@@ -437,7 +429,8 @@ IPO_HOST_DEVICE void store_replay_rows(const ReplayMetricsArgs& args, int64_t s,
   const double active = args.sums[math::count::active * segments + s];
   for (int row = 0; row < math::replay::kNumRows; ++row) {
     double& sum = args.sums[(math::kNumSumRows + row) * segments + s];
-    if (args.replays != nullptr) sum = static_cast<double>(counts.rows[row]);
+    if (args.replays != nullptr)
+      sum = row < math::replay::kNumCounts ? static_cast<double>(counts.rows[row]) : 0;
     static_cast<E*>(args.means)[(math::mean::kNumRows + row) * segments + s] =
         static_cast<E>(math::ratio_or_zero(sum, active));
   }

@@ -6,16 +6,21 @@
 
 namespace ipo_ext::math {
 
-// What only calls that replay a support measure, behind the rows of math/metrics.h in `sums`, where
-// each is a count of tokens, and in `means`, where it is a share of the active ones.
-#define IPO_EXT_REPLAY_ROWS(X) \
-  X(replayed)                  \
+// What only calls that know of a support measure, behind the rows of math/metrics.h in `sums`,
+// first counts of tokens, and in `means`, divided by the active ones.
+#define IPO_EXT_REPLAY_COUNTS(X) \
+  X(replayed)                    \
   X(nonfinite_entropy)
+
+#define IPO_EXT_REPLAY_ROWS(X) \
+  IPO_EXT_REPLAY_COUNTS(X)     \
+  X(centering_loss)
 
 #define IPO_EXT_ENUMERATOR(name) name,
 namespace replay {
 enum Row : int { IPO_EXT_REPLAY_ROWS(IPO_EXT_ENUMERATOR) kNumRows };
-}
+enum Count : int { kNumCounts = centering_loss };
+}  // namespace replay
 #undef IPO_EXT_ENUMERATOR
 
 // The derivative by logits of which a row gives log-probabilities, over its support or, where that

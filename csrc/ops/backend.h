@@ -7,6 +7,7 @@
 #include "kernels/ipo_loss.h"
 #include "kernels/logits.h"
 #include "kernels/scale.h"
+#include "kernels/score_centering.h"
 #include "kernels/support.h"
 #include "ops/tensors.h"
 
@@ -47,6 +48,9 @@ struct CpuBackend {
     cpu::replay_metrics(args);
   }
   static void finite_values(const FiniteArgs& args, const Tensor&) { cpu::finite_values(args); }
+  static void score_centering(const CenteringArgs& args, const Tensor&) {
+    cpu::score_centering(args, parallel_for);
+  }
   static void scale(const ScaleArgs& args, const Tensor&) { cpu::scale(args, parallel_for); }
   static void scale_rows(const ScaleRowsArgs& args, const Tensor&) {
     cpu::scale_rows(args, parallel_for);
@@ -116,6 +120,11 @@ struct CudaBackend {
   static void finite_values(const FiniteArgs& args, const Tensor& on) {
     check_launch("finite_values", on,
                  [&](CUstream_st* stream) { return cuda::finite_values(args, stream); });
+  }
+
+  static void score_centering(const CenteringArgs& args, const Tensor& on) {
+    check_launch("score_centering", on,
+                 [&](CUstream_st* stream) { return cuda::score_centering(args, stream); });
   }
 
   static void scale(const ScaleArgs& args, const Tensor& on) {

@@ -104,6 +104,12 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
                             like_);
   }
 
+  // A row of the means: [segments].
+  void* means_of(int64_t row) const {
+    const int64_t bytes = args.compute_dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+    return static_cast<char*>(args.means) + row * args.segments.count * bytes;
+  }
+
   IpoLossArgs args = {};
   Tensor loss, gradient, means, sums, extremes;
 

@@ -9,13 +9,9 @@
 
 #include "ops/ipo_loss.h"
 #include "ops/matrix.h"
+#include "ops/score_centering.h"
 
 namespace ipo_ext {
-
-inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
-}
 
 // CPU only: reads the values. The word "labels" at the start tells Python to raise IndexError.
 inline void check_rows(const LogitsArgs& args) {
@@ -212,6 +208,14 @@ class __attribute__((visibility("hidden"))) Replay {
     others_ = allocate({count}, ScalarType::Bool, args_.others);
   }
 
+  // Makes candidates of the support itself, where a row replays it.
+  void want_logprobs_of_support() {
+    candidates_ = ids_;
+    args_.candidates = args_.ids;
+    args_.num_candidates = args_.width;
+    args_.only_replayed = true;
+  }
+
   bool exists() const { return ids_.has_value() || candidates_.has_value(); }
   // [tokens], as find() leaves it; without an element where there is no sampling mask.
   Tensor replayed() const {
@@ -337,7 +341,8 @@ class __attribute__((visibility("hidden"))) Replay {
 // rows whose log-probability is not the row's alone. Then come the loss and its derivatives by
 // them, then the gradient, by another pass over the logits.
 template <typename Backend>
-void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss, Replay& replay) {
+void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss, Replay& replay,
+                       CenteringCall* centering = nullptr) {
   const LogitsMatrix gradient = std::exchange(rows.args.gradient, {});
   const bool with_gradient = gradient.data != nullptr;
   rows.args.mode = LogitsMode::kForward;
@@ -345,17 +350,19 @@ void run_in_two_passes(LogitsCall& rows, IpoLossCall& loss, Replay& replay) {
   if (with_gradient) softmax_stats = rows.per_token(2, rows.args.softmax_stats);
   replay.run_forward<Backend>(rows, with_gradient);
   loss.run<Backend>();
+  if (centering != nullptr) centering->run<Backend>();
   if (!with_gradient) return;
   rows.args.mode = LogitsMode::kBackward;
   rows.args.gradient = gradient;
   rows.args.grad_logprobs = {loss.args.gradient, loss.args.compute_dtype};
+  if (centering != nullptr) replay.take_grad_candidates(rows.args, centering->gradient);
   replay.run_backward<Backend>(rows);
 }
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logits(
     LogitsCall& rows, const LogitScaling& scaling, const LossInputs& inputs,
-    const LossSettings& settings) {
+    const LossSettings& settings, const std::optional<Tensor>& inference_mask_logprobs) {
   const Tensor logprobs = rows.per_token(rows.args.logprobs);
   const Tensor entropy = rows.per_token(rows.args.entropy);
   const Tensor row_scales = rows.new_row_scales();
@@ -365,13 +372,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logit
   const auto measured = scaling.with_entropy ? std::optional(entropy) : std::nullopt;
   IpoLossCall loss(logprobs, inputs, measured, settings, needs_grad_logprobs);
   if (replay.exists()) loss.measure_replay(replay.replayed());
+  std::optional<CenteringCall> centering;
+  if (inference_mask_logprobs.has_value()) {
+    IPO_EXT_CHECK(replay.exists(), "sampling_mask: expected ids with inference_mask_logprobs");
+    replay.want_logprobs_of_support();
+    centering.emplace(loss, replay.new_candidate_logprobs(rows.args), *inference_mask_logprobs,
+                      needs_grad_logprobs);
+    centering->take_replayed(replay.replayed());
+  }
   loss.check_values<Backend>();
   rows.take_loss(loss);
   rows.find_faults<Backend>();
   replay.find<Backend>(rows.args, true);
   loss.args.fault = rows.args.fault;
+  if (centering.has_value()) centering->add_to(loss);
   if (in_two_passes) {
-    run_in_two_passes<Backend>(rows, loss, replay);
+    run_in_two_passes<Backend>(rows, loss, replay, centering.has_value() ? &*centering : nullptr);
   } else {
     rows.run<Backend>();
     loss.run<Backend>();
@@ -382,23 +398,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_of_logit
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits(
     const Tensor& logits, const Tensor& labels, const LogitScaling& scaling,
-    const LossInputs& inputs, const LossSettings& settings, bool with_gradient) {
+    const LossInputs& inputs, const LossSettings& settings,
+    const std::optional<Tensor>& inference_mask_logprobs, bool with_gradient) {
   LogitsCall rows(logits, labels, scaling);
   const Tensor gradient =
       with_gradient ? rows.new_gradient() : empty({0}, logits.scalar_type(), logits);
   const auto [loss, logprobs, entropy, means, sums, extremes, row_scales] =
-      loss_of_logits<Backend>(rows, scaling, inputs, settings);
+      loss_of_logits<Backend>(rows, scaling, inputs, settings, inference_mask_logprobs);
   return {loss, gradient, logprobs, entropy, means, sums, extremes, row_scales};
 }
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ipo_loss_from_logits_(
     const Tensor& logits, const Tensor& labels, const LogitScaling& scaling,
-    const LossInputs& inputs, const LossSettings& settings) {
+    const LossInputs& inputs, const LossSettings& settings,
+    const std::optional<Tensor>& inference_mask_logprobs) {
   const LogitScaling kept = apart_from(logits, scaling);
   LogitsCall rows(logits, apart_from(logits, labels), kept);
   rows.write_gradient_over_logits();
-  return loss_of_logits<Backend>(rows, kept, apart_from(logits, inputs), settings);
+  return loss_of_logits<Backend>(rows, kept, apart_from(logits, inputs), settings,
+                                 apart_from(logits, inference_mask_logprobs));
 }
 
 template <typename Backend>

@@ -7,6 +7,7 @@
 #include "ops/ipo_loss.h"
 #include "ops/logits.h"
 #include "ops/scale.h"
+#include "ops/score_centering.h"
 #include "ops/schemas.h"
 
 // Tests build this file once more, with the CUDA kernels emulated on the CPU under a namespace of
@@ -35,6 +36,7 @@ const std::vector<Operator>& operators() {
   static const std::vector<Operator> all = {
       IPO_EXT_OPERATOR(ipo_loss),
       IPO_EXT_OPERATOR(component_loss),
+      IPO_EXT_OPERATOR(score_centering),
       IPO_EXT_OPERATOR(metric_means),
       IPO_EXT_OPERATOR(ipo_loss_from_logits),
       IPO_EXT_OPERATOR(ipo_loss_from_logits_),

@@ -30,6 +30,13 @@ inline constexpr const char* component_loss =
     ", bool with_gradient) "
     "-> (Tensor loss, Tensor gradient" METRICS ", Tensor component_means)";
 
+// What score centering adds to the loss, and its gradient by trainer_mask_logprobs. `replayed` says
+// which tokens have a term; None: all.
+inline constexpr const char* score_centering =
+    "(Tensor trainer_mask_logprobs, Tensor trainer_logprobs" LOSS_INPUTS LOSS_SETTINGS
+    ", Tensor inference_mask_logprobs, Tensor? replayed, bool with_gradient) "
+    "-> (Tensor loss, Tensor gradient, Tensor sums)";
+
 inline constexpr const char* metric_means =
     "(Tensor sums, Tensor extremes, bool float64) -> Tensor";
 
@@ -39,14 +46,14 @@ inline constexpr const char* metric_means =
 
 inline constexpr const char* ipo_loss_from_logits =
     "(Tensor logits, Tensor labels" LOGIT_SCALING LOSS_INPUTS LOSS_SETTINGS
-    ", bool with_gradient) "
+    ", Tensor? inference_mask_logprobs, bool with_gradient) "
     "-> (Tensor loss, Tensor gradient, Tensor logprobs, Tensor entropy" METRICS
     ", Tensor row_scales)";
 
 // The same, the gradient written over the logits.
 inline constexpr const char* ipo_loss_from_logits_ =
     "(Tensor(a!) logits, Tensor labels" LOGIT_SCALING LOSS_INPUTS LOSS_SETTINGS
-    ") "
+    ", Tensor? inference_mask_logprobs) "
     "-> (Tensor loss, Tensor logprobs, Tensor entropy" METRICS ", Tensor row_scales)";
 
 inline constexpr const char* token_logprobs =

@@ -40,6 +40,11 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   return DType::kFloat32;
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
 // From a tensor's first byte to behind its last; strides are never negative.
 inline int64_t extent_in_bytes(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();

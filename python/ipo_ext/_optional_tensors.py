@@ -22,6 +22,7 @@ class OptionalTensors(TypedDict, total=False):
     teacher_logprobs: torch.Tensor | None  # [...]
     loss_weights: torch.Tensor | None  # [...]
     cu_seqlens: torch.Tensor | None  # [segments + 1] int32
+    inference_mask_logprobs: torch.Tensor | None  # [..., ids]; with config.score_centering
 
 
 # As they are written above, which is how the modules hold those of the other arguments.

@@ -20,6 +20,7 @@ class LossType(NamedTuple):
 
 _BAND = {"ratio_low": "low", "ratio_high": "high", "adv_tau": "adv_tau"}
 _CAP = {"max_importance_ratio": "max_importance_ratio"}
+_CENTERING = {"score_centering": "score_centering"}
 _MASK = ("dppo_mask_low", "dppo_mask_high")
 _TAUS = {"adv_tau": "adv_tau", "kl_tau": "kl_tau"}
 
@@ -34,7 +35,7 @@ VERSIONS: dict[str, dict[str, LossType]] = {
         "ipo": LossType("prob_diff", {"ipo_threshold": "threshold", **_TAUS}),
     },
     NEWEST: {
-        "ipo": LossType("ipo", {"eps": "eps", "adv_tau": "adv_tau", **_CAP}),
+        "ipo": LossType("ipo", {"eps": "eps", "adv_tau": "adv_tau", **_CAP, **_CENTERING}),
         "icepop": LossType("icepop", _BAND),
         "ppo": LossType("ppo", {**_BAND, **_CAP}),
         "cispo": LossType("cispo", _BAND),
@@ -57,11 +58,8 @@ def constructor_and_arguments(
             f"type: expected one of {', '.join(types)} in a section of {version}, got "
             f"{name!r}{_elsewhere(name)}"
         )
-    if given.pop("score_centering", False) is not False:
-        raise ValueError(
-            "score_centering: expected False, got "
-            f"{section['score_centering']!r}: the term is not covered"
-        )
+    if given.get("score_centering") is False:  # of whatever type
+        del given["score_centering"]
     fields = types[name].fields
     for field, value in given.items():
         if field not in fields:

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # The loss's inputs in the order of the functions: those that it needs, then those that may be None.
-_OPTIONAL = tuple(LossInputs._field_defaults)
-_REQUIRED = tuple(name for name in LossInputs._fields if name not in _OPTIONAL)
-FIELDS = (*_REQUIRED, "temperature", *_OPTIONAL)
+_REQUIRED = tuple(name for name in LossInputs._fields if name not in LossInputs._field_defaults)
+FIELDS = (*_REQUIRED, "temperature", *NAMES, "normalizer")
 
 
 class LossBatch:
@@ -36,7 +35,8 @@ class LossBatch:
     Args:
         inference_logprobs, advantages, loss_mask: ``[...]``, as for ``ipo_loss``.
         temperature: as for ``ipo_loss_from_hidden``; not for ``IPOLoss``.
-        teacher_logprobs, loss_weights, cu_seqlens, normalizer: as for ``ipo_loss``.
+        teacher_logprobs, loss_weights, cu_seqlens, inference_mask_logprobs, normalizer: as for
+            ``ipo_loss``.
 
     Example:
         >>> batch = LossBatch(inference, advantages, mask, normalizer=num_tokens).to(device)
@@ -49,6 +49,7 @@ class LossBatch:
     teacher_logprobs: torch.Tensor | None
     loss_weights: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
+    inference_mask_logprobs: torch.Tensor | None
 
     @spells_out_tensors
     def __init__(

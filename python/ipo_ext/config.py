@@ -73,6 +73,10 @@ class IPOConfig:
         sequence_weight: what the loss of a sequence's tokens is multiplied by, a constant: the
             exponential of the "sum" or "mean" of its log-ratios; ``pg_form="reinforce"`` alone.
         sequence_weight_cap: the largest such weight.
+        score_centering: whether each token's update is centered on what the sampler expects of
+            it, over the ids that it drew from (arXiv 2609.20807; docs/math.md, "Score centering").
+            For ``mask_rule="prob_diff"`` of equal bounds with ``pg_form="capped"``, without rules
+            on sequences. The loss then needs ``inference_mask_logprobs``.
 
     Raises:
         ValueError: a field breaks ``0 <= dppo_mask_low``, ``dppo_mask_low <= dppo_mask_high`` (a
@@ -97,6 +101,7 @@ class IPOConfig:
     sequence_rule_when: SequenceRuleWhen = "always"
     sequence_weight: SequenceWeight = None
     sequence_weight_cap: float = math.inf
+    score_centering: bool = False
 
     # Of an instance; no fields. Bounds are made once, but for a config made in a compiled graph.
     _made_bounds: ClassVar[dict[torch.dtype, dict[str, Any]]] = {}
@@ -111,6 +116,10 @@ class IPOConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in (*_WORDS, "sequence_rules"):
+                continue
+            if field.name in _SWITCHES:
+                if not isinstance(value, bool):
+                    raise ValueError(f"{field.name}: expected True or False, got {value!r}")
                 continue
             if value is None and field.name in _RATIO_BOUNDS:
                 continue
@@ -139,6 +148,7 @@ class IPOConfig:
         self._check_policy_form()
         object.__setattr__(self, "sequence_rules", checked_rules(self.sequence_rules))
         self._check_sequence_weight()
+        self._check_score_centering()
         has_rollout_rule = bool(self.rollout_min_ratio > 0)
         object.__setattr__(self, "_has_rollout_rule", has_rollout_rule)
         judges_sequences = has_rollout_rule or self.has_sequence_rule
@@ -207,6 +217,7 @@ class IPOConfig:
         max_importance_ratio: float = 1e4,
         *,
         kl_tau: float = 0.0,
+        score_centering: bool = False,
         **taus: Unpack[_AdvantageTaus],
     ) -> IPOConfig:
         """The IPO of prime-rl since 2026-09: drops where ``|d| > eps``, caps the ratio, no KL.
@@ -220,6 +231,7 @@ class IPOConfig:
             pg_form="capped",
             ratio_cap=max_importance_ratio,
             kl_tau=kl_tau,
+            score_centering=score_centering,
             **taus,
         )
 
@@ -317,8 +329,8 @@ class IPOConfig:
                 or by default "2026-10", where the losses of September 2026 and later are.
 
         Raises:
-            ValueError: a type or a field that the version does not have, such as ``custom``, a
-                value that the constructor refuses, or ``score_centering``, which is not covered.
+            ValueError: a type or a field that the version does not have, such as ``custom``, or a
+                value that the constructor refuses.
         """
         constructor, arguments = constructor_and_arguments(_as_mapping("section", section), version)
         make = getattr(cls, constructor) if constructor else cls
@@ -457,6 +469,22 @@ class IPOConfig:
                 f"{self.sequence_rule_when!r}"
             )
 
+    def _check_score_centering(self) -> None:
+        if not self.score_centering:
+            return
+        low, high = self.dppo_mask_low, self.dppo_mask_high
+        if (self.mask_rule, self.pg_form) != ("prob_diff", "capped") or low != high:
+            raise ValueError(
+                "score_centering: expected mask_rule='prob_diff' of equal bounds and "
+                f"pg_form='capped' with it, got {self.mask_rule!r} of {low!r} and {high!r} and "
+                f"{self.pg_form!r}; IPOConfig.ipo(score_centering=True) has them"
+            )
+        if self.has_sequence_rule or self.rollout_min_ratio > 0:
+            raise ValueError(
+                "score_centering: expected no rule on sequences and no sequence_weight beside it, "
+                "which would not apply to it"
+            )
+
     def log_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
         """The band's bounds on ``log r``: ``log_bound`` of both."""
         return log_bound(self.dppo_mask_low, dtype), log_bound(self.dppo_mask_high, dtype)
@@ -494,13 +522,14 @@ _LARGEST_NUMBER = torch.finfo(torch.float32).max  # the loss may be computed in 
 
 _BOUNDS = ("dppo_mask_low", "dppo_mask_high")  # of which the rule says what they may be
 _MAY_BE_INFINITE = ("clip_high", "sequence_weight_cap")
+_SWITCHES = ("score_centering",)
 _SEQUENCES = ("rollout_min_ratio", "sequence_rules", "sequence_weight_cap")
 
 # The fields that the operators take as they are.
 _NUMBERS = [
     field.name
     for field in dataclasses.fields(IPOConfig)
-    if field.name not in (*_BOUNDS, *_WORDS, *_RATIO_BOUNDS, *_SEQUENCES)
+    if field.name not in (*_BOUNDS, *_WORDS, *_RATIO_BOUNDS, *_SEQUENCES, *_SWITCHES)
 ]
 
 # What every operator of the loss takes of a config: the list of csrc/math/settings.h.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ipo_ext._number_arguments import logit_scaling, scalar
-from ipo_ext._ops import checks, torch_internals
+from ipo_ext._ops import checks, library, torch_internals
 from ipo_ext._ops.arguments import (
     ComponentLossArguments,
     Components,
@@ -21,15 +21,18 @@ from ipo_ext._ops.arguments import (
     LinearTokenLogprobsArguments,
     LogitScaling,
     LossInputs,
+    MetricRows,
     NeedsGrad,
+    ScoreCenteringArguments,
     TokenLogprobsArguments,
 )
+from ipo_ext._ops.centering import with_centering
 from ipo_ext._ops.changing_numbers import settings_of
 from ipo_ext._ops.chunks import default_chunk_size
 from ipo_ext._ops.errors import with_torch_errors
 from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_logprobs
 from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
-from ipo_ext._ops.from_logprobs import run_component_loss, run_ipo_loss
+from ipo_ext._ops.from_logprobs import run_component_loss, run_ipo_loss, run_score_centering
 from ipo_ext._optional_tensors import OptionalTensors, refuse_unknown_names, spells_out_tensors
 from ipo_ext.config import IPOConfig
 from ipo_ext.metrics import IPOMetrics
@@ -51,6 +54,7 @@ def ipo_loss(
     *,
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
+    trainer_mask_logprobs: torch.Tensor | None = None,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from per-token log-probabilities.
@@ -65,8 +69,8 @@ def ipo_loss(
     Everything is computed in float64 if either log-probability is float64, else in float32.
 
     Args:
-        trainer_logprobs: ``[...]``, natural logarithms, any floating dtype; the only input that
-            receives a gradient.
+        trainer_logprobs: ``[...]``, natural logarithms, any floating dtype; with
+            ``trainer_mask_logprobs`` the only input that receives a gradient.
         inference_logprobs: same shape, any floating dtype: what the tokens were sampled with.
         advantages: same shape, any floating dtype. A constant, like every input below.
         loss_mask: same shape, bool: the tokens that train.
@@ -76,10 +80,16 @@ def ipo_loss(
         cu_seqlens: int32 ``[segments + 1]``, first token of each packed sequence, then the number
             of tokens (flash-attention's convention, tokens counted row by row); every metric then
             has shape ``[segments]``.
+        inference_mask_logprobs: ``[..., K]``, any floating dtype, with ``config.score_centering``:
+            the sampler's log-probabilities of the ids that it drew a token from, -inf where there
+            are fewer.
         normalizer: what the sum is divided by, usually the global number of loss tokens: a float
             > 0, or a 0-dim tensor (on the inputs' device or on the CPU; 0 gives loss 0 and zero
             gradients). Default 1.
         config: which tokens and sequences count, and what they pay.
+        trainer_mask_logprobs: ``[..., K]``, any floating dtype, with ``config.score_centering``:
+            the trainer's log-probabilities of the same ids, over these alone; receives a gradient,
+            0 where the sampler's is not finite. (0 in rows that take no part in it.)
 
     Returns:
         An ``IPOOutput`` of the 0-dim loss and its metrics; nothing is synchronised.
@@ -97,11 +107,19 @@ def ipo_loss(
     """
     refuse_unknown_names(ipo_loss, tensors)
     arguments = _loss_arguments(
-        trainer_logprobs, inference_logprobs, advantages, loss_mask, normalizer, config, tensors
+        trainer_logprobs,
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        normalizer,
+        config,
+        tensors,
+        trainer_mask_logprobs,
     )
     loss, *rows = with_torch_errors(run_ipo_loss, arguments)
-    metrics = _metrics(rows, tensors.get("cu_seqlens"), arguments.inputs, config)
-    return IPOOutput(loss, metrics)
+    of_ids = (trainer_mask_logprobs, tensors.get("inference_mask_logprobs"))
+    loss, metrics = _centered(loss, MetricRows(*rows), arguments, *of_ids)
+    return IPOOutput(loss, _metrics(metrics, tensors.get("cu_seqlens"), arguments.inputs, config))
 
 
 def component_loss(
@@ -113,6 +131,7 @@ def component_loss(
     components: Components,
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
+    trainer_mask_logprobs: torch.Tensor | None = None,
     **tensors: Unpack[OptionalTensors],
 ) -> tuple[IPOOutput, torch.Tensor]:
     """``ipo_loss`` and what stands beside it, in the same launches.
@@ -122,7 +141,14 @@ def component_loss(
         loss, ``[len(_C.COMPONENT_MEAN_ROWS)]``.
     """
     arguments = _loss_arguments(
-        trainer_logprobs, inference_logprobs, advantages, loss_mask, normalizer, config, tensors
+        trainer_logprobs,
+        inference_logprobs,
+        advantages,
+        loss_mask,
+        normalizer,
+        config,
+        tensors,
+        trainer_mask_logprobs,
     )
     checks.check_components(trainer_logprobs, components)
     checks.check_no_gradient(components)
@@ -130,8 +156,10 @@ def component_loss(
         run_component_loss,
         ComponentLossArguments(*arguments[:-1], components, arguments.with_gradient),
     )
-    metrics = _metrics(rows, tensors.get("cu_seqlens"), arguments.inputs, config)
-    return IPOOutput(loss, metrics), means
+    of_ids = (trainer_mask_logprobs, tensors.get("inference_mask_logprobs"))
+    loss, metrics = _centered(loss, MetricRows(*rows), arguments, *of_ids)
+    named = _metrics(metrics, tensors.get("cu_seqlens"), arguments.inputs, config)
+    return IPOOutput(loss, named), means
 
 
 @spells_out_tensors
@@ -178,6 +206,9 @@ def ipo_loss_from_logits(
         logit_scale: what the logits are multiplied by before softcap and temperature (Cohere's
             field of this name; 1 over Granite's ``logits_scaling``): a finite float > 0. Default 1.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
+        inference_mask_logprobs: ``[..., K]``, any floating dtype, with ``config.score_centering``:
+            the sampler's log-probabilities of the ids in ``sampling_mask``. Rows that do not replay
+            these are not centered.
         inplace: writes the gradient over the logits, which saves as much memory as they take. They
             hold no logits afterwards, so they must come from an operation whose backward pass does
             not need them: a matrix product, not a softmax or tanh, whose backward pass then raises.
@@ -213,16 +244,18 @@ def ipo_loss_from_logits(
     """
     refuse_unknown_names(ipo_loss_from_logits, tensors)
     _check_config(config)
-    inputs = LossInputs(
+    inputs, of_ids = _loss_inputs(
         inference_logprobs,
         advantages,
         loss_mask,
-        normalizer=scalar("normalizer", normalizer, logits),
-        **tensors,
+        scalar("normalizer", normalizer, logits),
+        config,
+        tensors,
     )
     scaling = _scaling(temperature, sampling_mask, entropy, logits)
     checks.check_logits_loss(logits, labels, scaling, inputs, config.teacher_tau)
-    checks.check_no_gradient(inputs, scaling.temperature)
+    checks.check_inference_mask_logprobs(of_ids, sampling_mask)
+    _check_no_gradient(inputs, scaling, of_ids)
     compute = checks.compute_dtype(logits, inference_logprobs)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
@@ -233,9 +266,11 @@ def ipo_loss_from_logits(
     settings = settings_of(config, compute)
     loss, logprobs, entropies, *rows = with_torch_errors(
         functools.partial(run_ipo_loss_from_logits, inplace=inplace),
-        IPOLossFromLogitsArguments(logits, labels, scaling, inputs, settings, with_gradient),
+        IPOLossFromLogitsArguments(
+            logits, labels, scaling, inputs, settings, of_ids, with_gradient
+        ),
     )
-    metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, scaling)
+    metrics = _metrics(MetricRows(*rows), tensors.get("cu_seqlens"), inputs, config, scaling)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
@@ -274,7 +309,7 @@ def token_logprobs(
     scaling = _scaling(temperature, sampling_mask, entropy, logits)
     candidates = _apart(candidates, sampling_mask)
     checks.check_logits(logits, labels, scaling, candidates)
-    checks.check_no_gradient(None, scaling.temperature)
+    checks.check_no_gradient(None, temperature=scaling.temperature)
     scaling = logit_scaling(scaling, softcap, logit_scale, logits)
     results = with_torch_errors(
         run_token_logprobs, TokenLogprobsArguments(logits, labels, scaling, candidates)
@@ -329,6 +364,9 @@ def ipo_loss_from_hidden(
         sampling_mask, entropy: as for ``ipo_loss_from_logits``, except that all logits are made
             anyway.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
+        inference_mask_logprobs: ``[..., K]``, any floating dtype, with ``config.score_centering``:
+            the sampler's log-probabilities of the ids in ``sampling_mask``. Rows that do not replay
+            these are not centered.
         chunk_size: rows of a chunk, at least 1. Default: the largest multiple of 128 whose logits
             take no more than 1.25 GB on a GPU (2048 rows of 151,936), 48 MiB on a CPU; at
             least 128.
@@ -359,17 +397,19 @@ def ipo_loss_from_hidden(
     """
     refuse_unknown_names(ipo_loss_from_hidden, tensors)
     _check_config(config)
-    inputs = LossInputs(
+    inputs, of_ids = _loss_inputs(
         inference_logprobs,
         advantages,
         loss_mask,
-        normalizer=scalar("normalizer", normalizer, hidden),
-        **tensors,
+        scalar("normalizer", normalizer, hidden),
+        config,
+        tensors,
     )
     scaling = _scaling(temperature, sampling_mask, entropy, hidden)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
     checks.check_hidden_loss(head, inputs, config.teacher_tau)
-    checks.check_no_gradient(inputs, scaling.temperature)
+    checks.check_inference_mask_logprobs(of_ids, sampling_mask)
+    _check_no_gradient(inputs, scaling, of_ids)
     head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
     compute = checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
@@ -383,12 +423,13 @@ def ipo_loss_from_hidden(
             head,
             inputs,
             settings_of(config, compute),
+            of_ids,
             _chunk_size(chunk_size, hidden, weight),
             _count("num_active", num_active, 0),
             NeedsGrad(*needs_grad),
         ),
     )
-    metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, scaling)
+    metrics = _metrics(MetricRows(*rows), tensors.get("cu_seqlens"), inputs, config, scaling)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
@@ -428,7 +469,7 @@ def linear_token_logprobs(
     head = HeadInputs(hidden, weight, bias, labels, scaling)
     candidates = _apart(candidates, sampling_mask)
     checks.check_hidden(head, candidates)
-    checks.check_no_gradient(None, scaling.temperature)
+    checks.check_no_gradient(None, temperature=scaling.temperature)
     head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
     results = with_torch_errors(
         run_linear_token_logprobs,
@@ -499,23 +540,91 @@ def _loss_arguments(
     normalizer: float | torch.Tensor | None,
     config: IPOConfig,
     tensors: OptionalTensors,
+    trainer_mask_logprobs: torch.Tensor | None,
 ) -> IPOLossArguments:
     """Of a call of the loss from log-probabilities, checked."""
     _check_config(config)
-    inputs = LossInputs(
+    inputs, inference_mask_logprobs = _loss_inputs(
         inference_logprobs,
         advantages,
         loss_mask,
-        normalizer=scalar("normalizer", normalizer, trainer_logprobs),
-        **tensors,
+        scalar("normalizer", normalizer, trainer_logprobs),
+        config,
+        tensors,
     )
     checks.check_per_token_loss(trainer_logprobs, inputs, config.teacher_tau)
-    checks.check_no_gradient(inputs)
+    _check_given("trainer_mask_logprobs", trainer_mask_logprobs, config)
+    if trainer_mask_logprobs is not None and inference_mask_logprobs is not None:
+        checks.check_centering(trainer_logprobs, trainer_mask_logprobs, inference_mask_logprobs)
+    checks.check_no_gradient(inputs, inference_mask_logprobs=inference_mask_logprobs)
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
     compute = checks.compute_dtype(trainer_logprobs, inference_logprobs)
     if config.judges_sequences:
         inputs = _with_sequences(inputs)
     return IPOLossArguments(trainer_logprobs, inputs, settings_of(config, compute), with_gradient)
+
+
+def _loss_inputs(
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    normalizer: torch.Tensor | None,
+    config: IPOConfig,
+    tensors: OptionalTensors,
+) -> tuple[LossInputs, torch.Tensor | None]:
+    """What the loss takes, and the sampler's log-probabilities of ids, which not every one does."""
+    others = dict(tensors)
+    of_ids = cast("torch.Tensor | None", others.pop("inference_mask_logprobs", None))
+    _check_given("inference_mask_logprobs", of_ids, config)
+    inputs: Any = {**others, "normalizer": normalizer}
+    return LossInputs(inference_logprobs, advantages, loss_mask, **inputs), of_ids
+
+
+def _check_given(name: str, of_ids: torch.Tensor | None, config: IPOConfig) -> None:
+    """Raises unless log-probabilities of ids are there just where something reads them."""
+    if config.score_centering and of_ids is None:
+        raise ValueError(
+            f"{name}: expected a tensor because config.score_centering is True, got None"
+        )
+    if of_ids is not None and not config.score_centering:
+        raise ValueError(
+            f"{name}: expected None because config.score_centering is False, got a tensor that "
+            "nothing would read; leave it out, or use IPOConfig.ipo(score_centering=True)"
+        )
+
+
+def _check_no_gradient(
+    inputs: LossInputs, scaling: LogitScaling, of_ids: torch.Tensor | None
+) -> None:
+    checks.check_no_gradient(
+        inputs, temperature=scaling.temperature, inference_mask_logprobs=of_ids
+    )
+
+
+def _centered(
+    loss: torch.Tensor,
+    metrics: MetricRows,
+    arguments: IPOLossArguments,
+    trainer_mask_logprobs: torch.Tensor | None,
+    inference_mask_logprobs: torch.Tensor | None,
+) -> tuple[torch.Tensor, MetricRows]:
+    """Loss and metrics of a call with score centering, if it has any, added to them."""
+    if trainer_mask_logprobs is None or inference_mask_logprobs is None:
+        return loss, metrics
+    with_gradient = trainer_mask_logprobs.requires_grad and torch.is_grad_enabled()
+    added, sums = with_torch_errors(
+        run_score_centering,
+        ScoreCenteringArguments(
+            trainer_mask_logprobs,
+            arguments.trainer_logprobs.detach(),
+            arguments.inputs,
+            arguments.settings,
+            inference_mask_logprobs,
+            None,
+            with_gradient,
+        ),
+    )
+    return loss + added, with_centering(library.operators(), metrics, sums)
 
 
 def _check_config(config: object) -> None:
@@ -536,7 +645,7 @@ def _with_sequences(inputs: LossInputs) -> LossInputs:
 
 
 def _metrics(
-    rows: list[torch.Tensor],
+    rows: MetricRows,
     cu_seqlens: torch.Tensor | None,
     inputs: LossInputs,
     config: IPOConfig,
@@ -552,6 +661,7 @@ def _metrics(
         has_clip=config.clip_high is not None,
         has_cap=config.ratio_cap is not None,
         has_replay=scaling is not None and scaling.sampling_mask is not None,
+        has_centering=config.score_centering,
     )
     return metrics if inputs.cu_seqlens is cu_seqlens else metrics.total()
 

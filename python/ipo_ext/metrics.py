@@ -24,7 +24,7 @@ class IPOMetrics:
     Attributes:
         means: ``[rows]`` or ``[rows, segments]`` in the compute dtype; read by name.
         sums: ``[rows]`` or ``[rows, segments]``, float64: counts and sums, rows ``SUM_ROWS``, with
-            a sampling mask ``REPLAY_ROWS`` too.
+            a sampling mask or score centering ``REPLAY_ROWS`` too.
         extremes: ``[2]`` or ``[2, segments]``, float64: the smallest and the largest log-ratio,
             +inf and -inf over nothing.
     """
@@ -47,6 +47,7 @@ class IPOMetrics:
         has_clip: bool = False,
         has_cap: bool = False,
         has_replay: bool = False,
+        has_centering: bool = False,
     ) -> None:
         self.means = means
         self.sums = sums
@@ -58,6 +59,7 @@ class IPOMetrics:
         self.has_clip = has_clip
         self.has_cap = has_cap
         self.has_replay = has_replay
+        self.has_centering = has_centering
 
     def keys(self) -> KeysView[str]:
         return _ROWS[_optional(self)].keys()
@@ -186,6 +188,7 @@ _OPTIONAL_ROWS = {
     "ratio_capped": ("has_cap",),
     "replayed": ("has_replay",),
     "nonfinite_entropy": ("has_replay", "has_entropy"),
+    "centering_loss": ("has_centering",),
 }
 _ATTRIBUTES = tuple(dict.fromkeys(itertools.chain(*_OPTIONAL_ROWS.values())))
 

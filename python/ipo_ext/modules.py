@@ -40,6 +40,7 @@ class IPOLoss(nn.Module):
         loss_mask: torch.Tensor | None = None,
         *,
         normalizer: float | torch.Tensor | None = None,
+        trainer_mask_logprobs: torch.Tensor | None = None,
         **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput:
         """As ``ipo_loss``.
@@ -54,7 +55,12 @@ class IPOLoss(nn.Module):
             normalizer=normalizer,
             **tensors,
         )
-        return ipo_loss(trainer_logprobs, config=self.config, **inputs)
+        return ipo_loss(
+            trainer_logprobs,
+            config=self.config,
+            trainer_mask_logprobs=trainer_mask_logprobs,
+            **inputs,
+        )
 
     def extra_repr(self) -> str:
         return repr(self.config)

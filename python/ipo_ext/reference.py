@@ -28,8 +28,10 @@ def ipo_loss(
     teacher_logprobs: torch.Tensor | None = None,
     loss_weights: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    inference_mask_logprobs: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
+    trainer_mask_logprobs: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     replayed: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -38,8 +40,8 @@ def ipo_loss(
 
     Args:
         entropy: per token, only measured: metric ``entropy``.
-        replayed: per token, bool, only measured: metrics ``replayed`` and, where there is an
-            entropy, ``nonfinite_entropy``.
+        replayed: per token, bool: which are centered, with ``config.score_centering``, else only
+            measured: metrics ``replayed`` and, where there is an entropy, ``nonfinite_entropy``.
         dtype: what to compute in, default the kernels' compute dtype. The mask is decided in the
             kernels' compute dtype whatever ``dtype`` is, so that a float64 reference of float32
             inputs keeps the same tokens.
@@ -89,7 +91,21 @@ def ipo_loss(
     kl_loss = torch.zeros_like(pg_loss)
     if config.kl_tau != 0:
         kl_loss = only(pays_kl, weight * config.kl_tau * only(pays_kl, x) ** 2)
-    loss = (pg_loss + kl_loss).sum()
+    centering_loss = torch.zeros_like(pg_loss)
+    if config.score_centering:
+        assert trainer_mask_logprobs is not None, "score_centering needs trainer_mask_logprobs"
+        assert inference_mask_logprobs is not None, "score_centering needs inference_mask_logprobs"
+        is_centered = active & band_x.isfinite()
+        if loss_weights is not None:
+            is_centered = is_centered & (loss_weights != 0)
+        if replayed is not None:
+            is_centered = is_centered & replayed
+        scale = config.adv_tau * only(is_centered, advantages)
+        if loss_weights is not None:
+            scale = scale * only(is_centered, loss_weights)
+        of_ids = (trainer_mask_logprobs, inference_mask_logprobs)
+        centering_loss = scale * score_centering(config, *of_ids, is_centered, band_dtype, dtype)
+    loss = (pg_loss + kl_loss + centering_loss).sum()
     if isinstance(normalizer, torch.Tensor):
         nothing = normalizer == 0
         loss = torch.where(nothing, loss * 0, loss / torch.where(nothing, 1, normalizer))
@@ -133,6 +149,8 @@ def ipo_loss(
         if config.ratio_cap is not None:
             _, log_cap = _log_bounds(0.0, config.ratio_cap, band_x.dtype)
             shares["ratio_capped"] = (counted & (band_x > log_cap), active)
+        if config.score_centering:
+            shares["centering_loss"] = (centering_loss, active)
         if entropy is not None:
             shares["entropy"] = (only(counted & entropy.isfinite(), entropy), active)
         if replayed is not None:
@@ -276,6 +294,30 @@ def mask_rule(
     return too_high | too_low, too_high, too_low
 
 
+def score_centering(
+    config: IPOConfig,
+    trainer_mask_logprobs: torch.Tensor,
+    inference_mask_logprobs: torch.Tensor,
+    rows: torch.Tensor,
+    band_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Per token of ``rows``, what score centering sums over its ids (arXiv 2609.20807).
+
+    Which of them count is decided in ``band_dtype``.
+    """
+    assert config.ratio_cap is not None
+    trainer = trainer_mask_logprobs.detach()
+    difference = trainer.to(band_dtype).exp() - inference_mask_logprobs.to(band_dtype).exp()
+    counts = rows[..., None] & trainer.isfinite() & inference_mask_logprobs.isfinite()
+    counts = counts & (difference.abs() <= config.dppo_mask_high)
+    zero = torch.zeros((), dtype=dtype, device=trainer.device)
+    log_p = torch.where(counts, trainer_mask_logprobs.to(dtype), zero)
+    log_q = torch.where(counts, inference_mask_logprobs.to(dtype), zero)
+    ratio = (log_p.detach() - log_q).clamp(max=math.log(config.ratio_cap)).exp()
+    return torch.where(counts, log_q.exp() * ratio * log_p, zero).sum(-1)
+
+
 def rollout_rule(
     config: IPOConfig, x: torch.Tensor, active: torch.Tensor, cu_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
@@ -377,6 +419,7 @@ def ipo_loss_from_logits(
     teacher_logprobs: torch.Tensor | None = None,
     loss_weights: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    inference_mask_logprobs: torch.Tensor | None = None,
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
     logit_scale: float | None = None,
@@ -386,7 +429,13 @@ def ipo_loss_from_logits(
 ) -> IPOOutput:
     """As ``ipo_ext.ipo_loss_from_logits``, in eager torch, computed in ``dtype``."""
     labels = labels.masked_fill(~loss_mask, _IGNORED)
-    logprobs, entropies = token_logprobs(
+    replayed = None if sampling_mask is None else _replays(sampling_mask, labels)
+    ids = None
+    if config.score_centering:
+        assert sampling_mask is not None, "score_centering needs a sampling_mask"
+        assert replayed is not None
+        ids = sampling_mask.masked_fill(~replayed[..., None], -1)
+    logprobs, entropies, *of_ids = token_logprobs(
         logits,
         labels,
         temperature=temperature,
@@ -394,6 +443,7 @@ def ipo_loss_from_logits(
         logit_scale=logit_scale,
         sampling_mask=sampling_mask,
         entropy=entropy,
+        candidates=ids,
         dtype=dtype,
     )
     entropies = None if entropies is None else entropies.detach()
@@ -405,10 +455,12 @@ def ipo_loss_from_logits(
         teacher_logprobs=teacher_logprobs,
         loss_weights=loss_weights,
         cu_seqlens=cu_seqlens,
+        inference_mask_logprobs=inference_mask_logprobs,
         normalizer=normalizer,
         config=config,
+        trainer_mask_logprobs=of_ids[0] if of_ids else None,
         entropy=entropies,
-        replayed=None if sampling_mask is None else _replays(sampling_mask, labels),
+        replayed=replayed,
         dtype=dtype,
     )
     return IPOOutput(loss, metrics, logprobs.detach(), entropies)

@@ -55,6 +55,7 @@ def test_defaults_are_upstreams() -> None:
         "sequence_rule_when": "always",
         "sequence_weight": None,
         "sequence_weight_cap": math.inf,
+        "score_centering": False,
     }
 
 
@@ -147,7 +148,7 @@ def test_from_mapping_refuses_an_unknown_field() -> None:
     with pytest.raises(ValueError, match="ipo_threshold") as caught:
         IPOConfig.from_mapping({"kl_tau": 0.1, "ipo_threshold": 0.3})
     rules = ("mask_rule", "kl_scope", "rollout_min_ratio")
-    expected = ", ".join([*FIELDS, *rules, *POLICY, *SEQUENCES])
+    expected = ", ".join([*FIELDS, *rules, *POLICY, *SEQUENCES, "score_centering"])
     assert str(caught.value) == (
         f"ipo_threshold: expected one of the fields {expected}, got ipo_threshold=0.3"
     )
@@ -253,6 +254,8 @@ def test_a_wider_band_has_wider_bounds(dtype: torch.dtype) -> None:
         ({}, None, IPOConfig.ipo()),
         ({"type": "ipo", "eps": 0.2, "max_importance_ratio": 9, "score_centering": False}, None,
          IPOConfig.ipo(0.2, 9.0)),
+        ({"score_centering": True}, None, IPOConfig.ipo(score_centering=True)),
+        ({"type": "cispo", "score_centering": False}, None, IPOConfig.cispo()),
         ({"type": "ppo", "adv_tau": 2}, None, IPOConfig.ppo(adv_tau=2.0)),
         ({"type": "icepop", "ratio_high": 4}, "2026-10", IPOConfig(0.2, 4.0, kl_tau=0.0)),
         ({"type": "ppo", "ratio_low": 0.7}, None, IPOConfig.ppo(0.7)),
@@ -279,13 +282,16 @@ def test_a_section_of_prime_rl_carries_over(
          "type: expected one of ipo, icepop, ppo, cispo in a section of 2026-10, got 'default'; "
          "sections of version '2026-05', '2026-08' have it"),
         ({"ipo_threshold": 0.1}, None,
-         "ipo_threshold: expected one of eps, adv_tau, max_importance_ratio for type='ipo' in a "
-         "section of 2026-10, got ipo_threshold=0.1; sections of version '2026-08' have it"),
+         "ipo_threshold: expected one of eps, adv_tau, max_importance_ratio, score_centering for "
+         "type='ipo' in a section of 2026-10, got ipo_threshold=0.1; sections of version '2026-08' "
+         "have it"),
         ({"beta": 1}, "2026-05",
          "beta: expected one of dppo_mask_low, dppo_mask_high, adv_tau, kl_tau, teacher_tau for "
          "type='default' in a section of 2026-05, got beta=1"),
-        ({"score_centering": True}, None,
-         "score_centering: expected False, got True: the term is not covered"),
+        ({"type": "ppo", "score_centering": True}, None,
+         "score_centering: expected one of ratio_low, ratio_high, adv_tau, max_importance_ratio "
+         "for type='ppo' in a section of 2026-10, got score_centering=True; sections of version "
+         "'2026-10' have it"),
         ({}, "2025-01", "version: expected one of 2026-05, 2026-08, 2026-10, got '2025-01'"),
     ],
 )  # fmt: skip
@@ -300,3 +306,36 @@ def test_what_a_section_may_not_hold_is_named(
 def test_a_section_is_a_mapping() -> None:
     with pytest.raises(TypeError, match="section: expected a mapping of fields such as a dict"):
         IPOConfig.from_prime_rl("ipo")
+
+
+# ---------------------------------------------------------------------------------------------
+# Score centering
+
+
+def test_score_centering_asks_for_the_loss_that_it_centers() -> None:
+    assert IPOConfig.ipo(score_centering=True) == dataclasses.replace(
+        IPOConfig.ipo(), score_centering=True
+    )
+    start = "score_centering: expected mask_rule='prob_diff' of equal bounds and pg_form='capped'"
+    for fields in (
+        {},
+        {"mask_rule": "prob_diff", "dppo_mask_low": 0.3, "dppo_mask_high": 0.3},
+        {"mask_rule": "dppo", "dppo_mask_high": 0.2, "pg_form": "capped", "ratio_cap": 2.0},
+        {"mask_rule": "prob_diff", "pg_form": "capped", "ratio_cap": 2.0},
+    ):
+        assert refusal(score_centering=True, **fields).startswith(start)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"rollout_min_ratio": 1e-3}, {"sequence_rules": (("mean_k1", 0.9, 1.1),)}]
+)
+def test_score_centering_has_no_rule_on_sequences_beside_it(rule: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="score_centering: expected no rule on sequences"):
+        dataclasses.replace(IPOConfig.ipo(score_centering=True), **rule)
+
+
+@pytest.mark.parametrize("wrong", [1, None, "yes"])
+def test_score_centering_is_a_bool(wrong: object) -> None:
+    assert refusal(score_centering=wrong) == (
+        f"score_centering: expected True or False, got {wrong!r}"
+    )

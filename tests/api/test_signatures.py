@@ -15,16 +15,16 @@ from torch import nn
 
 import ipo_ext
 from ipo_ext import IPOConfig, IPOOutput, LossBatch, modules
-from ipo_ext._ops.arguments import LossInputs
+from ipo_ext._ops.arguments import IPOLossFromLogitsArguments, LossInputs
 from ipo_ext._optional_tensors import NAMES, OptionalTensors
 from ipo_ext.batch import FIELDS
 
 # What takes the optional tensors, with the arguments that users see.
-TENSORS = "teacher_logprobs=None, loss_weights=None, cu_seqlens=None"
+TENSORS = "teacher_logprobs=None, loss_weights=None, cu_seqlens=None, inference_mask_logprobs=None"
 SPELLED_OUT: dict[Callable[..., Any], str] = {
     ipo_ext.ipo_loss: (
         "trainer_logprobs, inference_logprobs, advantages, loss_mask, *, "
-        f"{TENSORS}, normalizer=None, config=IPOConfig()"
+        f"{TENSORS}, normalizer=None, config=IPOConfig(), trainer_mask_logprobs=None"
     ),
     ipo_ext.ipo_loss_from_logits: (
         "logits, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
@@ -38,7 +38,7 @@ SPELLED_OUT: dict[Callable[..., Any], str] = {
     ),
     ipo_ext.IPOLoss.forward: (
         "self, trainer_logprobs, inference_logprobs, advantages=None, loss_mask=None, *, "
-        f"{TENSORS}, normalizer=None"
+        f"{TENSORS}, normalizer=None, trainer_mask_logprobs=None"
     ),
     ipo_ext.LinearIPOLoss.forward: (
         "self, hidden, weight, labels, inference_logprobs, advantages=None, loss_mask=None, *, "
@@ -141,11 +141,15 @@ def test_the_docstring_tells_of_every_argument(thing: Callable[..., Any]) -> Non
 
 
 def test_they_are_the_operators_own() -> None:
-    """But for the normalizer, which may be a float to whoever calls."""
-    optional = tuple(LossInputs._field_defaults)
-    assert (*NAMES, "normalizer") == optional
+    """But for the normalizer, which may be a float, and what not every operator takes."""
+    *names, of_ids = NAMES
+    assert (*names, "normalizer") == tuple(LossInputs._field_defaults)
     kinds = get_type_hints(LossInputs)
-    assert get_type_hints(OptionalTensors) == {name: kinds[name] for name in NAMES}
+    of_operators = get_type_hints(IPOLossFromLogitsArguments)
+    assert get_type_hints(OptionalTensors) == {
+        **{name: kinds[name] for name in names},
+        of_ids: of_operators[of_ids],
+    }
 
 
 def call(function: Callable[..., Any], **named: Any) -> Any:

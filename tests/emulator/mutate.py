@@ -46,6 +46,7 @@ scale = tests_in("loss/test_scale.py")
 components = tests_in("loss/test_components.py")
 replay = tests_in("loss/test_replay.py")
 candidates = tests_in("loss/test_candidates.py")
+centering = tests_in("loss/test_score_centering.py")
 
 AROUND_TILES = from_logprobs(
     "test_matches_the_reference_around_tiles",
@@ -89,6 +90,10 @@ SCALE = "kernels/cuda/scale.cu"
 SUPPORT = "kernels/support.h"
 SUPPORT_TERMS = "math/support.h"
 SUPPORT_KERNELS = "kernels/cuda/support.cu"
+WARP = "kernels/cuda/common/warp.cuh"
+CENTERING = "kernels/score_centering.h"
+CENTERING_TERMS = "math/score_centering.h"
+CENTERING_KERNELS = "kernels/cuda/score_centering.cu"
 REPLAY = "ops/logits.h"
 
 MUTATIONS = (
@@ -634,7 +639,7 @@ MUTATIONS = (
     ),
     Mutation(
         "support-of-one-lane",
-        SUPPORT_KERNELS,
+        WARP,
         "return warp_all_reduce(value, [](double a, double b) { return a + b; });",
         "return value;",
         replay("test_matches_float64"),
@@ -666,6 +671,62 @@ MUTATIONS = (
         "if (factor != 1 && !passed.are_zero()) {",
         "if (factor > 1 && !passed.are_zero()) {",
         candidates("test_a_fp16_row_has_one_scale"),
+    ),
+    Mutation(
+        "centered-beyond-the-trust-region",
+        CENTERING_TERMS,
+        "(difference <= params.largest_difference)",
+        "(difference >= 0)",
+        centering("test_adds_the_formula_of_each_active_token"),
+    ),
+    Mutation(
+        "centered-without-a-cap",
+        CENTERING_TERMS,
+        "smaller(trainer_logprob - inference_logprob, params.log_ratio_cap)",
+        "trainer_logprob - inference_logprob",
+        centering("test_the_ratio_of_an_id_is_capped"),
+    ),
+    Mutation(
+        "an-infinite-logprob-centered",
+        CENTERING_TERMS,
+        "is_finite(trainer_logprob) & is_finite(inference_logprob) &",
+        "is_finite(trainer_logprob) &",
+        centering("test_an_id_without_a_finite_logprob_takes_no_part"),
+    ),
+    Mutation(
+        "every-token-centered",
+        CENTERING,
+        "(args.loss_mask[token] != 0) & replays & math::is_finite(log_ratio)",
+        "(args.loss_mask[token] != 0) & math::is_finite(log_ratio)",
+        centering("test_only_replayed_tokens_have_a_term"),
+    ),
+    Mutation(
+        "centered-whatever-the-log-ratio",
+        CENTERING,
+        "replays & math::is_finite(log_ratio) & (weight != 0)",
+        "replays & (weight != 0)",
+        centering("test_nothing_is_read_of_a_token_that_takes_no_part"),
+    ),
+    Mutation(
+        "last-token-not-centered",
+        CENTERING_KERNELS,
+        "if (token < args.segments.tokens) center_token",
+        "if (token + 1 < args.segments.tokens) center_token",
+        centering("test_adds_the_formula_of_each_active_token"),
+    ),
+    Mutation(
+        "centering-of-a-broken-partition",
+        CENTERING_KERNELS,
+        "invalid |= !args.segments.entry_is_valid(s);",
+        "invalid |= false;",
+        centering("test_a_broken_contract_raises_or_poisons_every_gradient"),
+    ),
+    Mutation(
+        "candidates-of-rows-that-do-not-replay",
+        SUPPORT,
+        "const bool has_candidates = args.candidates != nullptr && !args.only_replayed;",
+        "const bool has_candidates = args.candidates != nullptr;",
+        centering("test_rows_that_do_not_replay_are_not_centered"),
     ),
     Mutation(
         "gradient-outside-the-support",

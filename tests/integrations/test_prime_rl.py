@@ -40,6 +40,8 @@ class LaterLossInputs:
     advantages: torch.Tensor
     loss_mask: torch.Tensor
     loss_weights: torch.Tensor | None = None
+    trainer_mask_logprobs: torch.Tensor | None = None
+    inference_mask_logprobs: torch.Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -226,8 +228,8 @@ def test_built_in_losses_become_ours() -> None:
     assert prime_rl.setup_rl_loss_fn(CustomLossConfig()) == prime_rl.setup_loss_fn(
         CustomLossConfig()
     )
-    with pytest.raises(ValueError, match="score_centering: expected False, got True"):
-        prime_rl.setup_rl_loss_fn(BuiltInConfig(type="ipo", score_centering=True))
+    centered = prime_rl.setup_rl_loss_fn(BuiltInConfig(type="ipo", score_centering=True))
+    assert centered.config == IPOConfig.ipo(score_centering=True)
 
 
 def test_upstream_since_september_calls_loss() -> None:
@@ -307,6 +309,111 @@ def test_three_components_are_their_formulas() -> None:
             assert float(metrics[name]) == pytest.approx(value, rel=1e-6, abs=1e-9), name
 
 
+CENTERED = IPOConfig.ipo(eps=0.1, max_importance_ratio=1.4, adv_tau=0.7, score_centering=True)
+
+
+def of_ids(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The trainer's and the sampler's log-probabilities of six ids, as upstream pads them."""
+    tokens = sum(LENGTHS)
+    trainer, noise = torch.randn(2, tokens, 6, dtype=torch.float64)
+    trainer = trainer.log_softmax(-1)
+    sampler = (trainer + 0.5 * noise).log_softmax(-1)
+    padding = (torch.arange(6) > 3) | (torch.arange(tokens) % 4 == 0)[:, None]
+    return {
+        "trainer_mask_logprobs": trainer.masked_fill(padding, 0.0).requires_grad_(),
+        "inference_mask_logprobs": sampler.masked_fill(padding, -torch.inf),
+    }
+
+
+def eager_centering(batch: dict[str, torch.Tensor], ids: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Per token, as arXiv 2609.20807 and upstream have it."""
+    trainer, sampler = ids["trainer_mask_logprobs"], ids["inference_mask_logprobs"]
+    p, q = trainer.detach().exp(), sampler.exp()
+    within = sampler.isfinite() & ((p - q).abs() <= 0.1)
+    coefficient = torch.where(within, q * (p / q).clamp(max=1.4), 0.0)
+    return 0.7 * batch["advantages"] * (coefficient * trainer).sum(-1)
+
+
+def test_scores_are_centered() -> None:
+    batch, streams = components()
+    ids = of_ids(batch)
+    split_ids = {name: list(values.split(LENGTHS)) for name, values in ids.items()}
+    section = prime_rl.SequenceLoss(CENTERED)
+    loss, metrics = component_loss(batch, streams, rl_loss_fn=section, **split_ids)
+    plain_section = dataclasses.replace(CENTERED, score_centering=False)
+    plain, _ = component_loss(batch, streams, rl_loss_fn=prime_rl.SequenceLoss(plain_section))
+    rl = batch["loss_mask"] & (streams["rl_weights"] != 0)
+    terms = torch.where(rl, streams["rl_weights"] * eager_centering(batch, ids), 0.0)
+    expected = plain + terms.sum() / SCALES["rl_scale"]
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    leaf = ids["trainer_mask_logprobs"]
+    ours, theirs = (
+        torch.autograd.grad(each, leaf, retain_graph=True)[0] for each in (loss, expected)
+    )
+    assert ours.any()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    means = [
+        float(part.sum() / active.sum().clamp(min=1))
+        for part, active in zip(terms.detach().split(LENGTHS), rl.split(LENGTHS), strict=True)
+    ]
+    assert metrics["centering_loss"].tolist() == pytest.approx(means, rel=1e-12)
+
+
+def test_one_sequence_is_centered() -> None:
+    batch, _ = components()
+    ids = of_ids(batch)
+    inputs = LaterLossInputs(**batch, **ids)
+    ours = prime_rl.SequenceLoss(CENTERED).loss(inputs)
+    uncentered = dataclasses.replace(CENTERED, score_centering=False)
+    plain = prime_rl.SequenceLoss(uncentered).loss(inputs)
+    terms = torch.where(batch["loss_mask"], eager_centering(batch, ids), 0.0)
+    torch.testing.assert_close(ours.loss, plain.loss + terms.sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("missing", ["trainer_mask_logprobs", "inference_mask_logprobs"])
+def test_a_batch_without_the_ids_logprobs_is_not_centered(missing: str) -> None:
+    """Rollouts of a frozen source have none."""
+    batch, streams = components()
+    ids = {name: list(values.split(LENGTHS)) for name, values in of_ids(batch).items()}
+    section = prime_rl.SequenceLoss(CENTERED)
+    loss, metrics = component_loss(batch, streams, rl_loss_fn=section, **{**ids, missing: None})
+    uncentered = dataclasses.replace(CENTERED, score_centering=False)
+    plain, _ = component_loss(batch, streams, rl_loss_fn=prime_rl.SequenceLoss(uncentered))
+    assert torch.equal(loss, plain)
+    assert "centering_loss" not in metrics
+
+
+def test_the_head_and_the_loss_center_as_one() -> None:
+    """What the head gives is what the loss takes, and as the loss from hidden states does it."""
+    torch.manual_seed(3)
+    head = prime_rl.FusedOutputLinear(8, 11)
+    head.return_mask_logprobs = True
+    states = torch.randn(1, 12, 8, requires_grad=True)
+    labels = torch.randint(11, (1, 12))
+    ids = torch.stack([torch.randperm(11)[:4] for _ in range(12)]).int()[None]
+    ids[0, ::2, 0] = labels[0, ::2]
+    ids[0, ::2, 1:].masked_fill_(ids[0, ::2, 1:] == labels[0, ::2, None], -1)
+    sampler = torch.randn(1, 12, 4).log_softmax(-1).masked_fill(ids < 0, -torch.inf)
+    inference, advantages = -torch.rand(1, 12), torch.randn(1, 12)
+    mask = torch.arange(12)[None] % 5 != 0
+    out = head(states, labels, torch.ones(1, 12), ids)
+    loss, _ = prime_rl.compute_component_loss(
+        [out["logprobs"][0]], [inference[0]], None, [advantages[0]], [mask[0]],
+        None, None, None, prime_rl.SequenceLoss(CENTERED), 1.0, 1.0, 1.0,
+        trainer_mask_logprobs=[out["mask_logprobs"][0]], inference_mask_logprobs=[sampler[0]],
+    )  # fmt: skip
+    whole = ipo_ext.ipo_loss_from_hidden(
+        states, head.weight, labels, inference, advantages, mask,
+        sampling_mask=ids, inference_mask_logprobs=sampler, config=CENTERED,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, whole.loss)
+    leaves = [states, head.weight]
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(whole.loss, leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("stream", ["rl_weights", "ce_weights", "ref_kl_weights"])
 def test_what_a_token_outside_a_component_holds_reaches_it_not(stream: str) -> None:
     batch, streams = components()
@@ -383,7 +490,7 @@ def test_what_is_not_this_loss_is_refused() -> None:
             rl_loss_fn=loss_fn,
         )
     for name in ("trainer_mask_logprobs", "inference_mask_logprobs"):
-        with pytest.raises(ValueError, match=f"{name}: expected None, got 3 sequences: score"):
+        with pytest.raises(ValueError, match=rf"{name}: expected shapes \[tokens, ids\] of one"):
             prime_rl.compute_component_loss(
                 **batch,
                 **weights,

@@ -41,7 +41,8 @@ def build_library(root: Path, flags: Sequence[str] = (), extra: Sequence[Path] =
     """``_C`` of the sources of ``root``, within it."""
     torch_flags = (f"-isystem{TORCH / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000")
     plain = [
-        KERNELS / f"{name}.cpp" for name in ("dispatch", "ipo_loss", "logits", "scale", "support")
+        KERNELS / f"{name}.cpp"
+        for name in ("dispatch", "ipo_loss", "logits", "scale", "score_centering", "support")
     ]
     jobs = [(source, (*FLAGS, *flags)) for source in (*plain, *extra)]
     jobs += simd_jobs(chosen_arch(), flags)

@@ -45,6 +45,7 @@ class Case:
     teacher_logprobs: torch.Tensor | None = None
     loss_weights: torch.Tensor | None = None
     cu_seqlens: torch.Tensor | None = None
+    inference_mask_logprobs: torch.Tensor | None = None
     normalizer: float | torch.Tensor | None = None
     config: IPOConfig = _DEFAULT
 
@@ -97,9 +98,10 @@ class Case:
 class LogprobsCase(Case):
     function = staticmethod(ipo_ext.ipo_loss)
     operands = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
-    differentiable = ("trainer_logprobs",)
+    differentiable = ("trainer_logprobs", "trainer_mask_logprobs")
 
     trainer_logprobs: torch.Tensor
+    trainer_mask_logprobs: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 // Replay of the sampler's support: kernels of a warp for each row, before and after those over
 // whole rows, and what a loss measures of it.
 #include "kernels/cuda/common/reduce.cuh"
+#include "kernels/cuda/common/warp.cuh"
 #include "kernels/support.h"
 
 namespace ipo_ext::cuda {
@@ -14,23 +15,6 @@ constexpr int kMetricThreads = 512;
 // Device helpers
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The lanes of a warp, which share a row: all of them must call what reduces, and get its result.
-struct Warp {
-  __device__ __forceinline__ int64_t first() const { return threadIdx.x % kWarpSize; }
-  __device__ __forceinline__ int64_t count() const { return kWarpSize; }
-  __device__ __forceinline__ bool any(bool value) const {
-    return __any_sync(kFullWarp, value) != 0;
-  }
-  template <typename E>
-  __device__ __forceinline__ E max(E value) const {
-    return warp_all_reduce(value, [](E a, E b) { return math::larger(a, b); });
-  }
-  __device__ __forceinline__ double sum(double value) const {
-    return warp_all_reduce(value, [](double a, double b) { return a + b; });
-  }
-  __device__ __forceinline__ void sync() const { __syncwarp(); }
-};
-
 // Returns the row of this warp, or -1 for one behind the last.
 __device__ __forceinline__ int64_t row_of_warp(const SupportArgs& args) {
   const int64_t row = blockIdx.x * int64_t{kRowsPerBlock} + threadIdx.x / kWarpSize;
@@ -39,7 +23,7 @@ __device__ __forceinline__ int64_t row_of_warp(const SupportArgs& args) {
 
 struct MergeCounts {
   __device__ __forceinline__ ReplayCounts operator()(ReplayCounts a, const ReplayCounts& b) const {
-    for (int row = 0; row < math::replay::kNumRows; ++row) a.rows[row] += b.rows[row];
+    for (int row = 0; row < math::replay::kNumCounts; ++row) a.rows[row] += b.rows[row];
     return a;
   }
 };

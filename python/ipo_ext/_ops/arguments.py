@@ -126,6 +126,16 @@ class ComponentLossArguments(NamedTuple):
     with_gradient: bool
 
 
+class ScoreCenteringArguments(NamedTuple):
+    trainer_mask_logprobs: torch.Tensor  # [..., ids]
+    trainer_logprobs: torch.Tensor  # [...]; a constant here
+    inputs: LossInputs
+    settings: LossSettings
+    inference_mask_logprobs: torch.Tensor  # [..., ids]
+    replayed: torch.Tensor | None  # [...] bool; which tokens have a term, None for all
+    with_gradient: bool
+
+
 class MetricMeansArguments(NamedTuple):
     sums: torch.Tensor
     extremes: torch.Tensor
@@ -138,6 +148,7 @@ class IPOLossFromLogitsArguments(NamedTuple):
     scaling: LogitScaling
     inputs: LossInputs
     settings: LossSettings
+    inference_mask_logprobs: torch.Tensor | None  # [..., ids], of the sampling mask
     with_gradient: bool
 
 
@@ -147,6 +158,7 @@ class IPOLossFromLogitsInplaceArguments(NamedTuple):
     scaling: LogitScaling
     inputs: LossInputs
     settings: LossSettings
+    inference_mask_logprobs: torch.Tensor | None
 
 
 class TokenLogprobsArguments(NamedTuple):
@@ -189,6 +201,7 @@ class IPOLossFromHiddenArguments(NamedTuple):
     head: HeadInputs
     inputs: LossInputs
     settings: LossSettings
+    inference_mask_logprobs: torch.Tensor | None
     chunk_size: SymInt
     num_active: SymInt | None
     needs_grad: NeedsGrad
@@ -291,6 +304,7 @@ class ChunkLogprobsBackwardArguments(NamedTuple):
 OPERATORS: dict[str, type[tuple[Any, ...]]] = {
     "ipo_loss": IPOLossArguments,
     "component_loss": ComponentLossArguments,
+    "score_centering": ScoreCenteringArguments,
     "metric_means": MetricMeansArguments,
     "ipo_loss_from_logits": IPOLossFromLogitsArguments,
     "ipo_loss_from_logits_": IPOLossFromLogitsInplaceArguments,

@@ -29,6 +29,7 @@ NUMBERS = {
     for name in (
         "ipo_loss",
         "component_loss",
+        "score_centering",
         "ipo_loss_from_logits",
         "ipo_loss_from_logits_",
         "token_logprobs",

@@ -61,6 +61,43 @@ def check_components(trainer_logprobs: torch.Tensor, components: Components) -> 
             _check_scalar(name, tensor, NORMALIZER, like)
 
 
+def check_centering(
+    trainer_logprobs: torch.Tensor,
+    trainer_mask_logprobs: torch.Tensor,
+    inference_mask_logprobs: torch.Tensor,
+) -> None:
+    """Raises unless there are log-probabilities of ids for each token, the trainer's and others."""
+    name, like = "trainer_mask_logprobs", Like("trainer_logprobs", trainer_logprobs)
+    check_tensor(name, trainer_mask_logprobs, FLOATING)
+    shape = trainer_logprobs.shape
+    if trainer_mask_logprobs.shape[:-1] != shape or trainer_mask_logprobs.dim() != len(shape) + 1:
+        raise ValueError(
+            f"{name}: expected shape {[*shape, 'K']}, K ids for each of trainer_logprobs "
+            f"{_shape(trainer_logprobs)}, got {_shape(trainer_mask_logprobs)}"
+        )
+    check_device(name, trainer_mask_logprobs, like)
+    _check_per_token(
+        "inference_mask_logprobs",
+        inference_mask_logprobs,
+        FLOATING,
+        Like(name, trainer_mask_logprobs),
+    )
+
+
+def check_inference_mask_logprobs(
+    inference_mask_logprobs: torch.Tensor | None, sampling_mask: torch.Tensor | None
+) -> None:
+    """Raises unless the sampler's log-probabilities are of the ids that are replayed."""
+    name = "inference_mask_logprobs"
+    if inference_mask_logprobs is None:
+        return
+    if sampling_mask is None:
+        raise ValueError(
+            f"sampling_mask: expected a tensor beside {name}, whose ids it names, got None"
+        )
+    _check_per_token(name, inference_mask_logprobs, FLOATING, Like("sampling_mask", sampling_mask))
+
+
 def check_logits_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -239,10 +276,10 @@ def _check_scalar(
 
 
 def check_no_gradient(
-    inputs: LossInputs | Components | None, temperature: torch.Tensor | None = None
+    inputs: LossInputs | Components | None, **others: torch.Tensor | None
 ) -> None:
     """Raises if a tensor to which no gradient flows asks for one."""
-    named = {"temperature": temperature, **({} if inputs is None else inputs._asdict())}
+    named = {**others, **({} if inputs is None else inputs._asdict())}
     for name, tensor in named.items():
         if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             raise ValueError(

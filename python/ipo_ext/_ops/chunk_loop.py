@@ -27,7 +27,8 @@ from ipo_ext._ops.arguments import (
     MetricRows,
     NeedsGrad,
 )
-from ipo_ext._ops.chunks import IGNORED_LABEL, Gradients, Head, Rows
+from ipo_ext._ops.centering import with_centering
+from ipo_ext._ops.chunks import IGNORED_LABEL, NO_ID, Gradients, Head, Rows
 
 # -------------------------------------------------------------------------------------------------
 # The loss
@@ -38,7 +39,9 @@ def _ipo_loss_from_hidden(
 ) -> IPOLossFromHiddenResults:
     shape = arguments.head.labels.shape
     arguments = arguments._replace(
-        head=_flat_head(arguments.head), inputs=arguments.inputs.map_tokens(_flat)
+        head=_flat_head(arguments.head),
+        inputs=arguments.inputs.map_tokens(_flat),
+        inference_mask_logprobs=_flat_ids(arguments.inference_mask_logprobs),
     )
     head, inputs, num_active = arguments.head, arguments.inputs, arguments.num_active
     fault, replayed = ops.find_faults(
@@ -52,8 +55,9 @@ def _ipo_loss_from_hidden(
         head.weight.shape[0],
         head.labels.numel() if num_active is None else num_active,
     )
-    whole = arguments.settings.judges_sequences
-    make = _loss_of_judged_sequences if whole else _loss_in_one_pass
+    is_centered = arguments.inference_mask_logprobs is not None
+    in_two_passes = arguments.settings.judges_sequences or is_centered
+    make = _loss_in_two_passes if in_two_passes else _loss_in_one_pass
     results = make(ops, arguments, fault, replayed)
     return results._replace(
         logprobs=results.logprobs.view(shape), entropy=results.entropy.view(shape)
@@ -97,29 +101,51 @@ def _loss_in_one_pass(
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients.finished())
 
 
-def _loss_of_judged_sequences(
+def _loss_in_two_passes(
     ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor, replayed: torch.Tensor
 ) -> IPOLossFromHiddenResults:
     """A verdict needs all log-probabilities of a sequence before any gradient.
 
-    So the logits are made twice, the second time for tokens that pay; without ``num_active`` each
-    time reads a count back.
+    And score centering those of all ids of a token. So the logits are made twice, the second time
+    for tokens that pay; without ``num_active`` each time reads a count back.
     """
     loss_mask, num_active = arguments.inputs.loss_mask, arguments.num_active
     labels = arguments.head.labels.masked_fill(~loss_mask, IGNORED_LABEL)
     head, chunk_size = arguments.head._replace(labels=labels), arguments.chunk_size
+    candidates, of_sampler = None, arguments.inference_mask_logprobs
+    if head.scaling.sampling_mask is not None and of_sampler is not None:
+        candidates = head.scaling.sampling_mask.masked_fill(~replayed[:, None], NO_ID)
     rows = Rows.of(loss_mask, num_active)
-    logprobs, entropy, softmax_stats, _ = _logprobs_of(ops, rows, fault, head, None, chunk_size)
+    logprobs, entropy, softmax_stats, of_ids = _logprobs_of(
+        ops, rows, fault, head, candidates, chunk_size
+    )
     needs_grad_logprobs = any(arguments.needs_grad)
     loss, grad_logprobs, metrics = _loss_and_metrics(
         ops, arguments, fault, logprobs, entropy, replayed, needs_grad_logprobs
     )
     grad_logprobs = grad_logprobs.to(logprobs.dtype)
+    grad_candidates = None
+    if candidates is not None:
+        added, grad_candidates, sums = ops.score_centering(
+            of_ids,
+            logprobs,
+            *arguments.inputs,
+            *arguments.settings,
+            of_sampler,
+            replayed,
+            needs_grad_logprobs,
+        )
+        loss, metrics = loss + added, with_centering(ops, metrics, sums)
     if needs_grad_logprobs:
-        rows = Rows.of(loss_mask & (grad_logprobs != 0), num_active)
-    backward = LogprobsBackward(entropy, softmax_stats, grad_logprobs, torch.zeros_like(entropy))
+        pays = grad_logprobs != 0
+        if grad_candidates is not None:
+            pays |= (grad_candidates != 0).any(-1)
+        rows = Rows.of(loss_mask & pays, num_active)
+    backward = LogprobsBackward(
+        entropy, softmax_stats, grad_logprobs, torch.zeros_like(entropy), grad_candidates
+    )
     gradients = _gradients_of(
-        ops, rows, fault, head, None, chunk_size, backward, arguments.needs_grad
+        ops, rows, fault, head, candidates, chunk_size, backward, arguments.needs_grad
     )
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients)
 

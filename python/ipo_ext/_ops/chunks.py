@@ -15,6 +15,7 @@ from ipo_ext._ops import checks
 from ipo_ext._ops.arguments import NeedsGrad
 
 IGNORED_LABEL = -100  # of a row that takes no part in log-probabilities
+NO_ID = -1  # in the place of an id of a token that has fewer
 
 # Bytes of a chunk's logits: enough rows to keep the matrix products at full speed, which on a GPU
 # takes thousands and on a CPU hundreds.

@@ -31,6 +31,7 @@ from ipo_ext._ops.arguments import (
     MetricMeansArguments,
     MetricRows,
     NeedsGrad,
+    ScoreCenteringArguments,
     TokenLogprobsArguments,
     TokenLogprobsBackwardArguments,
 )
@@ -91,6 +92,19 @@ def _component_loss(arguments: ComponentLossArguments) -> Tensors:
     return (*loss, loss[0].new_empty((len(_C.COMPONENT_MEAN_ROWS),)))
 
 
+def _score_centering(arguments: ScoreCenteringArguments) -> Tensors:
+    of_ids, like, inputs = arguments[:3]
+    checks.check_centering(like, of_ids, arguments.inference_mask_logprobs)
+    segments = () if inputs.cu_seqlens is None else (inputs.cu_seqlens.shape[0] - 1,)
+    return (
+        like.new_empty((), dtype=checks.compute_dtype(like, inputs.inference_logprobs)),
+        of_ids.new_empty(
+            of_ids.shape if arguments.with_gradient else (0,), dtype=checks.widened(of_ids.dtype)
+        ),
+        like.new_empty((1, *segments), dtype=torch.float64),
+    )
+
+
 def _metric_means(arguments: MetricMeansArguments) -> torch.Tensor:
     dtype = torch.float64 if arguments.float64 else torch.float32
     sums = arguments.sums
@@ -103,8 +117,9 @@ def _metric_means(arguments: MetricMeansArguments) -> torch.Tensor:
 
 
 def _ipo_loss_from_logits(arguments: IPOLossFromLogitsArguments) -> Tensors:
-    logits, labels, scaling, inputs, settings, with_gradient = arguments
+    logits, labels, scaling, inputs, settings, of_ids, with_gradient = arguments
     checks.check_logits_loss(logits, labels, scaling, inputs, settings.teacher_tau)
+    checks.check_inference_mask_logprobs(of_ids, scaling.sampling_mask)
     compute = checks.compute_dtype(logits, inputs.inference_logprobs)
     return (
         logits.new_empty((), dtype=compute),
@@ -146,6 +161,9 @@ def _token_logprobs_backward(arguments: TokenLogprobsBackwardArguments) -> torch
 def _ipo_loss_from_hidden(arguments: IPOLossFromHiddenArguments) -> IPOLossFromHiddenResults:
     head, inputs = arguments.head, arguments.inputs
     checks.check_hidden_loss(head, inputs, arguments.settings.teacher_tau)
+    checks.check_inference_mask_logprobs(
+        arguments.inference_mask_logprobs, head.scaling.sampling_mask
+    )
     compute = checks.compute_dtype(head.hidden, inputs.inference_logprobs)
     return IPOLossFromHiddenResults(
         head.hidden.new_empty((), dtype=compute),
@@ -222,6 +240,7 @@ def _nothing(_: Any) -> None:
 FAKES: dict[str, Callable[[Any], Any]] = {
     "ipo_loss": _ipo_loss,
     "component_loss": _component_loss,
+    "score_centering": _score_centering,
     "metric_means": _metric_means,
     "ipo_loss_from_logits": _ipo_loss_from_logits,
     "ipo_loss_from_logits_": _ipo_loss_from_logits_inplace,

@@ -44,12 +44,15 @@ def _count(active: torch.Tensor) -> int:
 def _of_loss(arguments: IPOLossFromHiddenArguments) -> int:
     """Logits, and the gradients that were asked for; that of a bias is a sum.
 
-    Where sequences are judged logits are made twice. The second time and for the gradients all
-    active rows are counted, an upper bound where ``num_active`` is None: dropped rows take no part.
+    Where sequences are judged, or scores centered, logits are made twice. The second time and for
+    the gradients all active rows are counted, an upper bound where ``num_active`` is None: dropped
+    rows take no part.
     """
     mask, num_active = arguments.inputs.loss_mask, arguments.num_active
     rows = _count(mask) if num_active is None else min(num_active, mask.numel())
-    again = arguments.settings.judges_sequences and any(arguments.needs_grad)
+    is_centered = arguments.inference_mask_logprobs is not None
+    in_two_passes = arguments.settings.judges_sequences or is_centered
+    again = in_two_passes and any(arguments.needs_grad)
     return (1 + again + _products(arguments.needs_grad)) * _product(rows, arguments.head)
 
 

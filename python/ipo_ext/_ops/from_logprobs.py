@@ -7,7 +7,12 @@ from typing import Any, cast
 import torch
 
 from ipo_ext._ops import library
-from ipo_ext._ops.arguments import ComponentLossArguments, IPOLossArguments, flatten
+from ipo_ext._ops.arguments import (
+    ComponentLossArguments,
+    IPOLossArguments,
+    ScoreCenteringArguments,
+    flatten,
+)
 from ipo_ext._ops.autograd import (
     Formula,
     NoSecondDerivative,
@@ -35,8 +40,13 @@ def run_component_loss(arguments: ComponentLossArguments) -> tuple[torch.Tensor,
     return _run("component_loss", arguments)
 
 
+def run_score_centering(arguments: ScoreCenteringArguments) -> tuple[torch.Tensor, ...]:
+    """What it adds to the loss, differentiable by the ids' log-probabilities, and its sums."""
+    return _run("score_centering", arguments)
+
+
 def _run(
-    name: str, arguments: IPOLossArguments | ComponentLossArguments
+    name: str, arguments: IPOLossArguments | ComponentLossArguments | ScoreCenteringArguments
 ) -> tuple[torch.Tensor, ...]:
     values = as_operands(name, flatten(arguments))
     if in_forward_mode():
@@ -48,7 +58,7 @@ def _run(
     elif arguments.with_gradient:
         metrics = []
         attach: Any = EagerLoss.apply
-        loss = attach(arguments.trainer_logprobs, name, values, metrics)
+        loss = attach(arguments[0], name, values, metrics)
     else:
         loss, _, *metrics = _below_autograd(name, values)
     return loss, *metrics
@@ -64,12 +74,12 @@ def _below_autograd(name: str, values: tuple[Any, ...]) -> Any:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    trainer_logprobs, *_, with_gradient = inputs
+    logprobs, *_, with_gradient = inputs
     _, gradient, *metrics = output
     ctx.mark_non_differentiable(gradient, *metrics)
     ctx.with_gradient = with_gradient
     ctx.num_inputs = len(inputs)
-    ctx.save_for_backward(gradient, trainer_logprobs)
+    ctx.save_for_backward(gradient, logprobs)
     ctx.set_materialize_grads(False)  # else backward makes zeros for the four other outputs
 
 
@@ -79,8 +89,8 @@ def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple[Any, .
     others = (None,) * (ctx.num_inputs - 1)
     if grad_loss is None:
         return (None, *others)
-    gradient, trainer_logprobs = ctx.saved_tensors
-    return (_scaled(gradient, trainer_logprobs, grad_loss), *others)
+    gradient, logprobs = ctx.saved_tensors
+    return (_scaled(gradient, logprobs, grad_loss), *others)
 
 
 @with_signature
@@ -105,7 +115,20 @@ class ComponentLossFunction(IPOLossFunction):
         return tuple(operator("component_loss", inputs)(*inputs))
 
 
-_FUNCTIONS = {"ipo_loss": IPOLossFunction, "component_loss": ComponentLossFunction}
+@with_signature
+class ScoreCenteringFunction(IPOLossFunction):
+    """``score_centering`` likewise, by the log-probabilities of the ids."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(operator("score_centering", inputs)(*inputs))
+
+
+_FUNCTIONS = {
+    "ipo_loss": IPOLossFunction,
+    "component_loss": ComponentLossFunction,
+    "score_centering": ScoreCenteringFunction,
+}
 _IN_FORWARD_MODE = {name: refusing_tangents(function) for name, function in _FUNCTIONS.items()}
 
 # Operator to its formula for whoever calls it through torch.ops: backward, setup_context.
@@ -119,14 +142,14 @@ AUTOGRAD: dict[str, Formula] = dict.fromkeys(_FUNCTIONS, (_backward, _setup_cont
 class EagerLoss(torch.autograd.Function):
     """The operator where nothing traces or transforms it, at half the cost of the general form.
 
-    Autograd sees one input and one output; ``metrics`` receives the rest of what the operator
-    ``name`` returns for ``values``, its arguments.
+    Autograd sees one input, the first, and one output; ``metrics`` receives the rest of what the
+    operator ``name`` returns for ``values``, its arguments.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        trainer_logprobs: torch.Tensor,
+        logprobs: torch.Tensor,
         name: str,
         values: tuple[Any, ...],
         metrics: list[torch.Tensor],
@@ -134,13 +157,13 @@ class EagerLoss(torch.autograd.Function):
         loss, gradient, *metrics[:] = _below_autograd(name, values)
         ctx.save_for_backward(gradient)
         # Not saved: of its values none is needed, so it may change before backward.
-        ctx.trainer_logprobs = trainer_logprobs
+        ctx.logprobs = logprobs
         return cast(torch.Tensor, loss)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, ctx.trainer_logprobs, *grad_outputs), None, None, None
+        return _scaled(gradient, ctx.logprobs, *grad_outputs), None, None, None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -151,7 +174,7 @@ class EagerLoss(torch.autograd.Function):
 class ScaleGradient(NoSecondDerivative):
     """``gradient * factor``, refusing to be differentiated: the loss has no second derivative.
 
-    ``trainer_logprobs`` only gives the result its dtype and a place in the graph, so that a second
+    ``logprobs`` only gives the result its dtype and a place in the graph, so that a second
     derivative arrives at ``backward`` instead of being silently 0.
     """
 
@@ -159,25 +182,23 @@ class ScaleGradient(NoSecondDerivative):
 
     @staticmethod
     def forward(
-        gradient: torch.Tensor, factor: torch.Tensor, trainer_logprobs: torch.Tensor
+        gradient: torch.Tensor, factor: torch.Tensor, logprobs: torch.Tensor
     ) -> torch.Tensor:
-        return (gradient * factor).to(trainer_logprobs.dtype)
+        return (gradient * factor).to(logprobs.dtype)
 
 
-def _scaled(
-    gradient: torch.Tensor, trainer_logprobs: torch.Tensor, factor: torch.Tensor
-) -> torch.Tensor:
+def _scaled(gradient: torch.Tensor, logprobs: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     # Only where a graph of the backward pass is built can a second derivative be asked for.
     differentiable = torch.is_grad_enabled()
-    if _may_be_handed_over(gradient, trainer_logprobs) and not differentiable and _is_one(factor):
+    if _may_be_handed_over(gradient, logprobs) and not differentiable and _is_one(factor):
         return gradient
     scale: Any = ScaleGradient.apply if differentiable else ScaleGradient.forward
-    return cast(torch.Tensor, scale(gradient, factor, trainer_logprobs))
+    return cast(torch.Tensor, scale(gradient, factor, logprobs))
 
 
-def _may_be_handed_over(gradient: torch.Tensor, trainer_logprobs: torch.Tensor) -> bool:
+def _may_be_handed_over(gradient: torch.Tensor, logprobs: torch.Tensor) -> bool:
     """Whether it may become the caller's own: not where another backward pass needs it."""
-    return gradient.dtype == trainer_logprobs.dtype and is_eager() and not graph_is_kept()
+    return gradient.dtype == logprobs.dtype and is_eager() and not graph_is_kept()
 
 
 def _is_one(factor: torch.Tensor) -> bool:

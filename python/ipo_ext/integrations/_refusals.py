@@ -91,6 +91,21 @@ def refuse_unequal_lengths(like: str, expected: Sequences, **others: Sequences |
             )
 
 
+def refuse_unequal_ids(like: str, expected: Sequences, **others: Sequences | None) -> None:
+    """The same of what each token has for so many ids, as many in all sequences."""
+    lengths = [len(tokens) for tokens in expected]
+    for name, sequences in others.items():
+        if sequences is None:
+            continue
+        found = [list(each.shape) for each in sequences]
+        width = found[0][-1] if found and found[0] else 0
+        if found != [[length, width] for length in lengths]:
+            raise ValueError(
+                f"{name}: expected shapes [tokens, ids] of one number of ids and of the lengths of "
+                f"{like}, {lengths}, got {found}"
+            )
+
+
 def _lengths(name: str, sequences: Sequences) -> list[int]:
     for i, tokens in enumerate(sequences):
         if not isinstance(tokens, torch.Tensor):

@@ -8,6 +8,8 @@ its LM head (docs/integrations.md).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -30,15 +32,20 @@ from ipo_ext.integrations._prime_rl_components import (
     components_of,
     metrics_of,
 )
-from ipo_ext.integrations._refusals import Sequences, refuse_unequal_lengths
+from ipo_ext.integrations._refusals import (
+    Sequences,
+    refuse_unequal_ids,
+    refuse_unequal_lengths,
+)
 from ipo_ext.output import IPOOutput
 
 
 class LossInputs(Protocol):
     """What upstream's dataclass of this name holds for one packed sequence, each ``[tokens]``.
 
-    ``teacher_logprobs`` (later versions: ``ref_logprobs``) and ``loss_weights`` may be absent or
-    None.
+    ``teacher_logprobs`` (later versions: ``ref_logprobs``), ``loss_weights`` and, each
+    ``[tokens, ids]`` and read with score centering alone, ``trainer_mask_logprobs`` and
+    ``inference_mask_logprobs`` may be absent or None.
     """
 
     trainer_logprobs: torch.Tensor
@@ -61,6 +68,8 @@ class SequenceLoss:
 
     def loss(self, inputs: LossInputs) -> IPOOutput:
         _refuse_unknown_inputs(inputs)
+        of_ids = {name: getattr(inputs, name, None) for name in _OF_IDS}
+        config, centered = _with_what_is_centered(self.config, of_ids)
         return ipo_loss(
             inputs.trainer_logprobs,
             inputs.inference_logprobs,
@@ -68,7 +77,8 @@ class SequenceLoss:
             inputs.loss_mask,
             teacher_logprobs=_teacher(inputs),
             loss_weights=getattr(inputs, "loss_weights", None),
-            config=self.config,
+            config=config,
+            **centered,
         )
 
 
@@ -189,6 +199,10 @@ def compute_component_loss(
     no part, and what it holds reaches nothing.
 
     Args:
+        trainer_mask_logprobs, inference_mask_logprobs: read where the section of ``rl_loss_fn``
+            has ``score_centering``, which then takes all sequences, or where one is None none;
+            ``[tokens, ids]`` each, as the head's ``mask_logprobs`` and the sampler's, -inf where
+            there are fewer.
         version: "2026-08" for prime-rl until then, whose ref_kl also has the squared log-ratio and
             no cap; ``functools.partial(compute_component_loss, version="2026-08")``.
 
@@ -201,20 +215,10 @@ def compute_component_loss(
         log-probability, or a ratio without a cap, is not finite.
 
     Raises:
-        ValueError: ``ref_kl_weights`` without ``ref_logprobs``, the log-probabilities of a
-            sampling mask, which score centering alone reads, or a scale that is no number of tokens
-            (``rl_scale`` above 0, the others at least 0).
+        ValueError: ``ref_kl_weights`` without ``ref_logprobs``, or a scale that is no number of
+            tokens (``rl_scale`` above 0, the others at least 0).
         TypeError: a scale that is neither a number nor a tensor of numbers.
     """
-    for name, logprobs in (
-        ("trainer_mask_logprobs", trainer_mask_logprobs),
-        ("inference_mask_logprobs", inference_mask_logprobs),
-    ):
-        if logprobs is not None:
-            raise ValueError(
-                f"{name}: expected None, got {len(logprobs)} sequences: score centering is not "
-                "covered; switch score_centering off in trainer.loss"
-            )
     check_version(version)
     if ref_kl_weights is not None and ref_logprobs is None:
         raise ValueError(
@@ -231,6 +235,11 @@ def compute_component_loss(
         ce_weights=ce_weights,
         ref_kl_weights=ref_kl_weights,
     )
+    of_ids = {
+        "trainer_mask_logprobs": trainer_mask_logprobs,
+        "inference_mask_logprobs": inference_mask_logprobs,
+    }
+    refuse_unequal_ids("trainer_logprobs", trainer_logprobs, **of_ids)
     check_scale("rl_scale", rl_scale)
     check_scale("ce_scale", ce_scale, least=0)
     check_scale("ref_kl_scale", ref_kl_scale, least=0)
@@ -248,6 +257,7 @@ def compute_component_loss(
         rl_loss_fn,
         rl_scale,
         components,
+        {name: _packed(of_sequences) for name, of_sequences in of_ids.items()},
     )
 
 
@@ -348,7 +358,8 @@ class FusedOutputLinear(nn.Linear):
 # -logprob of every token: REINFORCE of an advantage of 1.
 _CROSS_ENTROPY = IPOConfig(mask_rule="none", pg_form="reinforce", kl_tau=0.0)
 _TEACHER = ("teacher_logprobs", "ref_logprobs")  # upstream renamed it
-_KNOWN_INPUTS = {*LossInputs.__annotations__, *_TEACHER, "loss_weights"}
+_OF_IDS = ("trainer_mask_logprobs", "inference_mask_logprobs")
+_KNOWN_INPUTS = {*LossInputs.__annotations__, *_TEACHER, "loss_weights", *_OF_IDS}
 
 
 def _refuse_unknown_inputs(inputs: LossInputs) -> None:
@@ -383,6 +394,7 @@ def _packed_loss(
     loss_fn: SequenceLoss,
     loss_scale: float | torch.Tensor,
     components: Components | None = None,
+    of_ids: Mapping[str, torch.Tensor | None] = MappingProxyType({}),
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     if not isinstance(loss_fn, SequenceLoss):
         raise TypeError(
@@ -400,18 +412,34 @@ def _packed_loss(
         torch.cat(list(advantages)),
         mask if weights is None else torch.where(weights != 0, mask, False),
     )
+    config, centered = _with_what_is_centered(loss_fn.config, of_ids)
     others: dict[str, Any] = {
         "teacher_logprobs": teacher_logprobs,
         "loss_weights": weights,
         "cu_seqlens": cu_seqlens_of(trainer_logprobs),
         "normalizer": loss_scale,
-        "config": loss_fn.config,
+        "config": config,
+        **centered,
     }
     if components is None:
         out = ipo_loss(*tokens, **others)
         return out.loss, dict(out.metrics.items())
     out, means = component_loss(*tokens, components=components, **others)
     return out.loss, {**dict(out.metrics.items()), **metrics_of(means, components)}
+
+
+def _with_what_is_centered(
+    config: IPOConfig, of_ids: Mapping[str, torch.Tensor | None]
+) -> tuple[IPOConfig, dict[str, torch.Tensor]]:
+    """As upstream: nothing where the ids' log-probabilities are missing, whatever the section says.
+
+    Rollouts of a frozen source have none, nor have batches of padding. A section without score
+    centering does not read them.
+    """
+    given = {name: logprobs for name, logprobs in of_ids.items() if logprobs is not None}
+    if config.score_centering and len(given) == len(_OF_IDS):
+        return config, given
+    return dataclasses.replace(config, score_centering=False), {}
 
 
 def _packed(sequences: Sequences | None) -> torch.Tensor | None:
