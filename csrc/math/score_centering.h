@@ -25,10 +25,9 @@ IPO_HOST_DEVICE E centering_weight(E trainer_logprob, E inference_logprob,
   const E p = exponential(trainer_logprob).exp;
   const E q = exponential(inference_logprob).exp;
   const E difference = p > q ? p - q : q - p;
-  const E log_ratio = smaller(trainer_logprob - inference_logprob, params.log_ratio_cap);
-  const bool counts = is_finite(trainer_logprob) & is_finite(inference_logprob) &
-                      (difference <= params.largest_difference);
-  return counts ? q * exponential(log_ratio).exp : E(0);
+  const E log_ratio = trainer_logprob - inference_logprob;
+  const bool counts = is_finite(log_ratio) & (difference <= params.largest_difference);
+  return counts ? q * exponential(smaller(log_ratio, params.log_ratio_cap)).exp : E(0);
 }
 
 }  // namespace ipo_ext::math

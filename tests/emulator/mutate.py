@@ -682,15 +682,15 @@ MUTATIONS = (
     Mutation(
         "centered-without-a-cap",
         CENTERING_TERMS,
-        "smaller(trainer_logprob - inference_logprob, params.log_ratio_cap)",
-        "trainer_logprob - inference_logprob",
+        "smaller(log_ratio, params.log_ratio_cap)",
+        "log_ratio",
         centering("test_the_ratio_of_an_id_is_capped"),
     ),
     Mutation(
         "an-infinite-logprob-centered",
         CENTERING_TERMS,
-        "is_finite(trainer_logprob) & is_finite(inference_logprob) &",
-        "is_finite(trainer_logprob) &",
+        "is_finite(log_ratio) & (difference",
+        "(difference",
         centering("test_an_id_without_a_finite_logprob_takes_no_part"),
     ),
     Mutation(

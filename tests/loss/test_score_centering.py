@@ -24,6 +24,7 @@ from tests.support.replay import PADDING
 
 UNCENTERED = dataclasses.replace(CONFIG, score_centering=False)
 MASKED = "trainer_mask_logprobs"
+SAMPLERS = "inference_mask_logprobs"
 
 
 def case_of(tokens: int = 61, *, width: int = 5, **options: Any) -> LogprobsCase:
@@ -67,7 +68,7 @@ def test_adds_the_formula_of_each_active_token(backend: Backend, width: int) -> 
 
 def without(case: LogprobsCase) -> LogprobsCase:
     """The same call without score centering."""
-    nothing = {"trainer_mask_logprobs": None, "inference_mask_logprobs": None}
+    nothing = {"trainer_mask_logprobs": None, SAMPLERS: None}
     return case.with_(config=UNCENTERED, **nothing)
 
 
@@ -159,7 +160,7 @@ def test_nothing_is_read_of_a_token_that_takes_no_part(backend: Backend) -> None
     garbage = torch.tensor([math.nan, math.inf, -math.inf, 1e30, 0.0])
     of_ids = {
         name: torch.where((away > 0)[:, None], garbage, getattr(case, name))
-        for name in (MASKED, "inference_mask_logprobs")
+        for name in (MASKED, SAMPLERS)
     }
     worse = case.with_(
         loss_mask=away != 1,
@@ -175,17 +176,18 @@ def test_nothing_is_read_of_a_token_that_takes_no_part(backend: Backend) -> None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", [MASKED, "inference_mask_logprobs"])
+@pytest.mark.parametrize("names", [[MASKED], [SAMPLERS], [MASKED, SAMPLERS]])
 def test_an_id_without_a_finite_logprob_takes_no_part(
-    backend: Backend, name: str, value: float
+    backend: Backend, names: list[str], value: float
 ) -> None:
     """Upstream multiplies 0 by it."""
     case = case_of(20, masked=0.0)
-    broken = getattr(case, name).clone()
-    broken[:, 1] = value
+    broken = {name: getattr(case, name).clone() for name in (MASKED, SAMPLERS)}
+    for name in names:
+        broken[name][:, 1] = value
     gone = case.with_(inference_mask_logprobs=case.inference_mask_logprobs.clone())
     gone.inference_mask_logprobs[:, 1] = -math.inf
-    ours = evaluate(case.with_(**{name: broken}).to(backend.device))
+    ours = evaluate(case.with_(**broken).to(backend.device))
     expected = evaluate(gone.to(backend.device))
     assert same_bits(ours.loss, expected.loss)
     assert (ours.gradients[1][:, 1] == 0).all()
@@ -406,7 +408,7 @@ def test_only_replayed_tokens_have_a_term(backend: Backend) -> None:
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({MASKED: None}, ValueError, f"{MASKED}: expected a tensor because"),
     (
-        {"inference_mask_logprobs": None},
+        {SAMPLERS: None},
         ValueError,
         "inference_mask_logprobs: expected a tensor because",
     ),
@@ -415,7 +417,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({MASKED: torch.zeros(61)}, ValueError, f"{MASKED}: expected shape"),
     ({MASKED: torch.zeros(61, 5).int()}, TypeError, f"{MASKED}: expected dtype"),
     (
-        {"inference_mask_logprobs": torch.zeros(61, 5, requires_grad=True)},
+        {SAMPLERS: torch.zeros(61, 5, requires_grad=True)},
         ValueError,
         "inference_mask_logprobs: expected a tensor that does not require grad",
     ),
@@ -434,8 +436,8 @@ def test_errors_of_labelled_calls(kind: Any) -> None:
     case = with_sampler(kind.random_case(ids=5, config=CONFIG))
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"sampling_mask": None}, "sampling_mask: expected a tensor beside"),
-        ({"inference_mask_logprobs": None}, "inference_mask_logprobs: expected a tensor because"),
-        ({"inference_mask_logprobs": case.inference_mask_logprobs[:, 1:]}, "inference_mask_log"),
+        ({SAMPLERS: None}, "inference_mask_logprobs: expected a tensor because"),
+        ({SAMPLERS: case.inference_mask_logprobs[:, 1:]}, "inference_mask_log"),
         ({"config": UNCENTERED}, "inference_mask_logprobs: expected None because"),
     ]
     for change, message in wrong:
@@ -447,7 +449,7 @@ def test_of_no_tokens_and_of_no_ids(backend: Backend) -> None:
     empty = evaluate(case_of(0).to(backend.device))
     assert empty.loss == 0
     case = case_of(9)
-    no_ids = {MASKED: torch.zeros(9, 0), "inference_mask_logprobs": torch.zeros(9, 0)}
+    no_ids = {MASKED: torch.zeros(9, 0), SAMPLERS: torch.zeros(9, 0)}
     ours = evaluate(case.with_(**no_ids).to(backend.device))
     assert same_bits(ours.loss, evaluate(without(case).to(backend.device)).loss)
 
