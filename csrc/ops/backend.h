@@ -30,6 +30,10 @@ struct CpuBackend {
   static void ipo_loss(const IpoLossArgs& args, const Tensor&) {
     cpu::ipo_loss(args, parallel_for);
   }
+  static void sequence_statistics(const SequenceStatisticsArgs& args, const Tensor&) {
+    cpu::sequence_statistics(args, parallel_for);
+  }
+  static void fold_segments(const FoldArgs& args, const Tensor&) { cpu::fold_segments(args); }
   static void metric_means(const MetricMeansArgs& args, const Tensor&) { cpu::metric_means(args); }
   static void logits(const LogitsArgs& args, const LaunchPlan&, const Tensor&) {
     cpu::logits(args, parallel_for);
@@ -76,6 +80,16 @@ struct CudaBackend {
 
   static void ipo_loss(const IpoLossArgs& args, const Tensor& on) {
     check_launch("ipo_loss", on, [&](CUstream_st* stream) { return cuda::ipo_loss(args, stream); });
+  }
+
+  static void sequence_statistics(const SequenceStatisticsArgs& args, const Tensor& on) {
+    check_launch("sequence_statistics", on,
+                 [&](CUstream_st* stream) { return cuda::sequence_statistics(args, stream); });
+  }
+
+  static void fold_segments(const FoldArgs& args, const Tensor& on) {
+    check_launch("fold_segments", on,
+                 [&](CUstream_st* stream) { return cuda::fold_segments(args, stream); });
   }
 
   static void metric_means(const MetricMeansArgs& args, const Tensor& on) {

@@ -35,6 +35,8 @@ const std::vector<Operator>& operators() {
   static const std::vector<Operator> all = {
       IPO_EXT_OPERATOR(ipo_loss),
       IPO_EXT_OPERATOR(component_loss),
+      IPO_EXT_OPERATOR(sequence_statistics),
+      IPO_EXT_OPERATOR(fold_segments),
       IPO_EXT_OPERATOR(metric_means),
       IPO_EXT_OPERATOR(ipo_loss_from_logits),
       IPO_EXT_OPERATOR(ipo_loss_from_logits_),

@@ -2,7 +2,7 @@
 
 from torch.serialization import add_safe_globals as _add_safe_globals
 
-from ipo_ext import reference
+from ipo_ext import distributed, reference
 from ipo_ext._C import VERSION as __version__
 from ipo_ext._ops.library import NAMESPACE as _NAMESPACE
 from ipo_ext._ops.register import register as _register
@@ -33,6 +33,7 @@ __all__ = [
     "__version__",
     "aggregate",
     "aggregation_counts",
+    "distributed",
     "ipo_loss",
     "ipo_loss_from_hidden",
     "ipo_loss_from_logits",

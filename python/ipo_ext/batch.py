@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # The loss's inputs in the order of the functions: those that it needs, then those that may be None.
-_OPTIONAL = tuple(LossInputs._field_defaults)
-_REQUIRED = tuple(name for name in LossInputs._fields if name not in _OPTIONAL)
-FIELDS = (*_REQUIRED, "temperature", *_OPTIONAL)
+_REQUIRED = tuple(name for name in LossInputs._fields if name not in LossInputs._field_defaults)
+FIELDS = (*_REQUIRED, "temperature", *NAMES, "normalizer")
 
 
 class LossBatch:
@@ -37,6 +36,7 @@ class LossBatch:
         inference_logprobs, advantages, loss_mask: ``[...]``, as for ``ipo_loss``.
         temperature: as for ``ipo_loss_from_hidden``; not for ``IPOLoss``.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer: as for ``ipo_loss``.
+        sequence_ids, num_sequences, cp_group: likewise.
 
     Example:
         >>> batch = LossBatch(inference, advantages, mask, normalizer=num_tokens).to(device)
@@ -49,6 +49,9 @@ class LossBatch:
     teacher_logprobs: torch.Tensor | None
     loss_weights: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
+    sequence_ids: torch.Tensor | None
+    num_sequences: int | None
+    cp_group: torch.distributed.ProcessGroup | torch.distributed.device_mesh.DeviceMesh | None
 
     @spells_out_tensors
     def __init__(
@@ -89,12 +92,11 @@ class LossBatch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LossBatch:
-        return LossBatch(
-            **{
-                name: function(value) if isinstance(value, torch.Tensor) else value
-                for name, value in self.arguments().items()
-            }
-        )
+        mapped: dict[str, Any] = {
+            name: function(value) if isinstance(value, torch.Tensor) else value
+            for name, value in self.arguments().items()
+        }
+        return LossBatch(**mapped)
 
     def __repr__(self) -> str:
         parts = (

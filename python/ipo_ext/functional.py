@@ -22,6 +22,10 @@ from ipo_ext._ops.arguments import (
     LogitScaling,
     LossInputs,
     NeedsGrad,
+    SequenceTotalsArguments,
+    SequenceTotalsFromHiddenArguments,
+    SequenceTotalsFromLogitsArguments,
+    SharedSequences,
     TokenLogprobsArguments,
 )
 from ipo_ext._ops.changing_numbers import settings_of
@@ -30,7 +34,14 @@ from ipo_ext._ops.errors import with_torch_errors
 from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_logprobs
 from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
 from ipo_ext._ops.from_logprobs import run_component_loss, run_ipo_loss
-from ipo_ext._optional_tensors import OptionalTensors, refuse_unknown_names, spells_out_tensors
+from ipo_ext._ops.shared_sequences import with_totals
+from ipo_ext._optional_tensors import (
+    NAMES,
+    OptionalTensors,
+    refuse_unknown_names,
+    spells_out_tensors,
+)
+from ipo_ext._shared_sequences import poisoned_by_ids, shared_sequences
 from ipo_ext.config import IPOConfig
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
@@ -39,6 +50,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DEFAULT = IPOConfig()
+_OPERATORS_OWN = tuple(name for name in NAMES if name in LossInputs._fields)
 _LARGEST_COUNT = 2**63 - 1  # what an operator can be given
 
 
@@ -76,6 +88,15 @@ def ipo_loss(
         cu_seqlens: int32 ``[segments + 1]``, first token of each packed sequence, then the number
             of tokens (flash-attention's convention, tokens counted row by row); every metric then
             has shape ``[segments]``.
+        sequence_ids: int32 ``[segments]``, where ranks share sequences (context parallelism): of
+            which sequence each segment of ``cu_seqlens`` is a piece, in any order. Every metric
+            then has shape ``[num_sequences]``, of this rank until
+            ``metrics.all_reduce(cp_group, by_sequence=True)``; docs/distributed.md.
+        num_sequences: how many sequences the ranks have together; ids are below it. With
+            ``sequence_ids``.
+        cp_group: the ranks that share the sequences, a process group or a device mesh of one
+            dimension. Needed with ``sequence_ids`` where ``config`` judges whole sequences: before
+            the loss the ranks then exchange what the rules look at, so all of them must call.
         normalizer: what the sum is divided by, usually the global number of loss tokens: a float
             > 0, or a 0-dim tensor (on the inputs' device or on the CPU; 0 gives loss 0 and zero
             gradients). Default 1.
@@ -89,6 +110,8 @@ def ipo_loss(
         ValueError: a shape, a device or a float is not as above, or a constant requires grad.
         RuntimeError: on CPU, ``cu_seqlens`` is no partition of the tokens, or a tensor normalizer
             is negative or NaN. On CUDA these make the loss and every gradient NaN instead.
+        IndexError: on CPU, an id of ``sequence_ids`` is not below ``num_sequences``; on CUDA as
+            above. Where an error precedes an exchange, CPU ranks of ``cp_group`` all raise.
 
     Example:
         >>> out = ipo_loss(trainer, inference, advantages, mask, normalizer=mask.sum())
@@ -96,11 +119,11 @@ def ipo_loss(
         >>> out.metrics["is_masked"]
     """
     refuse_unknown_names(ipo_loss, tensors)
-    arguments = _loss_arguments(
+    arguments, shared = _loss_arguments(
         trainer_logprobs, inference_logprobs, advantages, loss_mask, normalizer, config, tensors
     )
     loss, *rows = with_torch_errors(run_ipo_loss, arguments)
-    metrics = _metrics(rows, tensors.get("cu_seqlens"), arguments.inputs, config)
+    metrics = _metrics(rows, tensors, arguments.inputs, config, shared)
     return IPOOutput(loss, metrics)
 
 
@@ -121,7 +144,7 @@ def component_loss(
         The output, whose loss is the sum of all components, and the means of those beside the
         loss, ``[len(_C.COMPONENT_MEAN_ROWS)]``.
     """
-    arguments = _loss_arguments(
+    arguments, shared = _loss_arguments(
         trainer_logprobs, inference_logprobs, advantages, loss_mask, normalizer, config, tensors
     )
     checks.check_components(trainer_logprobs, components)
@@ -130,7 +153,7 @@ def component_loss(
         run_component_loss,
         ComponentLossArguments(*arguments[:-1], components, arguments.with_gradient),
     )
-    metrics = _metrics(rows, tensors.get("cu_seqlens"), arguments.inputs, config)
+    metrics = _metrics(rows, tensors, arguments.inputs, config, shared)
     return IPOOutput(loss, metrics), means
 
 
@@ -178,6 +201,7 @@ def ipo_loss_from_logits(
         logit_scale: what the logits are multiplied by before softcap and temperature (Cohere's
             field of this name; 1 over Granite's ``logits_scaling``): a finite float > 0. Default 1.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
+        sequence_ids, num_sequences, cp_group: as for ``ipo_loss``.
         inplace: writes the gradient over the logits, which saves as much memory as they take. They
             hold no logits afterwards, so they must come from an operation whose backward pass does
             not need them: a matrix product, not a softmax or tanh, whose backward pass then raises.
@@ -213,13 +237,7 @@ def ipo_loss_from_logits(
     """
     refuse_unknown_names(ipo_loss_from_logits, tensors)
     _check_config(config)
-    inputs = LossInputs(
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        normalizer=scalar("normalizer", normalizer, logits),
-        **tensors,
-    )
+    inputs = _inputs(inference_logprobs, advantages, loss_mask, normalizer, logits, tensors)
     scaling = _scaling(temperature, sampling_mask, entropy, logits)
     checks.check_logits_loss(logits, labels, scaling, inputs, config.teacher_tau)
     checks.check_no_gradient(inputs, scaling.temperature)
@@ -227,15 +245,19 @@ def ipo_loss_from_logits(
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
         _check_may_be_overwritten(logits)
-    if config.judges_sequences:
-        inputs = _with_sequences(inputs)
     scaling = logit_scaling(scaling, softcap, logit_scale, logits)
     settings = settings_of(config, compute)
+    inputs, shared = _with_sequences(inputs, tensors, config)
+    if shared is not None and config.judges_sequences:
+        policy = (logits.detach(), labels, scaling)
+        inputs = with_totals(
+            inputs, SequenceTotalsFromLogitsArguments(*policy, inputs, settings, shared)
+        )
     loss, logprobs, entropies, *rows = with_torch_errors(
         functools.partial(run_ipo_loss_from_logits, inplace=inplace),
         IPOLossFromLogitsArguments(logits, labels, scaling, inputs, settings, with_gradient),
     )
-    metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, scaling)
+    metrics = _metrics(rows, tensors, inputs, config, shared, scaling)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
@@ -329,6 +351,7 @@ def ipo_loss_from_hidden(
         sampling_mask, entropy: as for ``ipo_loss_from_logits``, except that all logits are made
             anyway.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer, config: as for ``ipo_loss``.
+        sequence_ids, num_sequences, cp_group: as for ``ipo_loss``.
         chunk_size: rows of a chunk, at least 1. Default: the largest multiple of 128 whose logits
             take no more than 1.25 GB on a GPU (2048 rows of 151,936), 48 MiB on a CPU; at
             least 128.
@@ -359,13 +382,7 @@ def ipo_loss_from_hidden(
     """
     refuse_unknown_names(ipo_loss_from_hidden, tensors)
     _check_config(config)
-    inputs = LossInputs(
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        normalizer=scalar("normalizer", normalizer, hidden),
-        **tensors,
-    )
+    inputs = _inputs(inference_logprobs, advantages, loss_mask, normalizer, hidden, tensors)
     scaling = _scaling(temperature, sampling_mask, entropy, hidden)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
     checks.check_hidden_loss(head, inputs, config.teacher_tau)
@@ -374,21 +391,21 @@ def ipo_loss_from_hidden(
     compute = checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
     needs_grad = [leaf is not None and leaf.requires_grad and with_gradient for leaf in head.leaves]
-    if config.judges_sequences:
-        inputs = _with_sequences(inputs)
+    settings = settings_of(config, compute)
+    product = checks.product_dtype(hidden, weight, bias)
+    work = _chunk_size(chunk_size, hidden, weight), _count("num_active", num_active, 0)
+    inputs, shared = _with_sequences(inputs, tensors, config)
+    if shared is not None and config.judges_sequences:
+        policy = head.detached(product)
+        inputs = with_totals(
+            inputs, SequenceTotalsFromHiddenArguments(policy, inputs, settings, *work, shared)
+        )
     loss, logprobs, entropies, *rows = with_torch_errors(
         run_ipo_loss_from_hidden,
-        checks.product_dtype(hidden, weight, bias),
-        IPOLossFromHiddenArguments(
-            head,
-            inputs,
-            settings_of(config, compute),
-            _chunk_size(chunk_size, hidden, weight),
-            _count("num_active", num_active, 0),
-            NeedsGrad(*needs_grad),
-        ),
+        product,
+        IPOLossFromHiddenArguments(head, inputs, settings, *work, NeedsGrad(*needs_grad)),
     )
-    metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, scaling)
+    metrics = _metrics(rows, tensors, inputs, config, shared, scaling)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
@@ -499,23 +516,22 @@ def _loss_arguments(
     normalizer: float | torch.Tensor | None,
     config: IPOConfig,
     tensors: OptionalTensors,
-) -> IPOLossArguments:
+) -> tuple[IPOLossArguments, SharedSequences | None]:
     """Of a call of the loss from log-probabilities, checked."""
     _check_config(config)
-    inputs = LossInputs(
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        normalizer=scalar("normalizer", normalizer, trainer_logprobs),
-        **tensors,
+    inputs = _inputs(
+        inference_logprobs, advantages, loss_mask, normalizer, trainer_logprobs, tensors
     )
     checks.check_per_token_loss(trainer_logprobs, inputs, config.teacher_tau)
     checks.check_no_gradient(inputs)
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
     compute = checks.compute_dtype(trainer_logprobs, inference_logprobs)
-    if config.judges_sequences:
-        inputs = _with_sequences(inputs)
-    return IPOLossArguments(trainer_logprobs, inputs, settings_of(config, compute), with_gradient)
+    settings = settings_of(config, compute)
+    inputs, shared = _with_sequences(inputs, tensors, config)
+    if shared is not None and config.judges_sequences:
+        policy = trainer_logprobs.detach()
+        inputs = with_totals(inputs, SequenceTotalsArguments(policy, inputs, settings, shared))
+    return IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient), shared
 
 
 def _check_config(config: object) -> None:
@@ -526,7 +542,31 @@ def _check_config(config: object) -> None:
         )
 
 
-def _with_sequences(inputs: LossInputs) -> LossInputs:
+def _inputs(
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    normalizer: float | torch.Tensor | None,
+    like: torch.Tensor,
+    tensors: OptionalTensors,
+) -> LossInputs:
+    """Not yet checked."""
+    given: dict[str, Any] = {name: tensors.get(name) for name in _OPERATORS_OWN}
+    number = scalar("normalizer", normalizer, like)
+    return LossInputs(inference_logprobs, advantages, loss_mask, normalizer=number, **given)
+
+
+def _with_sequences(
+    inputs: LossInputs, tensors: OptionalTensors, config: IPOConfig
+) -> tuple[LossInputs, SharedSequences | None]:
+    """What the segments are: sequences, or pieces of those that ranks share."""
+    shared = shared_sequences(tensors, config)
+    if shared is not None:
+        return poisoned_by_ids(inputs, shared), shared
+    return _with_rows(inputs) if config.judges_sequences else inputs, None
+
+
+def _with_rows(inputs: LossInputs) -> LossInputs:
     """What rules on sequences take for them without ``cu_seqlens``: the rows of ``[..., T]``."""
     mask = inputs.loss_mask
     if inputs.cu_seqlens is not None or mask.dim() < 2:
@@ -537,12 +577,14 @@ def _with_sequences(inputs: LossInputs) -> LossInputs:
 
 def _metrics(
     rows: list[torch.Tensor],
-    cu_seqlens: torch.Tensor | None,
+    tensors: OptionalTensors,
     inputs: LossInputs,
     config: IPOConfig,
+    shared: SharedSequences | None,
     scaling: LogitScaling | None = None,
 ) -> IPOMetrics:
-    """Of the operator's means, sums and extremes, for the segments that the caller has named."""
+    """Of the operator's means, sums and extremes, for what the caller has named: the segments, or
+    the sequences that they are pieces of."""
     metrics = IPOMetrics(
         *rows,
         has_teacher=inputs.teacher_logprobs is not None,
@@ -553,7 +595,9 @@ def _metrics(
         has_cap=config.ratio_cap is not None,
         has_replay=scaling is not None and scaling.sampling_mask is not None,
     )
-    return metrics if inputs.cu_seqlens is cu_seqlens else metrics.total()
+    if shared is not None:
+        return metrics._folded(shared.sequence_ids, shared.num_sequences)
+    return metrics if inputs.cu_seqlens is tensors.get("cu_seqlens") else metrics.total()
 
 
 def _count(name: str, value: Any, least: int) -> int | None:

@@ -9,7 +9,9 @@ from typing import Any, NoReturn
 import torch
 
 from ipo_ext import _C
+from ipo_ext._groups import process_group
 from ipo_ext._ops import library, torch_internals
+from ipo_ext._ops.errors import with_torch_errors
 
 
 class IPOMetrics:
@@ -145,19 +147,39 @@ class IPOMetrics:
         """So that ``sum(metrics_of_micro_batches)`` works."""
         return self if other == 0 else NotImplemented
 
-    def all_reduce(self, group: Any = None) -> IPOMetrics:
+    def all_reduce(self, group: Any = None, *, by_sequence: bool = False) -> IPOMetrics:
         """The metrics over all ranks of ``group`` (default: the whole world).
 
-        Segments are totalled first, since ranks hold different numbers of them. Two collectives;
-        every rank of the group must call it.
+        Segments are totalled first, since ranks hold different numbers of them. ``by_sequence``
+        leaves them apart, for ranks that share sequences: ``[num_sequences]``, by the ids of
+        ``sequence_ids``, the same number on every rank. ``group`` must hold ranks with different
+        tokens alone: under tensor parallelism the data- and context-parallel ones. Two
+        collectives; every rank of the group must call it.
+
+        Raises:
+            ValueError: ``by_sequence`` of metrics without segments.
         """
         self._check_sums()
-        total = self.total()
+        if by_sequence and self.sums.dim() == 1:
+            raise ValueError(
+                "by_sequence: expected metrics of sequences, [num_sequences], got those of all "
+                "tokens together; pass sequence_ids and num_sequences to the loss"
+            )
+        group = None if group is None else process_group("group", group)
+        total = self if by_sequence else self.total()
         sums = total.sums.clone()
         negated = torch.stack([total.extremes[0], -total.extremes[1]])  # max(x) is -min(-x)
         torch.distributed.all_reduce(sums, group=group)
         torch.distributed.all_reduce(negated, torch.distributed.ReduceOp.MIN, group=group)
         return self._made_of(sums, torch.stack([negated[0], -negated[1]]))
+
+    def _folded(self, sequence_ids: torch.Tensor, num_sequences: int) -> IPOMetrics:
+        """Of the sequences that the segments are pieces of, by their ids."""
+        fold = library.operators().fold_segments
+        sums, extremes = with_torch_errors(
+            fold, self.sums, self.extremes, sequence_ids, num_sequences
+        )
+        return self._made_of(sums, extremes)
 
     def _check_sums(self) -> None:
         """A cast loses what sums are for: bfloat16 counts to 256."""

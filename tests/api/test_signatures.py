@@ -16,43 +16,44 @@ from torch import nn
 import ipo_ext
 from ipo_ext import IPOConfig, IPOOutput, LossBatch, modules
 from ipo_ext._ops.arguments import LossInputs
-from ipo_ext._optional_tensors import NAMES, OptionalTensors
+from ipo_ext._optional_tensors import ANNOTATIONS, NAMES, OptionalTensors
 from ipo_ext.batch import FIELDS
 
 # What takes the optional tensors, with the arguments that users see.
 TENSORS = "teacher_logprobs=None, loss_weights=None, cu_seqlens=None"
+SHARED = "sequence_ids=None, num_sequences=None, cp_group=None"
 SPELLED_OUT: dict[Callable[..., Any], str] = {
     ipo_ext.ipo_loss: (
         "trainer_logprobs, inference_logprobs, advantages, loss_mask, *, "
-        f"{TENSORS}, normalizer=None, config=IPOConfig()"
+        f"{TENSORS}, {SHARED}, normalizer=None, config=IPOConfig()"
     ),
     ipo_ext.ipo_loss_from_logits: (
         "logits, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
-        f"softcap=None, {TENSORS}, normalizer=None, inplace=False, config=IPOConfig(), "
+        f"softcap=None, {TENSORS}, {SHARED}, normalizer=None, inplace=False, config=IPOConfig(), "
         "logit_scale=None, sampling_mask=None, entropy=True"
     ),
     ipo_ext.ipo_loss_from_hidden: (
         "hidden, weight, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
-        f"softcap=None, {TENSORS}, normalizer=None, chunk_size=None, num_active=None, "
+        f"softcap=None, {TENSORS}, {SHARED}, normalizer=None, chunk_size=None, num_active=None, "
         "config=IPOConfig(), logit_scale=None, bias=None, sampling_mask=None, entropy=True"
     ),
     ipo_ext.IPOLoss.forward: (
         "self, trainer_logprobs, inference_logprobs, advantages=None, loss_mask=None, *, "
-        f"{TENSORS}, normalizer=None"
+        f"{TENSORS}, {SHARED}, normalizer=None"
     ),
     ipo_ext.LinearIPOLoss.forward: (
         "self, hidden, weight, labels, inference_logprobs, advantages=None, loss_mask=None, *, "
-        f"temperature=None, softcap=None, {TENSORS}, normalizer=None, chunk_size=None, "
+        f"temperature=None, softcap=None, {TENSORS}, {SHARED}, normalizer=None, chunk_size=None, "
         "num_active=None, logit_scale=None, bias=None, sampling_mask=None, entropy=True"
     ),
     ipo_ext.IPOLMHead.forward: (
         "self, hidden, labels=None, inference_logprobs=None, advantages=None, loss_mask=None, *, "
-        f"temperature=None, softcap=None, {TENSORS}, normalizer=None, chunk_size=None, "
+        f"temperature=None, softcap=None, {TENSORS}, {SHARED}, normalizer=None, chunk_size=None, "
         "num_active=None, logit_scale=None, sampling_mask=None, entropy=True"
     ),
     LossBatch.__init__: (
         "self, inference_logprobs, advantages, loss_mask, *, temperature=None, "
-        f"{TENSORS}, normalizer=None"
+        f"{TENSORS}, {SHARED}, normalizer=None"
     ),
 }
 functions = pytest.mark.parametrize("function", SPELLED_OUT, ids=lambda each: each.__qualname__)
@@ -123,11 +124,14 @@ def test_every_keyword_stands_in_the_signature(function: Callable[..., Any]) -> 
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     text = str(inspect.Signature(bare)).replace(repr(IPOConfig()), "IPOConfig()")
     assert text == f"({SPELLED_OUT[function]})"
-    written = {signature.parameters[name].annotation for name in NAMES}
-    assert written == {"torch.Tensor | None"}  # in words, as the other annotations are
+    written = {name: signature.parameters[name].annotation for name in NAMES}
+    assert written == ANNOTATIONS  # in words, as the other annotations are
     hints = get_type_hints(function)
     assert hints.keys() == {*signature.parameters, "return"} - {"self"}
-    assert {hints[name] for name in NAMES} == {torch.Tensor | None}
+    kinds = get_type_hints(OptionalTensors)
+    assert {name: hints[name] for name in NAMES} == kinds
+    tensors = [name for name in NAMES if kinds[name] == torch.Tensor | None]
+    assert tensors == [name for name in NAMES if name not in ("num_sequences", "cp_group")]
 
 
 @pytest.mark.parametrize(
@@ -141,11 +145,12 @@ def test_the_docstring_tells_of_every_argument(thing: Callable[..., Any]) -> Non
 
 
 def test_they_are_the_operators_own() -> None:
-    """But for the normalizer, which may be a float to whoever calls."""
-    optional = tuple(LossInputs._field_defaults)
-    assert (*NAMES, "normalizer") == optional
-    kinds = get_type_hints(LossInputs)
-    assert get_type_hints(OptionalTensors) == {name: kinds[name] for name in NAMES}
+    """But for the normalizer, which may be a float to whoever calls, and for what says how ranks
+    share sequences, of which the operators are given the totals."""
+    own = tuple(name for name in NAMES if name not in SHARED)
+    assert (*own, "normalizer", "sequence_totals") == tuple(LossInputs._field_defaults)
+    given, kinds = get_type_hints(OptionalTensors), get_type_hints(LossInputs)
+    assert {name: given[name] for name in own} == {name: kinds[name] for name in own}
 
 
 def call(function: Callable[..., Any], **named: Any) -> Any:

@@ -17,6 +17,7 @@ from ipo_ext._ops.arguments import (
     ChunkLossArguments,
     ComponentLossArguments,
     FindFaultsArguments,
+    FoldSegmentsArguments,
     HeadInputs,
     IPOLossArguments,
     IPOLossFromHiddenArguments,
@@ -31,6 +32,7 @@ from ipo_ext._ops.arguments import (
     MetricMeansArguments,
     MetricRows,
     NeedsGrad,
+    SequenceStatisticsArguments,
     TokenLogprobsArguments,
     TokenLogprobsBackwardArguments,
 )
@@ -89,6 +91,29 @@ def _component_loss(arguments: ComponentLossArguments) -> Tensors:
     checks.check_components(trainer_logprobs, components)
     loss = _ipo_loss(IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient))
     return (*loss, loss[0].new_empty((len(_C.COMPONENT_MEAN_ROWS),)))
+
+
+def _sequence_statistics(arguments: SequenceStatisticsArguments) -> Tensors:
+    like, cu_seqlens = arguments.trainer_logprobs, arguments.inputs.cu_seqlens
+    segments = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (
+        like.new_empty((_C.STATISTIC_SUMS, segments), dtype=torch.float64),
+        like.new_empty((_C.STATISTIC_EXTREMES, segments), dtype=torch.float64),
+    )
+
+
+def _fold_segments(arguments: FoldSegmentsArguments) -> Tensors:
+    sums, extremes, _, num_sequences = arguments
+    return (
+        sums.new_empty((sums.shape[0], num_sequences)),
+        extremes.new_empty((extremes.shape[0], num_sequences)),
+    )
+
+
+def _sequence_totals(arguments: Any) -> torch.Tensor:
+    """Whatever they are made from."""
+    ids: torch.Tensor = arguments.shared.sequence_ids
+    return ids.new_empty((_C.SEQUENCE_TOTALS, ids.shape[0]), dtype=torch.float64)
 
 
 def _metric_means(arguments: MetricMeansArguments) -> torch.Tensor:
@@ -222,6 +247,8 @@ def _nothing(_: Any) -> None:
 FAKES: dict[str, Callable[[Any], Any]] = {
     "ipo_loss": _ipo_loss,
     "component_loss": _component_loss,
+    "sequence_statistics": _sequence_statistics,
+    "fold_segments": _fold_segments,
     "metric_means": _metric_means,
     "ipo_loss_from_logits": _ipo_loss_from_logits,
     "ipo_loss_from_logits_": _ipo_loss_from_logits_inplace,
@@ -235,6 +262,9 @@ FAKES: dict[str, Callable[[Any], Any]] = {
     "loss_and_metrics": _loss_and_metrics,
     "chunk_logprobs": _chunk_logprobs,
     "chunk_logprobs_backward": _nothing,
+    "sequence_totals": _sequence_totals,
+    "sequence_totals_from_logits": _sequence_totals,
+    "sequence_totals_from_hidden": _sequence_totals,
     "scale_": _nothing,
     "scale_rows_": _nothing,
     "scale_into": _nothing,
