@@ -46,6 +46,7 @@ scale = tests_in("loss/test_scale.py")
 components = tests_in("loss/test_components.py")
 replay = tests_in("loss/test_replay.py")
 candidates = tests_in("loss/test_candidates.py")
+context_parallel = tests_in("pytorch/test_context_parallel.py")
 
 AROUND_TILES = from_logprobs(
     "test_matches_the_reference_around_tiles",
@@ -63,6 +64,7 @@ class Mutation:
     tests: tuple[str, ...] = AROUND_TILES  # those that must notice, as node ids
 
 
+LOSS_ARGS = "kernels/ipo_loss.h"
 LOSS_LAUNCH = "kernels/cuda/ipo_loss/ipo_loss.cu"
 TILES = "kernels/cuda/ipo_loss/tiles.cuh"
 TOKENS = "kernels/cuda/ipo_loss/tokens.cuh"
@@ -289,8 +291,8 @@ MUTATIONS = (
     Mutation(
         "sequences-of-one-lane",
         SEQUENCES,
-        "return warp_reduce(sums, MergeSequences());",
-        "return sums;",
+        "wanted);\n  }\n  return warp_reduce(sums, MergeSequences());",
+        "wanted);\n  }\n  return sums;",
         rollout_rule("test_only_the_broken_sequences_are_dropped"),
     ),
     Mutation(
@@ -299,6 +301,48 @@ MUTATIONS = (
         "slot < end; slot += kWarpSize)",
         "slot < end; slot += end)",
         rollout_rule("test_a_long_sequence_is_dropped_whole"),
+    ),
+    Mutation(
+        "statistics-of-a-segment-left-out",
+        LOSS_LAUNCH,
+        "if (error != cudaSuccess) return error;\n  return launch(ipo_loss_store_statistics",
+        "return error;\n  return launch(ipo_loss_store_statistics",
+        context_parallel("test_a_group_of_one_rank_judges_its_pieces_together"),
+    ),
+    Mutation(
+        "negative-tokens-are-the-active-ones",
+        LOSS_ARGS,
+        "args.sums[statistics::kNegative * segments + s] = sequence.negative;",
+        "args.sums[statistics::kNegative * segments + s] = sequence.active;",
+        context_parallel("test_a_group_of_one_rank_judges_its_pieces_together"),
+    ),
+    Mutation(
+        "a-piece-counts-as-its-sequence",
+        SEQUENCE_RULES,
+        "drops_all ? piece.active :",
+        "drops_all ? sequence.active :",
+        context_parallel("test_a_group_of_one_rank_judges_its_pieces_together"),
+    ),
+    Mutation(
+        "smallest-of-a-sequence-are-its-largest",
+        LOSS_ARGS,
+        "sequence.smallest[k] = static_cast<E>(row(statistics::kNumSums + k));",
+        "sequence.smallest[k] = static_cast<E>(row(statistics::kNumSums + 3 + k));",
+        context_parallel("test_a_group_of_one_rank_judges_its_pieces_together"),
+    ),
+    Mutation(
+        "folds-without-the-last-piece",
+        LOSS_LAUNCH,
+        "for (int64_t s = 0; s < args.segments; ++s)\n    if (args.sequence_ids",
+        "for (int64_t s = 0; s + 1 < args.segments; ++s)\n    if (args.sequence_ids",
+        context_parallel("test_metrics_of_pieces_are_their_sequences"),
+    ),
+    Mutation(
+        "folds-extremes-the-wrong-way",
+        LOSS_ARGS,
+        "i < args.num_extremes / 2 ? FoldedRow::kSmallest : FoldedRow::kLargest",
+        "i < args.num_extremes / 2 ? FoldedRow::kLargest : FoldedRow::kSmallest",
+        context_parallel("test_metrics_of_pieces_are_their_sequences"),
     ),
     Mutation(
         "clips-counted-by-one-warp",

@@ -143,14 +143,18 @@ def test_metrics_of_pieces_are_their_sequences(backend: Backend) -> None:
     assert_same_metrics(evaluate(cut, **ids).metrics, evaluate(case).metrics)
 
 
-def test_a_group_of_one_rank_judges_its_pieces_together(backend: Backend) -> None:
-    config = IPOConfig(rollout_min_ratio=0.2, sequence_rules=(("max_k2", 0.0, 9.0),))
+@pytest.mark.parametrize("when", ["always", "negative_advantage"])
+def test_a_group_of_one_rank_judges_its_pieces_together(backend: Backend, when: Any) -> None:
+    rules = (("max_k2", 0.0, 4.0),)
+    config = IPOConfig(rollout_min_ratio=0.1, sequence_rules=rules, sequence_rule_when=when)
     cuts = cu_seqlens(LENGTHS)
     case = random_case(sum(LENGTHS), config=config).with_(cu_seqlens=cuts).to(backend.device)
     cut, ids = in_pieces(case)
     with alone() as group:
         ours = evaluate(cut, cp_group=group, **ids)
         assert_same_metrics(ours.metrics, evaluate(case).metrics)
+        shares = ours.metrics["sequence_dropped"] + 2 * ours.metrics["rollout_dropped"]
+        assert len(shares.unique()) > 2  # both rules drop some and keep others
         mesh = dist.init_device_mesh("cpu", (1,))
         assert same_bits(evaluate(cut, cp_group=mesh, **ids).gradient, ours.gradient)
 

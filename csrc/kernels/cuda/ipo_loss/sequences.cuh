@@ -92,10 +92,10 @@ template <typename E>
 __device__ __forceinline__ SequenceSums<E> merge_sequence(const IpoLossArgs& args, int64_t s) {
   const Segments segments = judged_segments(args.segments);
   const Workspace<E> workspace(args);
+  const int lane = threadIdx.x % kWarpSize;
   SequenceSums<E> sums = empty_sequence_sums<E>();
   const int64_t end = segments.end_slot(s);
-  for (int64_t slot = segments.first_slot(s) + threadIdx.x % kWarpSize; slot < end;
-       slot += kWarpSize)
+  for (int64_t slot = segments.first_slot(s) + lane; slot < end; slot += kWarpSize)
     sums = merge(sums, workspace.sequence_slots[slot]);
   return warp_reduce(sums, MergeSequences());
 }
