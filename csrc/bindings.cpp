@@ -9,6 +9,7 @@
 
 #include "kernels/cpu_arch.h"
 #include "math/components.h"
+#include "math/histogram.h"
 #include "math/metrics.h"
 #include "math/softmax_row.h"
 #include "math/support.h"
@@ -47,7 +48,12 @@ PYBIND11_MODULE(_C, m) {
                                   IPO_EXT_SEGMENT_ROWS(IPO_EXT_NAME)});
   m.attr("EXTREME_ROWS") = names({IPO_EXT_EXTREME_ROWS(IPO_EXT_NAME)});
   m.attr("MEAN_ROWS") = names({IPO_EXT_MEAN_ROWS(IPO_EXT_NAME)});
+  // How many rows the statistics of sequences have, which ranks exchange.
+  m.attr("STATISTIC_SUMS") = static_cast<int>(ipo_ext::math::statistics::kNumSums);
+  m.attr("STATISTIC_EXTREMES") = static_cast<int>(ipo_ext::math::statistics::kNumExtremes);
+  m.attr("SEQUENCE_TOTALS") = static_cast<int>(ipo_ext::math::statistics::kNumTotals);
   m.attr("COMPONENT_MEAN_ROWS") = names({IPO_EXT_COMPONENT_MEANS(IPO_EXT_NAME)});
+  m.attr("HISTOGRAM_BINS") = ipo_ext::math::kBins;
   // Behind the rows of sums and means, where a sampling mask is replayed.
   m.attr("REPLAY_ROWS") = names({IPO_EXT_REPLAY_ROWS(IPO_EXT_NAME)});
 }

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "kernels/inputs.h"
 #include "kernels/parallel_for.h"
@@ -50,6 +51,9 @@ struct IpoLossArgs {
   // With params.judges_sequences. Last, so that nothing that all kernels read moves.
   math::SequenceRules sequence_rules;
   ComponentArgs components;
+  // [statistics::kNumTotals, segments], or null: what the rules look at, where a segment is a piece
+  // of a sequence that other calls have pieces of.
+  const double* sequence_totals = nullptr;
 };
 
 #undef IPO_EXT_MEMBER
@@ -102,6 +106,50 @@ struct MetricMeansArgs {
   const double* extremes;  // [extreme::kNumRows, segments]
   void* means;             // [mean::kNumRows, segments] compute
 };
+
+// What the rules look at, of each segment of a call that judges sequences.
+struct SequenceStatisticsArgs {
+  IpoLossArgs loss;
+  double* sums;      // [statistics::kNumSums, segments]
+  double* extremes;  // [statistics::kNumExtremes, segments]
+};
+
+// Segments that are pieces of sequences: rows of their sums, and of their smallest and, in the
+// second half, largest values, become rows of the sequences'.
+struct FoldArgs {
+  const int32_t* sequence_ids;  // [segments]; one out of range names no sequence
+  int64_t segments, sequences;
+  int num_sums, num_extremes;
+  const double* sums;       // [num_sums, segments]
+  const double* extremes;   // [num_extremes, segments]
+  double* folded_sums;      // [num_sums, sequences]
+  double* folded_extremes;  // [num_extremes, sequences]
+
+  IPO_HOST_DEVICE int num_rows() const { return num_sums + num_extremes; }
+};
+
+// One row of a fold, and how its values combine.
+struct FoldedRow {
+  const double* values;  // [segments]
+  double* folded;        // [sequences]
+  enum { kSum, kSmallest, kLargest } by;
+
+  IPO_HOST_DEVICE double nothing() const {
+    constexpr double kInfinity = std::numeric_limits<double>::infinity();
+    return by == kSum ? 0 : by == kSmallest ? kInfinity : -kInfinity;
+  }
+  IPO_HOST_DEVICE double combine(double a, double b) const {
+    return by == kSum ? a + b : by == kSmallest ? math::smaller(a, b) : math::larger(a, b);
+  }
+};
+
+IPO_HOST_DEVICE FoldedRow folded_row(const FoldArgs& args, int i) {
+  if (i < args.num_sums)
+    return {args.sums + i * args.segments, args.folded_sums + i * args.sequences, FoldedRow::kSum};
+  i -= args.num_sums;
+  return {args.extremes + i * args.segments, args.folded_extremes + i * args.sequences,
+          i < args.num_extremes / 2 ? FoldedRow::kSmallest : FoldedRow::kLargest};
+}
 
 // The settings in the compute dtype.
 template <typename E>
@@ -194,6 +242,38 @@ IPO_HOST_DEVICE void store_segment(const IpoLossArgs& args, const math::SegmentS
 }
 
 template <typename E>
+IPO_HOST_DEVICE void store_statistics(const SequenceStatisticsArgs& args,
+                                      const math::SequenceSums<E>& sequence, int64_t s) {
+  using namespace math;
+  const int64_t segments = args.loss.segments.count;
+  for (int k = 0; k < estimator::kNumRows; ++k) {
+    args.sums[k * segments + s] = sequence.sums[k];
+    args.extremes[k * segments + s] = sequence.smallest[k];
+    args.extremes[(estimator::kNumRows + k) * segments + s] = sequence.largest[k];
+  }
+  args.sums[statistics::kActive * segments + s] = sequence.active;
+  args.sums[statistics::kNegative * segments + s] = sequence.negative;
+}
+
+// Judges the sequence that segment s is a piece of, by args.sequence_totals.
+template <typename E>
+IPO_HOST_DEVICE math::SequenceVerdict verdict_on_piece(const IpoLossArgs& args, int64_t s) {
+  using namespace math;
+  const auto row = [&](int i) { return args.sequence_totals[i * args.segments.count + s]; };
+  SequenceSums<E> sequence = {}, piece = {};
+  for (int k = 0; k < estimator::kNumRows; ++k) {
+    sequence.sums[k] = row(k);
+    sequence.smallest[k] = static_cast<E>(row(statistics::kNumSums + k));
+    sequence.largest[k] = static_cast<E>(row(statistics::kNumSums + estimator::kNumRows + k));
+  }
+  sequence.active = static_cast<uint32_t>(row(statistics::kActive));
+  sequence.negative = static_cast<uint32_t>(row(statistics::kNegative));
+  piece.active = static_cast<uint32_t>(row(statistics::kPieceActive));
+  piece.negative = static_cast<uint32_t>(row(statistics::kPieceNegative));
+  return judge(sequence, piece, args.sequence_rules, args.params.rollout_low);
+}
+
+template <typename E>
 IPO_HOST_DEVICE void metric_means_of_segment(const MetricMeansArgs& args, int64_t s) {
   math::SegmentSums segment;
   for (int row = 0; row < math::kNumSumRows; ++row)
@@ -210,7 +290,9 @@ size_t workspace_bytes(const IpoLossArgs& args);
 
 // The caller has checked that cu_seqlens is a partition.
 void ipo_loss(IpoLossArgs args, const ParallelFor& parallel_for);
+void sequence_statistics(SequenceStatisticsArgs args, const ParallelFor& parallel_for);
 void metric_means(const MetricMeansArgs& args);
+void fold_segments(const FoldArgs& args);
 
 }  // namespace cpu
 
@@ -218,10 +300,13 @@ namespace cuda {
 
 size_t workspace_bytes(const IpoLossArgs& args);
 
-// ipo_loss makes two launches on `stream`, four where sequences are judged, without synchronising
-// with the host. Both functions return null, or CUDA's words for what failed. A cu_seqlens that is
-// no partition makes the loss and every gradient NaN and leaves the metrics undefined.
+// ipo_loss makes two launches on `stream`, four where sequences are judged (three by totals that it
+// is given), without synchronising with the host. The functions return null, or CUDA's words for
+// what failed. A cu_seqlens that is no partition makes the loss and every gradient NaN and leaves
+// metrics and statistics undefined.
 const char* ipo_loss(IpoLossArgs args, CUstream_st* stream);
+const char* sequence_statistics(SequenceStatisticsArgs args, CUstream_st* stream);
+const char* fold_segments(const FoldArgs& args, CUstream_st* stream);
 const char* metric_means(const MetricMeansArgs& args, CUstream_st* stream);
 
 }  // namespace cuda

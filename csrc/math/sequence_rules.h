@@ -187,10 +187,11 @@ struct SequenceVerdict {
   bool drops_negative = false;  // the tokens of negative advantage
 };
 
-// `rollout_low` is the log-ratio below which one active token drops its sequence.
+// `piece` is the part of the sequence whose tokens are at hand and counted. `rollout_low` is the
+// log-ratio below which one active token drops its sequence.
 template <typename E>
-IPO_HOST_DEVICE SequenceVerdict judge(const SequenceSums<E>& sequence, const SequenceRules& rules,
-                                      double rollout_low) {
+IPO_HOST_DEVICE SequenceVerdict judge(const SequenceSums<E>& sequence, const SequenceSums<E>& piece,
+                                      const SequenceRules& rules, double rollout_low) {
   SequenceVerdict verdict;
   if (sequence.active == 0) return verdict;
   bool broken = false;
@@ -202,12 +203,30 @@ IPO_HOST_DEVICE SequenceVerdict judge(const SequenceSums<E>& sequence, const Seq
     if (!drops_all) verdict.weight = weight;
   }
   verdict.drops_negative = broken && rules.only_negative;
-  verdict.dropped_tokens = drops_all                ? sequence.active
-                           : verdict.drops_negative ? sequence.negative
-                                                    : 0;
+  verdict.dropped_tokens = drops_all ? piece.active : verdict.drops_negative ? piece.negative : 0;
   verdict.rollout_dropped = sequence.smallest[estimator::k1] < rollout_low;
   verdict.drops_all = drops_all | verdict.rollout_dropped;
   return verdict;
 }
+
+template <typename E>
+IPO_HOST_DEVICE SequenceVerdict judge(const SequenceSums<E>& sequence, const SequenceRules& rules,
+                                      double rollout_low) {
+  return judge(sequence, sequence, rules, rollout_low);
+}
+
+// How the statistics of many sequences lie in memory, all in fp64: rows of what is added (k1, 2 k2
+// and k3, then active and negative tokens) and rows of extremes (the smallest of each estimator,
+// then the largest). Of pieces that several calls have: the rows of whole sequences, then active
+// and negative tokens of the piece.
+namespace statistics {
+constexpr int kActive = estimator::kNumRows;
+constexpr int kNegative = kActive + 1;
+constexpr int kNumSums = kNegative + 1;
+constexpr int kNumExtremes = 2 * estimator::kNumRows;
+constexpr int kPieceActive = kNumSums + kNumExtremes;
+constexpr int kPieceNegative = kPieceActive + 1;
+constexpr int kNumTotals = kPieceNegative + 1;
+}  // namespace statistics
 
 }  // namespace ipo_ext::math

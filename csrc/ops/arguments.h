@@ -26,7 +26,8 @@ namespace ipo_ext {
   X("Tensor?", std::optional<Tensor>, teacher_logprobs) \
   X("Tensor?", std::optional<Tensor>, loss_weights)     \
   X("Tensor?", std::optional<Tensor>, cu_seqlens)       \
-  X("Tensor?", std::optional<Tensor>, normalizer)
+  X("Tensor?", std::optional<Tensor>, normalizer)       \
+  X("Tensor?", std::optional<Tensor>, sequence_totals)
 
 // What stands beside the loss (math/components.h), whose settings follow; no gradient flows to it.
 #define IPO_EXT_COMPONENT_INPUTS(X)                   \

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include "kernels/histogram.h"
 #include "kernels/ipo_loss.h"
 #include "kernels/logits.h"
 #include "kernels/scale.h"
@@ -31,6 +32,10 @@ struct CpuBackend {
   static void ipo_loss(const IpoLossArgs& args, const Tensor&) {
     cpu::ipo_loss(args, parallel_for);
   }
+  static void sequence_statistics(const SequenceStatisticsArgs& args, const Tensor&) {
+    cpu::sequence_statistics(args, parallel_for);
+  }
+  static void fold_segments(const FoldArgs& args, const Tensor&) { cpu::fold_segments(args); }
   static void metric_means(const MetricMeansArgs& args, const Tensor&) { cpu::metric_means(args); }
   static void logits(const LogitsArgs& args, const LaunchPlan&, const Tensor&) {
     cpu::logits(args, parallel_for);
@@ -48,6 +53,9 @@ struct CpuBackend {
     cpu::replay_metrics(args);
   }
   static void finite_values(const FiniteArgs& args, const Tensor&) { cpu::finite_values(args); }
+  static void histogram(const HistogramArgs& args, const Tensor&) {
+    cpu::histogram(args, parallel_for);
+  }
   static void score_centering(const CenteringArgs& args, const Tensor&) {
     cpu::score_centering(args, parallel_for);
   }
@@ -80,6 +88,16 @@ struct CudaBackend {
 
   static void ipo_loss(const IpoLossArgs& args, const Tensor& on) {
     check_launch("ipo_loss", on, [&](CUstream_st* stream) { return cuda::ipo_loss(args, stream); });
+  }
+
+  static void sequence_statistics(const SequenceStatisticsArgs& args, const Tensor& on) {
+    check_launch("sequence_statistics", on,
+                 [&](CUstream_st* stream) { return cuda::sequence_statistics(args, stream); });
+  }
+
+  static void fold_segments(const FoldArgs& args, const Tensor& on) {
+    check_launch("fold_segments", on,
+                 [&](CUstream_st* stream) { return cuda::fold_segments(args, stream); });
   }
 
   static void metric_means(const MetricMeansArgs& args, const Tensor& on) {
@@ -120,6 +138,11 @@ struct CudaBackend {
   static void finite_values(const FiniteArgs& args, const Tensor& on) {
     check_launch("finite_values", on,
                  [&](CUstream_st* stream) { return cuda::finite_values(args, stream); });
+  }
+
+  static void histogram(const HistogramArgs& args, const Tensor& on) {
+    check_launch("log_ratio_histogram", on,
+                 [&](CUstream_st* stream) { return cuda::histogram(args, stream); });
   }
 
   static void score_centering(const CenteringArgs& args, const Tensor& on) {

@@ -50,6 +50,7 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     args.sequence_rules = settings.sequence_rules;
     take_mask(inputs.loss_mask);
     take_segments(inputs.cu_seqlens);
+    if (inputs.sequence_totals.has_value()) take_totals(*inputs.sequence_totals);
     allocate(with_gradient);
   }
 
@@ -88,11 +89,22 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     allocate_metrics(math::replay::kNumRows);
   }
 
+  // What the rules on sequences look at, of each segment: rows of sums and of extremes.
+  template <typename Backend>
+  std::tuple<Tensor, Tensor> statistics() {
+    const Tensor workspace = new_workspace<Backend>();
+    const int64_t segments = args.segments.count;
+    Tensor sums = empty({math::statistics::kNumSums, segments}, ScalarType::Double, like_);
+    Tensor extremes = empty({math::statistics::kNumExtremes, segments}, ScalarType::Double, like_);
+    Backend::sequence_statistics({args, static_cast<double*>(sums.mutable_data_ptr()),
+                                  static_cast<double*>(extremes.mutable_data_ptr())},
+                                 like_);
+    return {sums, extremes};
+  }
+
   template <typename Backend>
   void run() {
-    const Tensor workspace =
-        empty({static_cast<int64_t>(Backend::workspace_bytes(args))}, ScalarType::Byte, like_);
-    args.workspace = workspace.mutable_data_ptr();
+    const Tensor workspace = new_workspace<Backend>();
     if (finite_entropy_.has_value())
       Backend::finite_values({any_entropy_, finite_entropy_->mutable_data_ptr(), like_.numel()},
                              like_);
@@ -134,6 +146,24 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     args.segments.count = cu_seqlens_.numel() - 1;
   }
 
+  void take_totals(const Tensor& totals) {
+    IPO_EXT_CHECK(is_float64(totals) &&
+                      totals.numel() == math::statistics::kNumTotals * args.segments.count &&
+                      same_device(totals, like_),
+                  "sequence_totals: expected float64 [", math::statistics::kNumTotals,
+                  ", segments] on the device of trainer_logprobs");
+    totals_ = as_contiguous(totals, "sequence_totals");
+    args.sequence_totals = static_cast<const double*>(totals_.const_data_ptr());
+  }
+
+  template <typename Backend>
+  Tensor new_workspace() {
+    Tensor workspace =
+        empty({static_cast<int64_t>(Backend::workspace_bytes(args))}, ScalarType::Byte, like_);
+    args.workspace = workspace.mutable_data_ptr();
+    return workspace;
+  }
+
   void allocate(bool with_gradient) {
     const auto shape = like_.sizes();
     loss = empty({}, compute(), like_);
@@ -164,7 +194,7 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
 
   Tensor like_;
   PerToken trainer_logprobs_, IPO_EXT_TOKEN_INPUTS(IPO_EXT_NAME, IPO_EXT_NAME) entropy_;
-  Tensor mask_, cu_seqlens_;
+  Tensor mask_, cu_seqlens_, totals_;
   bool is_packed_ = false;
   std::optional<Tensor> replayed_, finite_entropy_;
   TokenInput any_entropy_;
@@ -234,6 +264,58 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> component_loss(
   call.args.components = components.args;
   call.run<Backend>();
   return {call.loss, call.gradient, call.means, call.sums, call.extremes, components.means};
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> sequence_statistics(const Tensor& trainer_logprobs,
+                                               const LossInputs& inputs,
+                                               const LossSettings& settings) {
+  IPO_EXT_CHECK(settings.params.judges_sequences, "judges_sequences: expected True, got False");
+  IpoLossCall call(trainer_logprobs, inputs, std::nullopt, settings, false);
+  call.check_values<Backend>();
+  return call.statistics<Backend>();
+}
+
+// CPU only: reads the values. The words "sequence_ids" at the start tell Python to raise
+// IndexError.
+inline void check_sequence_ids(const FoldArgs& args) {
+  for (int64_t s = 0; s < args.segments; ++s) {
+    const int32_t id = args.sequence_ids[s];
+    IPO_EXT_CHECK(id >= 0 && id < args.sequences, "sequence_ids: expected ids in [0, ",
+                  args.sequences, "), num_sequences, got ", id, " at index ", s);
+  }
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor> fold_segments(const Tensor& sums, const Tensor& extremes,
+                                         const Tensor& sequence_ids, int64_t num_sequences) {
+  const auto are_rows = [&](const Tensor& rows) {
+    return is_float64(rows) && rows.dim() == 2 && rows.size(1) == sequence_ids.numel() &&
+           same_device(rows, sequence_ids);
+  };
+  IPO_EXT_CHECK(sequence_ids.scalar_type() == ScalarType::Int,
+                "sequence_ids: expected dtype int32");
+  IPO_EXT_CHECK(num_sequences >= 0, "num_sequences: expected a count, got ", num_sequences);
+  IPO_EXT_CHECK(are_rows(sums) && are_rows(extremes) && extremes.size(0) % 2 == 0,
+                "sums, extremes: expected float64 [rows, ", sequence_ids.numel(),
+                "] on the device of sequence_ids");
+  const Tensor ids = as_contiguous(sequence_ids, "sequence_ids");
+  const Tensor from_sums = as_contiguous(sums, "sums");
+  const Tensor from_extremes = as_contiguous(extremes, "extremes");
+  Tensor folded_sums = empty({sums.size(0), num_sequences}, ScalarType::Double, sums);
+  Tensor folded_extremes = empty({extremes.size(0), num_sequences}, ScalarType::Double, sums);
+  const FoldArgs args = {static_cast<const int32_t*>(ids.const_data_ptr()),
+                         ids.numel(),
+                         num_sequences,
+                         static_cast<int>(sums.size(0)),
+                         static_cast<int>(extremes.size(0)),
+                         static_cast<const double*>(from_sums.const_data_ptr()),
+                         static_cast<const double*>(from_extremes.const_data_ptr()),
+                         static_cast<double*>(folded_sums.mutable_data_ptr()),
+                         static_cast<double*>(folded_extremes.mutable_data_ptr())};
+  if constexpr (Backend::kFaultsRaise) check_sequence_ids(args);
+  Backend::fold_segments(args, sums);
+  return {folded_sums, folded_extremes};
 }
 
 template <typename Backend>

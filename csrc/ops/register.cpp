@@ -4,11 +4,12 @@
 #include <string>
 
 #include "ops/box.h"
+#include "ops/histogram.h"
 #include "ops/ipo_loss.h"
 #include "ops/logits.h"
 #include "ops/scale.h"
-#include "ops/score_centering.h"
 #include "ops/schemas.h"
+#include "ops/score_centering.h"
 
 // Tests build this file once more, with the CUDA kernels emulated on the CPU under a namespace of
 // their own.
@@ -37,6 +38,9 @@ const std::vector<Operator>& operators() {
       IPO_EXT_OPERATOR(ipo_loss),
       IPO_EXT_OPERATOR(component_loss),
       IPO_EXT_OPERATOR(score_centering),
+      IPO_EXT_OPERATOR(log_ratio_histogram),
+      IPO_EXT_OPERATOR(sequence_statistics),
+      IPO_EXT_OPERATOR(fold_segments),
       IPO_EXT_OPERATOR(metric_means),
       IPO_EXT_OPERATOR(ipo_loss_from_logits),
       IPO_EXT_OPERATOR(ipo_loss_from_logits_),

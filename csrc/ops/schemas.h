@@ -37,6 +37,21 @@ inline constexpr const char* score_centering =
     ", Tensor inference_mask_logprobs, Tensor? replayed, bool with_gradient) "
     "-> (Tensor loss, Tensor gradient, Tensor sums)";
 
+// Active tokens by the bin of their log-ratio.
+inline constexpr const char* log_ratio_histogram =
+    "(Tensor trainer_logprobs, Tensor inference_logprobs, Tensor loss_mask, Tensor? cu_seqlens) "
+    "-> Tensor";
+
+// What rules on sequences look at, of each segment, in rows (math/sequence_rules.h).
+inline constexpr const char* sequence_statistics =
+    "(Tensor trainer_logprobs" LOSS_INPUTS LOSS_SETTINGS ") -> (Tensor sums, Tensor extremes)";
+
+// Rows of segments that are pieces of sequences become rows of the sequences'. The first half of
+// the rows of extremes are the smallest.
+inline constexpr const char* fold_segments =
+    "(Tensor sums, Tensor extremes, Tensor sequence_ids, SymInt num_sequences) "
+    "-> (Tensor sums, Tensor extremes)";
+
 inline constexpr const char* metric_means =
     "(Tensor sums, Tensor extremes, bool float64) -> Tensor";
 

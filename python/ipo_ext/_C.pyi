@@ -8,5 +8,9 @@ HIGHEST_TEMPERATURES: tuple[float, float]
 SUM_ROWS: tuple[str, ...]
 EXTREME_ROWS: tuple[str, ...]
 MEAN_ROWS: tuple[str, ...]
+STATISTIC_SUMS: int
+STATISTIC_EXTREMES: int
+SEQUENCE_TOTALS: int
 COMPONENT_MEAN_ROWS: tuple[str, ...]
 REPLAY_ROWS: tuple[str, ...]
+HISTOGRAM_BINS: int

@@ -2,8 +2,9 @@
 
 from torch.serialization import add_safe_globals as _add_safe_globals
 
-from ipo_ext import reference
+from ipo_ext import distributed, reference
 from ipo_ext._C import VERSION as __version__
+from ipo_ext._histogram import HISTOGRAM_EDGES
 from ipo_ext._ops.library import NAMESPACE as _NAMESPACE
 from ipo_ext._ops.register import register as _register
 from ipo_ext._precision import LowPrecisionWarning
@@ -22,6 +23,7 @@ from ipo_ext.modules import IPOLMHead, IPOLoss, LinearIPOLoss
 from ipo_ext.output import IPOOutput
 
 __all__ = [
+    "HISTOGRAM_EDGES",
     "IPOConfig",
     "IPOLMHead",
     "IPOLoss",
@@ -33,6 +35,7 @@ __all__ = [
     "__version__",
     "aggregate",
     "aggregation_counts",
+    "distributed",
     "ipo_loss",
     "ipo_loss_from_hidden",
     "ipo_loss_from_logits",

@@ -1,4 +1,5 @@
-"""The tensors that every form of the loss may be given besides, named once for all of them.
+"""The tensors that every form of the loss may be given besides, named once for all of them, and how
+packed segments are pieces of sequences.
 
 A public function takes them as ``**tensors: Unpack[OptionalTensors]``, by which type checkers and
 editors know each keyword; ``spells_out_tensors`` shows each in its signature, and
@@ -23,6 +24,10 @@ class OptionalTensors(TypedDict, total=False):
     loss_weights: torch.Tensor | None  # [...]
     cu_seqlens: torch.Tensor | None  # [segments + 1] int32
     inference_mask_logprobs: torch.Tensor | None  # [..., ids]; with config.score_centering
+    # How segments are pieces of sequences that ranks share.
+    sequence_ids: torch.Tensor | None  # [segments] int32
+    num_sequences: int | None
+    cp_group: torch.distributed.ProcessGroup | torch.distributed.device_mesh.DeviceMesh | None
 
 
 # As they are written above, which is how the modules hold those of the other arguments.

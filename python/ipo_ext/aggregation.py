@@ -12,11 +12,11 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.distributed as dist
 
+from ipo_ext._groups import Group, process_group
 from ipo_ext._numbers import is_number
 from ipo_ext._ops.checks import Like, check_device, check_tensor
-from ipo_ext._ops.torch_internals import is_eager
+from ipo_ext._ops.torch_internals import is_eager, summed_later
 
 Mode = Literal[
     "token_mean",
@@ -50,7 +50,7 @@ def aggregation_counts(
     *,
     groups: torch.Tensor | None = None,
     num_groups: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group | None = None,
 ) -> torch.Tensor:
     """What ``aggregate`` must know of a whole step; counts of micro-batches may be added.
 
@@ -58,7 +58,9 @@ def aggregation_counts(
         mode, loss_mask, cu_seqlens, groups: as for ``aggregate``.
         num_groups: prompt groups of the step, over all ranks; needed for "group_mean_token_mean",
             where ``groups`` holds ids below it.
-        group: the ranks over which the counts are summed, one small all-reduce; default none.
+        group: the ranks over which the counts are summed, one small all-reduce that is waited for
+            where they are used first: a process group or a device mesh of one dimension; default
+            none. As for ``ipo_ext.distributed.normalizer``, no two with the same tokens.
 
     Returns:
         Counts in int64 on the mask's device, ``[2]``: tokens that train and sequences that have
@@ -90,9 +92,7 @@ def aggregation_counts(
     else:
         counts = lengths.new_zeros(num_groups).scatter_add_(0, sequences.groups, lengths)
     counts = torch.where(sequences.faulty, _FAULTY, counts)
-    if group is not None:
-        dist.all_reduce(counts, group=group)
-    return counts
+    return counts if group is None else summed_later(counts, process_group("group", group))
 
 
 def aggregate(
@@ -103,7 +103,7 @@ def aggregate(
     groups: torch.Tensor | None = None,
     length: float | None = None,
     step_counts: torch.Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """``loss_weights`` and ``normalizer`` with which any loss of this package means ``mode``.
 

@@ -37,6 +37,7 @@ class LossBatch:
         temperature: as for ``ipo_loss_from_hidden``; not for ``IPOLoss``.
         teacher_logprobs, loss_weights, cu_seqlens, inference_mask_logprobs, normalizer: as for
             ``ipo_loss``.
+        sequence_ids, num_sequences, cp_group: likewise.
 
     Example:
         >>> batch = LossBatch(inference, advantages, mask, normalizer=num_tokens).to(device)
@@ -90,12 +91,11 @@ class LossBatch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LossBatch:
-        return LossBatch(
-            **{
-                name: function(value) if isinstance(value, torch.Tensor) else value
-                for name, value in self.arguments().items()
-            }
-        )
+        mapped: dict[str, Any] = {
+            name: function(value) if isinstance(value, torch.Tensor) else value
+            for name, value in self.arguments().items()
+        }
+        return LossBatch(**mapped)
 
     def __repr__(self) -> str:
         parts = (

@@ -24,6 +24,10 @@ from ipo_ext._ops.arguments import (
     MetricRows,
     NeedsGrad,
     ScoreCenteringArguments,
+    SequenceTotalsArguments,
+    SequenceTotalsFromHiddenArguments,
+    SequenceTotalsFromLogitsArguments,
+    SharedSequences,
     TokenLogprobsArguments,
 )
 from ipo_ext._ops.centering import with_centering
@@ -33,7 +37,14 @@ from ipo_ext._ops.errors import with_torch_errors
 from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_logprobs
 from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
 from ipo_ext._ops.from_logprobs import run_component_loss, run_ipo_loss, run_score_centering
-from ipo_ext._optional_tensors import OptionalTensors, refuse_unknown_names, spells_out_tensors
+from ipo_ext._ops.shared_sequences import with_totals
+from ipo_ext._optional_tensors import (
+    NAMES,
+    OptionalTensors,
+    refuse_unknown_names,
+    spells_out_tensors,
+)
+from ipo_ext._shared_sequences import poisoned_by_ids, shared_sequences
 from ipo_ext.config import IPOConfig
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
@@ -42,6 +53,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DEFAULT = IPOConfig()
+_OPERATORS_OWN = tuple(name for name in NAMES if name in LossInputs._fields)
 _LARGEST_COUNT = 2**63 - 1  # what an operator can be given
 
 
@@ -55,6 +67,7 @@ def ipo_loss(
     normalizer: float | torch.Tensor | None = None,
     config: IPOConfig = _DEFAULT,
     trainer_mask_logprobs: torch.Tensor | None = None,
+    histogram: bool = False,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from per-token log-probabilities.
@@ -83,6 +96,15 @@ def ipo_loss(
         inference_mask_logprobs: ``[..., K]``, any floating dtype, with ``config.score_centering``:
             the sampler's log-probabilities of the ids that it drew a token from, -inf where there
             are fewer.
+        sequence_ids: int32 ``[segments]``, where ranks share sequences (context parallelism): of
+            which sequence each segment of ``cu_seqlens`` is a piece, in any order. Every metric
+            then has shape ``[num_sequences]``, of this rank until
+            ``metrics.all_reduce(cp_group, by_sequence=True)``; docs/distributed.md.
+        num_sequences: how many sequences the ranks have together; ids are below it. With
+            ``sequence_ids``.
+        cp_group: the ranks that share the sequences, a process group or a device mesh of one
+            dimension. Needed with ``sequence_ids`` where ``config`` judges whole sequences: before
+            the loss the ranks then exchange what the rules look at, so all of them must call.
         normalizer: what the sum is divided by, usually the global number of loss tokens: a float
             > 0, or a 0-dim tensor (on the inputs' device or on the CPU; 0 gives loss 0 and zero
             gradients). Default 1.
@@ -90,6 +112,9 @@ def ipo_loss(
         trainer_mask_logprobs: ``[..., K]``, any floating dtype, with ``config.score_centering``:
             the trainer's log-probabilities of the same ids, over these alone; receives a gradient,
             0 where the sampler's is not finite. (0 in rows that take no part in it.)
+        histogram: whether the log-ratios of active tokens are counted as well, one more pass over
+            the log-probabilities: ``metrics.histogram``, ``quantile`` and ``what_if``. Default
+            False.
 
     Returns:
         An ``IPOOutput`` of the 0-dim loss and its metrics; nothing is synchronised.
@@ -99,6 +124,8 @@ def ipo_loss(
         ValueError: a shape, a device or a float is not as above, or a constant requires grad.
         RuntimeError: on CPU, ``cu_seqlens`` is no partition of the tokens, or a tensor normalizer
             is negative or NaN. On CUDA these make the loss and every gradient NaN instead.
+        IndexError: on CPU, an id of ``sequence_ids`` is not below ``num_sequences``; on CUDA as
+            above. Where an error precedes an exchange, CPU ranks of ``cp_group`` all raise.
 
     Example:
         >>> out = ipo_loss(trainer, inference, advantages, mask, normalizer=mask.sum())
@@ -106,7 +133,7 @@ def ipo_loss(
         >>> out.metrics["is_masked"]
     """
     refuse_unknown_names(ipo_loss, tensors)
-    arguments = _loss_arguments(
+    arguments, shared = _loss_arguments(
         trainer_logprobs,
         inference_logprobs,
         advantages,
@@ -119,7 +146,8 @@ def ipo_loss(
     loss, *rows = with_torch_errors(run_ipo_loss, arguments)
     of_ids = (trainer_mask_logprobs, tensors.get("inference_mask_logprobs"))
     loss, metrics = _centered(loss, MetricRows(*rows), arguments, *of_ids)
-    return IPOOutput(loss, _metrics(metrics, tensors.get("cu_seqlens"), arguments.inputs, config))
+    counted = trainer_logprobs if _is_wanted(histogram) else None
+    return IPOOutput(loss, _metrics(metrics, tensors, arguments.inputs, config, shared, counted))
 
 
 def component_loss(
@@ -140,7 +168,7 @@ def component_loss(
         The output, whose loss is the sum of all components, and the means of those beside the
         loss, ``[len(_C.COMPONENT_MEAN_ROWS)]``.
     """
-    arguments = _loss_arguments(
+    arguments, shared = _loss_arguments(
         trainer_logprobs,
         inference_logprobs,
         advantages,
@@ -158,8 +186,7 @@ def component_loss(
     )
     of_ids = (trainer_mask_logprobs, tensors.get("inference_mask_logprobs"))
     loss, metrics = _centered(loss, MetricRows(*rows), arguments, *of_ids)
-    named = _metrics(metrics, tensors.get("cu_seqlens"), arguments.inputs, config)
-    return IPOOutput(loss, named), means
+    return IPOOutput(loss, _metrics(metrics, tensors, arguments.inputs, config, shared)), means
 
 
 @spells_out_tensors
@@ -178,6 +205,7 @@ def ipo_loss_from_logits(
     logit_scale: float | None = None,
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
+    histogram: bool = False,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss straight from the logits: the formula of ``ipo_loss``.
@@ -209,6 +237,7 @@ def ipo_loss_from_logits(
         inference_mask_logprobs: ``[..., K]``, any floating dtype, with ``config.score_centering``:
             the sampler's log-probabilities of the ids in ``sampling_mask``. Rows that do not replay
             these are not centered.
+        sequence_ids, num_sequences, cp_group: as for ``ipo_loss``.
         inplace: writes the gradient over the logits, which saves as much memory as they take. They
             hold no logits afterwards, so they must come from an operation whose backward pass does
             not need them: a matrix product, not a softmax or tanh, whose backward pass then raises.
@@ -221,6 +250,7 @@ def ipo_loss_from_logits(
             The gradient then takes a pass of its own.
         entropy: whether entropies are wanted, which are the whole row's. Without them a token that
             replays its ids costs K + 1 logits, not V. Default True.
+        histogram: as for ``ipo_loss``.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
@@ -244,14 +274,8 @@ def ipo_loss_from_logits(
     """
     refuse_unknown_names(ipo_loss_from_logits, tensors)
     _check_config(config)
-    inputs, of_ids = _loss_inputs(
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        scalar("normalizer", normalizer, logits),
-        config,
-        tensors,
-    )
+    inputs = _inputs(inference_logprobs, advantages, loss_mask, normalizer, logits, tensors)
+    of_ids = _of_ids(tensors, config)
     scaling = _scaling(temperature, sampling_mask, entropy, logits)
     checks.check_logits_loss(logits, labels, scaling, inputs, config.teacher_tau)
     checks.check_inference_mask_logprobs(of_ids, sampling_mask)
@@ -260,17 +284,22 @@ def ipo_loss_from_logits(
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient:
         _check_may_be_overwritten(logits)
-    if config.judges_sequences:
-        inputs = _with_sequences(inputs)
     scaling = logit_scaling(scaling, softcap, logit_scale, logits)
     settings = settings_of(config, compute)
+    inputs, shared = _with_sequences(inputs, tensors, config)
+    if shared is not None and config.judges_sequences:
+        policy = (logits.detach(), labels, scaling)
+        inputs = with_totals(
+            inputs, SequenceTotalsFromLogitsArguments(*policy, inputs, settings, shared)
+        )
     loss, logprobs, entropies, *rows = with_torch_errors(
         functools.partial(run_ipo_loss_from_logits, inplace=inplace),
         IPOLossFromLogitsArguments(
             logits, labels, scaling, inputs, settings, of_ids, with_gradient
         ),
     )
-    metrics = _metrics(MetricRows(*rows), tensors.get("cu_seqlens"), inputs, config, scaling)
+    counted = logprobs if _is_wanted(histogram) else None
+    metrics = _metrics(MetricRows(*rows), tensors, inputs, config, shared, counted, scaling)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
@@ -336,6 +365,7 @@ def ipo_loss_from_hidden(
     bias: torch.Tensor | None = None,
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
+    histogram: bool = False,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from hidden states and the LM head's weight: the formula of ``ipo_loss``.
@@ -367,6 +397,7 @@ def ipo_loss_from_hidden(
         inference_mask_logprobs: ``[..., K]``, any floating dtype, with ``config.score_centering``:
             the sampler's log-probabilities of the ids in ``sampling_mask``. Rows that do not replay
             these are not centered.
+        sequence_ids, num_sequences, cp_group: as for ``ipo_loss``.
         chunk_size: rows of a chunk, at least 1. Default: the largest multiple of 128 whose logits
             take no more than 1.25 GB on a GPU (2048 rows of 151,936), 48 MiB on a CPU; at
             least 128.
@@ -376,6 +407,7 @@ def ipo_loss_from_hidden(
             work.
         bias: ``[V]``, the LM head's bias, dtype and device of ``hidden``; receives a gradient too.
             It is added to float32 logits, under autocast as well. Default none.
+        histogram: as for ``ipo_loss``.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
@@ -397,14 +429,8 @@ def ipo_loss_from_hidden(
     """
     refuse_unknown_names(ipo_loss_from_hidden, tensors)
     _check_config(config)
-    inputs, of_ids = _loss_inputs(
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        scalar("normalizer", normalizer, hidden),
-        config,
-        tensors,
-    )
+    inputs = _inputs(inference_logprobs, advantages, loss_mask, normalizer, hidden, tensors)
+    of_ids = _of_ids(tensors, config)
     scaling = _scaling(temperature, sampling_mask, entropy, hidden)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
     checks.check_hidden_loss(head, inputs, config.teacher_tau)
@@ -414,22 +440,22 @@ def ipo_loss_from_hidden(
     compute = checks.compute_dtype(hidden, inference_logprobs)
     with_gradient = torch.is_grad_enabled()
     needs_grad = [leaf is not None and leaf.requires_grad and with_gradient for leaf in head.leaves]
-    if config.judges_sequences:
-        inputs = _with_sequences(inputs)
+    settings = settings_of(config, compute)
+    product = checks.product_dtype(hidden, weight, bias)
+    work = _chunk_size(chunk_size, hidden, weight), _count("num_active", num_active, 0)
+    inputs, shared = _with_sequences(inputs, tensors, config)
+    if shared is not None and config.judges_sequences:
+        policy = head.detached(product)
+        inputs = with_totals(
+            inputs, SequenceTotalsFromHiddenArguments(policy, inputs, settings, *work, shared)
+        )
     loss, logprobs, entropies, *rows = with_torch_errors(
         run_ipo_loss_from_hidden,
-        checks.product_dtype(hidden, weight, bias),
-        IPOLossFromHiddenArguments(
-            head,
-            inputs,
-            settings_of(config, compute),
-            of_ids,
-            _chunk_size(chunk_size, hidden, weight),
-            _count("num_active", num_active, 0),
-            NeedsGrad(*needs_grad),
-        ),
+        product,
+        IPOLossFromHiddenArguments(head, inputs, settings, of_ids, *work, NeedsGrad(*needs_grad)),
     )
-    metrics = _metrics(MetricRows(*rows), tensors.get("cu_seqlens"), inputs, config, scaling)
+    counted = logprobs if _is_wanted(histogram) else None
+    metrics = _metrics(MetricRows(*rows), tensors, inputs, config, shared, counted, scaling)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
@@ -541,16 +567,12 @@ def _loss_arguments(
     config: IPOConfig,
     tensors: OptionalTensors,
     trainer_mask_logprobs: torch.Tensor | None,
-) -> IPOLossArguments:
+) -> tuple[IPOLossArguments, SharedSequences | None]:
     """Of a call of the loss from log-probabilities, checked."""
     _check_config(config)
-    inputs, inference_mask_logprobs = _loss_inputs(
-        inference_logprobs,
-        advantages,
-        loss_mask,
-        scalar("normalizer", normalizer, trainer_logprobs),
-        config,
-        tensors,
+    inference_mask_logprobs = _of_ids(tensors, config)
+    inputs = _inputs(
+        inference_logprobs, advantages, loss_mask, normalizer, trainer_logprobs, tensors
     )
     checks.check_per_token_loss(trainer_logprobs, inputs, config.teacher_tau)
     _check_given("trainer_mask_logprobs", trainer_mask_logprobs, config)
@@ -559,25 +581,19 @@ def _loss_arguments(
     checks.check_no_gradient(inputs, inference_mask_logprobs=inference_mask_logprobs)
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
     compute = checks.compute_dtype(trainer_logprobs, inference_logprobs)
-    if config.judges_sequences:
-        inputs = _with_sequences(inputs)
-    return IPOLossArguments(trainer_logprobs, inputs, settings_of(config, compute), with_gradient)
+    settings = settings_of(config, compute)
+    inputs, shared = _with_sequences(inputs, tensors, config)
+    if shared is not None and config.judges_sequences:
+        policy = trainer_logprobs.detach()
+        inputs = with_totals(inputs, SequenceTotalsArguments(policy, inputs, settings, shared))
+    return IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient), shared
 
 
-def _loss_inputs(
-    inference_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
-    normalizer: torch.Tensor | None,
-    config: IPOConfig,
-    tensors: OptionalTensors,
-) -> tuple[LossInputs, torch.Tensor | None]:
-    """What the loss takes, and the sampler's log-probabilities of ids, which not every one does."""
-    others = dict(tensors)
-    of_ids = cast("torch.Tensor | None", others.pop("inference_mask_logprobs", None))
+def _of_ids(tensors: OptionalTensors, config: IPOConfig) -> torch.Tensor | None:
+    """The sampler's log-probabilities of ids, which not every operator takes."""
+    of_ids = tensors.get("inference_mask_logprobs")
     _check_given("inference_mask_logprobs", of_ids, config)
-    inputs: Any = {**others, "normalizer": normalizer}
-    return LossInputs(inference_logprobs, advantages, loss_mask, **inputs), of_ids
+    return of_ids
 
 
 def _check_given(name: str, of_ids: torch.Tensor | None, config: IPOConfig) -> None:
@@ -627,6 +643,12 @@ def _centered(
     return loss + added, with_centering(library.operators(), metrics, sums)
 
 
+def _is_wanted(histogram: object) -> bool:
+    if not isinstance(histogram, bool):
+        raise TypeError(f"histogram: expected True or False, got {type(histogram).__name__}")
+    return histogram
+
+
 def _check_config(config: object) -> None:
     if not isinstance(config, IPOConfig):
         raise TypeError(
@@ -635,7 +657,31 @@ def _check_config(config: object) -> None:
         )
 
 
-def _with_sequences(inputs: LossInputs) -> LossInputs:
+def _inputs(
+    inference_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    normalizer: float | torch.Tensor | None,
+    like: torch.Tensor,
+    tensors: OptionalTensors,
+) -> LossInputs:
+    """Not yet checked."""
+    given: dict[str, Any] = {name: tensors.get(name) for name in _OPERATORS_OWN}
+    number = scalar("normalizer", normalizer, like)
+    return LossInputs(inference_logprobs, advantages, loss_mask, normalizer=number, **given)
+
+
+def _with_sequences(
+    inputs: LossInputs, tensors: OptionalTensors, config: IPOConfig
+) -> tuple[LossInputs, SharedSequences | None]:
+    """What the segments are: sequences, or pieces of those that ranks share."""
+    shared = shared_sequences(tensors, config)
+    if shared is not None:
+        return poisoned_by_ids(inputs, shared), shared
+    return _with_rows(inputs) if config.judges_sequences else inputs, None
+
+
+def _with_rows(inputs: LossInputs) -> LossInputs:
     """What rules on sequences take for them without ``cu_seqlens``: the rows of ``[..., T]``."""
     mask = inputs.loss_mask
     if inputs.cu_seqlens is not None or mask.dim() < 2:
@@ -646,14 +692,22 @@ def _with_sequences(inputs: LossInputs) -> LossInputs:
 
 def _metrics(
     rows: MetricRows,
-    cu_seqlens: torch.Tensor | None,
+    tensors: OptionalTensors,
     inputs: LossInputs,
     config: IPOConfig,
+    shared: SharedSequences | None,
+    counted: torch.Tensor | None = None,
     scaling: LogitScaling | None = None,
 ) -> IPOMetrics:
-    """Of the operator's means, sums and extremes, for the segments that the caller has named."""
+    """Of the operator's means, sums and extremes, for what the caller has named: the segments, or
+    the sequences that they are pieces of. ``counted``: log-probabilities for a histogram."""
+    histogram = None
+    if counted is not None:
+        of_loss = (inputs.inference_logprobs, inputs.loss_mask, inputs.cu_seqlens)
+        histogram = library.operators().log_ratio_histogram(counted.detach(), *of_loss)
     metrics = IPOMetrics(
         *rows,
+        histogram,
         has_teacher=inputs.teacher_logprobs is not None,
         has_entropy=scaling is not None and scaling.with_entropy,
         has_rollout_rule=config.has_rollout_rule,
@@ -663,7 +717,9 @@ def _metrics(
         has_replay=scaling is not None and scaling.sampling_mask is not None,
         has_centering=config.score_centering,
     )
-    return metrics if inputs.cu_seqlens is cu_seqlens else metrics.total()
+    if shared is not None:
+        return metrics._folded(shared.sequence_ids, shared.num_sequences)
+    return metrics if inputs.cu_seqlens is tensors.get("cu_seqlens") else metrics.total()
 
 
 def _count(name: str, value: Any, least: int) -> int | None:

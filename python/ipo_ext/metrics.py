@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import ItemsView, KeysView, ValuesView
 from typing import Any, NoReturn
 
 import torch
 
-from ipo_ext import _C
+from ipo_ext import _C, _histogram
+from ipo_ext._groups import process_group
 from ipo_ext._ops import library, torch_internals
+from ipo_ext._ops.errors import with_torch_errors
 
 
 class IPOMetrics:
@@ -27,6 +30,10 @@ class IPOMetrics:
             a sampling mask or score centering ``REPLAY_ROWS`` too.
         extremes: ``[2]`` or ``[2, segments]``, float64: the smallest and the largest log-ratio,
             +inf and -inf over nothing.
+        histogram: ``[64]`` or ``[64, segments]``, int64: how many active tokens have a log-ratio
+            between two of ``ipo_ext.HISTOGRAM_EDGES``; of a call with ``histogram=True``, else
+            None. One on an edge belongs to the bin farther from 0, an infinite one to an
+            outermost bin, NaN to none.
     """
 
     SUM_ROWS: tuple[str, ...] = _C.SUM_ROWS
@@ -39,6 +46,7 @@ class IPOMetrics:
         means: torch.Tensor,
         sums: torch.Tensor,
         extremes: torch.Tensor,
+        histogram: torch.Tensor | None = None,
         *,
         has_teacher: bool = False,
         has_entropy: bool = False,
@@ -52,6 +60,7 @@ class IPOMetrics:
         self.means = means
         self.sums = sums
         self.extremes = extremes
+        self.histogram = histogram
         self.has_teacher = has_teacher
         self.has_entropy = has_entropy
         self.has_rollout_rule = has_rollout_rule
@@ -113,6 +122,40 @@ class IPOMetrics:
         moved = [leaf.to(device, non_blocking=non_blocking) for leaf in leaves]
         return _unflatten(moved, context)
 
+    def quantile(self, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Between which of ``HISTOGRAM_EDGES`` the quantile ``p`` of the log-ratios lies.
+
+        Two of float64, ``[]`` or ``[segments]``; NaN over no tokens. Of a call with
+        ``histogram=True``.
+        """
+        return _histogram.quantile(self._counts(), p)
+
+    def what_if(self, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which share of the active tokens a band ``low <= r <= high`` on the ratio would drop.
+
+        At least, and at most: the histogram does not say where in a bin a token lies, and an
+        outermost one may be infinite. float64, ``[]`` or ``[segments]``. Of a call with
+        ``histogram=True``.
+        """
+        if not 0 <= low <= high:
+            raise ValueError(f"low, high: expected 0 <= low <= high, got {low!r} and {high!r}")
+        counts = self._counts()
+        bounds = (math.log(bound) if bound > 0 else -math.inf for bound in (low, high))
+        active = self.sums[self.SUM_ROWS.index("active")]
+        is_nan = active - counts.sum(0)
+        at_least, at_most = (
+            torch.where(active > 0, (dropped + is_nan) / active, 0.0)
+            for dropped in _histogram.outside(counts, *bounds)
+        )
+        return at_least, at_most
+
+    def _counts(self) -> torch.Tensor:
+        if self.histogram is None:
+            raise ValueError(
+                "metrics: expected those of a call with histogram=True, got some without"
+            )
+        return self.histogram
+
     def total(self) -> IPOMetrics:
         """The metrics of all segments together; of metrics without segments, themselves."""
         if self.sums.dim() == 1:
@@ -120,9 +163,12 @@ class IPOMetrics:
         self._check_sums()
         if self.sums.shape[1] == 0:
             largest = self.extremes.new_full((), torch.inf)
-            return self._made_of(self.sums.sum(1), torch.stack([largest, -largest]))
-        lowest, highest = self.extremes.unbind(0)
-        return self._made_of(self.sums.sum(1), torch.stack([lowest.amin(), highest.amax()]))
+            extremes = torch.stack([largest, -largest])
+        else:
+            lowest, highest = self.extremes.unbind(0)
+            extremes = torch.stack([lowest.amin(), highest.amax()])
+        histogram = None if self.histogram is None else self.histogram.sum(1)
+        return self._made_of(self.sums.sum(1), extremes, histogram)
 
     def __add__(self, other: IPOMetrics) -> IPOMetrics:
         if not isinstance(other, IPOMetrics):
@@ -137,29 +183,63 @@ class IPOMetrics:
                 "metrics: expected both or neither to have each of "
                 f"{', '.join(_OPTIONAL_ROWS)}, got {_present(self)} and {_present(other)}"
             )
+        if (self.histogram is None) != (other.histogram is None):
+            raise ValueError("metrics: expected both or neither to have a histogram, got one")
         self._check_sums()
         other._check_sums()
         (low, high), (other_low, other_high) = self.extremes.unbind(0), other.extremes.unbind(0)
         extremes = torch.stack([torch.minimum(low, other_low), torch.maximum(high, other_high)])
-        return self._made_of(self.sums + other.sums, extremes)
+        histogram = None
+        if self.histogram is not None and other.histogram is not None:
+            histogram = self.histogram + other.histogram
+        return self._made_of(self.sums + other.sums, extremes, histogram)
 
     def __radd__(self, other: object) -> IPOMetrics:
         """So that ``sum(metrics_of_micro_batches)`` works."""
         return self if other == 0 else NotImplemented
 
-    def all_reduce(self, group: Any = None) -> IPOMetrics:
+    def all_reduce(self, group: Any = None, *, by_sequence: bool = False) -> IPOMetrics:
         """The metrics over all ranks of ``group`` (default: the whole world).
 
-        Segments are totalled first, since ranks hold different numbers of them. Two collectives;
-        every rank of the group must call it.
+        Segments are totalled first, since ranks hold different numbers of them. ``by_sequence``
+        leaves them apart, for ranks that share sequences: ``[num_sequences]``, by the ids of
+        ``sequence_ids``, the same number on every rank. ``group`` must hold ranks with different
+        tokens alone: under tensor parallelism the data- and context-parallel ones. Two
+        collectives; every rank of the group must call it.
+
+        Raises:
+            ValueError: ``by_sequence`` of metrics without segments.
         """
         self._check_sums()
-        total = self.total()
+        if by_sequence and self.sums.dim() == 1:
+            raise ValueError(
+                "by_sequence: expected metrics of sequences, [num_sequences], got those of all "
+                "tokens together; pass sequence_ids and num_sequences to the loss"
+            )
+        group = None if group is None else process_group("group", group)
+        total = self if by_sequence else self.total()
         sums = total.sums.clone()
         negated = torch.stack([total.extremes[0], -total.extremes[1]])  # max(x) is -min(-x)
         torch.distributed.all_reduce(sums, group=group)
         torch.distributed.all_reduce(negated, torch.distributed.ReduceOp.MIN, group=group)
-        return self._made_of(sums, torch.stack([negated[0], -negated[1]]))
+        histogram = total.histogram
+        if histogram is not None:
+            histogram = histogram.clone()
+            torch.distributed.all_reduce(histogram, group=group)
+        return self._made_of(sums, torch.stack([negated[0], -negated[1]]), histogram)
+
+    def _folded(self, sequence_ids: torch.Tensor, num_sequences: int) -> IPOMetrics:
+        """Of the sequences that the segments are pieces of, by their ids."""
+        fold = library.operators().fold_segments
+        sums, extremes = with_torch_errors(
+            fold, self.sums, self.extremes, sequence_ids, num_sequences
+        )
+        histogram = self.histogram
+        if histogram is not None:
+            ids = sequence_ids.long().clamp(0, max(num_sequences - 1, 0))  # others are faults
+            folded = histogram.new_zeros((len(histogram), num_sequences))
+            histogram = folded.index_add_(1, ids, histogram)
+        return self._made_of(sums, extremes, histogram)
 
     def _check_sums(self) -> None:
         """A cast loses what sums are for: bfloat16 counts to 256."""
@@ -171,10 +251,13 @@ class IPOMetrics:
                     "rounded them; combine metrics before it, or leave them out of it"
                 )
 
-    def _made_of(self, sums: torch.Tensor, extremes: torch.Tensor) -> IPOMetrics:
+    def _made_of(
+        self, sums: torch.Tensor, extremes: torch.Tensor, histogram: torch.Tensor | None
+    ) -> IPOMetrics:
         float64 = self.means.dtype == torch.float64
         means = library.operators().metric_means(sums, extremes, float64)
-        return _unflatten((means, sums, extremes), _optional(self))
+        counts = () if histogram is None else (histogram,)
+        return _unflatten((means, sums, extremes, *counts), _optional(self))
 
 
 # Metrics that are there only where the loss has what they measure, and the attributes that say so,
@@ -219,7 +302,8 @@ def _present(metrics: IPOMetrics) -> str:
 
 # A pytree node: metrics pass through torch.compile and torch.export as an output.
 def _flatten(metrics: IPOMetrics) -> tuple[list[torch.Tensor], tuple[bool, ...]]:
-    return [metrics.means, metrics.sums, metrics.extremes], _optional(metrics)
+    counts = [] if metrics.histogram is None else [metrics.histogram]
+    return [metrics.means, metrics.sums, metrics.extremes, *counts], _optional(metrics)
 
 
 def _unflatten(leaves: Any, context: tuple[bool, ...]) -> IPOMetrics:

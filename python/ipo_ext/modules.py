@@ -41,6 +41,7 @@ class IPOLoss(nn.Module):
         *,
         normalizer: float | torch.Tensor | None = None,
         trainer_mask_logprobs: torch.Tensor | None = None,
+        histogram: bool = False,
         **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput:
         """As ``ipo_loss``.
@@ -59,6 +60,7 @@ class IPOLoss(nn.Module):
             trainer_logprobs,
             config=self.config,
             trainer_mask_logprobs=trainer_mask_logprobs,
+            histogram=histogram,
             **inputs,
         )
 
@@ -107,6 +109,7 @@ class LinearIPOLoss(nn.Module):
         bias: torch.Tensor | None = None,
         sampling_mask: torch.Tensor | None = None,
         entropy: bool = True,
+        histogram: bool = False,
         **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput:
         """As ``ipo_loss_from_hidden``, with the module's own for settings that are left out.
@@ -134,6 +137,7 @@ class LinearIPOLoss(nn.Module):
             bias=bias,
             sampling_mask=sampling_mask,
             entropy=entropy,
+            histogram=histogram,
             **inputs,
         )
 
@@ -219,6 +223,7 @@ class IPOLMHead(LinearIPOLoss):
         logit_scale: float | None = None,
         sampling_mask: torch.Tensor | None = None,
         entropy: bool = True,
+        histogram: bool = False,
         **tensors: Unpack[OptionalTensors],
     ) -> IPOOutput | torch.Tensor:
         """``LinearIPOLoss`` over the head's own weight and bias.
@@ -240,10 +245,10 @@ class IPOLMHead(LinearIPOLoss):
             **tensors,
         }
         if labels is not None:
-            return super().forward(
-                hidden, self.weight, labels, bias=self.bias, entropy=entropy, **inputs
-            )
-        if entropy is not True or any(value is not None for value in inputs.values()):
+            inputs |= {"bias": self.bias, "entropy": entropy, "histogram": histogram}
+            return super().forward(hidden, self.weight, labels, **inputs)
+        is_plain = entropy is True and histogram is False
+        if not is_plain or any(value is not None for value in inputs.values()):
             raise TypeError(
                 "labels: expected a tensor beside the loss's other arguments, got None; "
                 "without labels the head gives logits, of the hidden states alone"

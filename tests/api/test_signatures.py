@@ -16,43 +16,49 @@ from torch import nn
 import ipo_ext
 from ipo_ext import IPOConfig, IPOOutput, LossBatch, modules
 from ipo_ext._ops.arguments import IPOLossFromLogitsArguments, LossInputs
-from ipo_ext._optional_tensors import NAMES, OptionalTensors
+from ipo_ext._optional_tensors import ANNOTATIONS, NAMES, OptionalTensors
 from ipo_ext.batch import FIELDS
 
 # What takes the optional tensors, with the arguments that users see.
 TENSORS = "teacher_logprobs=None, loss_weights=None, cu_seqlens=None, inference_mask_logprobs=None"
+SHARED = "sequence_ids=None, num_sequences=None, cp_group=None"
 SPELLED_OUT: dict[Callable[..., Any], str] = {
     ipo_ext.ipo_loss: (
         "trainer_logprobs, inference_logprobs, advantages, loss_mask, *, "
-        f"{TENSORS}, normalizer=None, config=IPOConfig(), trainer_mask_logprobs=None"
+        f"{TENSORS}, {SHARED}, normalizer=None, config=IPOConfig(), "
+        "trainer_mask_logprobs=None, histogram=False"
     ),
     ipo_ext.ipo_loss_from_logits: (
         "logits, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
-        f"softcap=None, {TENSORS}, normalizer=None, inplace=False, config=IPOConfig(), "
-        "logit_scale=None, sampling_mask=None, entropy=True"
+        f"softcap=None, {TENSORS}, {SHARED}, normalizer=None, inplace=False, config=IPOConfig(), "
+        "logit_scale=None, sampling_mask=None, entropy=True, "
+        "histogram=False"
     ),
     ipo_ext.ipo_loss_from_hidden: (
         "hidden, weight, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
-        f"softcap=None, {TENSORS}, normalizer=None, chunk_size=None, num_active=None, "
-        "config=IPOConfig(), logit_scale=None, bias=None, sampling_mask=None, entropy=True"
+        f"softcap=None, {TENSORS}, {SHARED}, normalizer=None, chunk_size=None, num_active=None, "
+        "config=IPOConfig(), logit_scale=None, bias=None, sampling_mask=None, entropy=True, "
+        "histogram=False"
     ),
     ipo_ext.IPOLoss.forward: (
         "self, trainer_logprobs, inference_logprobs, advantages=None, loss_mask=None, *, "
-        f"{TENSORS}, normalizer=None, trainer_mask_logprobs=None"
+        f"{TENSORS}, {SHARED}, normalizer=None, trainer_mask_logprobs=None, histogram=False"
     ),
     ipo_ext.LinearIPOLoss.forward: (
         "self, hidden, weight, labels, inference_logprobs, advantages=None, loss_mask=None, *, "
-        f"temperature=None, softcap=None, {TENSORS}, normalizer=None, chunk_size=None, "
-        "num_active=None, logit_scale=None, bias=None, sampling_mask=None, entropy=True"
+        f"temperature=None, softcap=None, {TENSORS}, {SHARED}, normalizer=None, chunk_size=None, "
+        "num_active=None, logit_scale=None, bias=None, sampling_mask=None, entropy=True, "
+        "histogram=False"
     ),
     ipo_ext.IPOLMHead.forward: (
         "self, hidden, labels=None, inference_logprobs=None, advantages=None, loss_mask=None, *, "
-        f"temperature=None, softcap=None, {TENSORS}, normalizer=None, chunk_size=None, "
-        "num_active=None, logit_scale=None, sampling_mask=None, entropy=True"
+        f"temperature=None, softcap=None, {TENSORS}, {SHARED}, normalizer=None, chunk_size=None, "
+        "num_active=None, logit_scale=None, sampling_mask=None, entropy=True, "
+        "histogram=False"
     ),
     LossBatch.__init__: (
         "self, inference_logprobs, advantages, loss_mask, *, temperature=None, "
-        f"{TENSORS}, normalizer=None"
+        f"{TENSORS}, {SHARED}, normalizer=None"
     ),
 }
 functions = pytest.mark.parametrize("function", SPELLED_OUT, ids=lambda each: each.__qualname__)
@@ -108,7 +114,7 @@ def test_a_batch_has_the_inputs_of_the_losses() -> None:
     """In the functions' order; what a gradient flows to and what shapes the call are no inputs."""
     names = [p.name for p in parameters_of(ipo_ext.ipo_loss_from_hidden, {"config"})]
     others = {"hidden", "weight", "bias", "labels", "softcap", "logit_scale"}
-    others |= {"chunk_size", "num_active", "sampling_mask", "entropy"}
+    others |= {"chunk_size", "num_active", "sampling_mask", "entropy", "histogram"}
     assert list(FIELDS) == [name for name in names if name not in others]
     assert [p.name for p in parameters_of(LossBatch.__init__, {"self"})] == list(FIELDS)
 
@@ -123,11 +129,14 @@ def test_every_keyword_stands_in_the_signature(function: Callable[..., Any]) -> 
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     text = str(inspect.Signature(bare)).replace(repr(IPOConfig()), "IPOConfig()")
     assert text == f"({SPELLED_OUT[function]})"
-    written = {signature.parameters[name].annotation for name in NAMES}
-    assert written == {"torch.Tensor | None"}  # in words, as the other annotations are
+    written = {name: signature.parameters[name].annotation for name in NAMES}
+    assert written == ANNOTATIONS  # in words, as the other annotations are
     hints = get_type_hints(function)
     assert hints.keys() == {*signature.parameters, "return"} - {"self"}
-    assert {hints[name] for name in NAMES} == {torch.Tensor | None}
+    kinds = get_type_hints(OptionalTensors)
+    assert {name: hints[name] for name in NAMES} == kinds
+    tensors = [name for name in NAMES if kinds[name] == torch.Tensor | None]
+    assert tensors == [name for name in NAMES if name not in ("num_sequences", "cp_group")]
 
 
 @pytest.mark.parametrize(
@@ -141,15 +150,13 @@ def test_the_docstring_tells_of_every_argument(thing: Callable[..., Any]) -> Non
 
 
 def test_they_are_the_operators_own() -> None:
-    """But for the normalizer, which may be a float, and what not every operator takes."""
-    *names, of_ids = NAMES
-    assert (*names, "normalizer") == tuple(LossInputs._field_defaults)
-    kinds = get_type_hints(LossInputs)
-    of_operators = get_type_hints(IPOLossFromLogitsArguments)
-    assert get_type_hints(OptionalTensors) == {
-        **{name: kinds[name] for name in names},
-        of_ids: of_operators[of_ids],
-    }
+    """But for the normalizer, which may be a float, for what not every operator takes, and for what
+    says how ranks share sequences, of which the operators are given the totals."""
+    *own, of_ids = (name for name in NAMES if name not in SHARED)
+    assert (*own, "normalizer", "sequence_totals") == tuple(LossInputs._field_defaults)
+    given, kinds = get_type_hints(OptionalTensors), get_type_hints(LossInputs)
+    assert {name: given[name] for name in own} == {name: kinds[name] for name in own}
+    assert given[of_ids] == get_type_hints(IPOLossFromLogitsArguments)[of_ids]
 
 
 def call(function: Callable[..., Any], **named: Any) -> Any:

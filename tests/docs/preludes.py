@@ -81,10 +81,36 @@ def integrations(until_the_end: ExitStack) -> Names:
         if parent:
             setattr(sys.modules[parent], child, sys.modules[name])
 
+    make_a_group(until_the_end)
+    return policy()
+
+
+def make_a_group(until_the_end: ExitStack) -> None:
+    """Of this process."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     until_the_end.callback(torch.distributed.destroy_process_group)
-    return policy()
+
+
+def distributed(until_the_end: ExitStack) -> Names:
+    """A batch of 24 packed tokens."""
+    make_a_group(until_the_end)
+    tokens = torch.randint(VOCABULARY, (24,))
+    table = torch.randn(VOCABULARY, VOCABULARY, requires_grad=True)
+
+    def policy_logprobs(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return table[inputs].log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+    shifted_labels = tokens.roll(-1)
+    logprobs = policy_logprobs(tokens, shifted_labels).detach()
+    return {
+        "tokens": tokens,
+        "shifted_labels": shifted_labels,
+        "policy_logprobs": policy_logprobs,
+        "inference_logprobs": logprobs + 0.1 * torch.randn(24),
+        "advantages": torch.randn(24),
+        "loss_mask": torch.rand(24) < 0.7,
+    }
 
 
 def mismatch(until_the_end: ExitStack) -> Names:
@@ -106,6 +132,7 @@ def docstrings() -> Names:
 
 OF_PAGE: dict[str, Callable[[ExitStack], Names]] = {
     "README.md": readme,
+    "docs/distributed.md": distributed,
     "docs/installing.md": installing,
     "docs/integrations.md": integrations,
     "docs/mismatch.md": mismatch,

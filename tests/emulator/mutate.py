@@ -47,6 +47,8 @@ components = tests_in("loss/test_components.py")
 replay = tests_in("loss/test_replay.py")
 candidates = tests_in("loss/test_candidates.py")
 centering = tests_in("loss/test_score_centering.py")
+histogram = tests_in("loss/test_histogram.py")
+context_parallel = tests_in("pytorch/test_context_parallel.py")
 
 AROUND_TILES = from_logprobs(
     "test_matches_the_reference_around_tiles",
@@ -64,6 +66,7 @@ class Mutation:
     tests: tuple[str, ...] = AROUND_TILES  # those that must notice, as node ids
 
 
+LOSS_ARGS = "kernels/ipo_loss.h"
 LOSS_LAUNCH = "kernels/cuda/ipo_loss/ipo_loss.cu"
 TILES = "kernels/cuda/ipo_loss/tiles.cuh"
 TOKENS = "kernels/cuda/ipo_loss/tokens.cuh"
@@ -91,6 +94,8 @@ SUPPORT = "kernels/support.h"
 SUPPORT_TERMS = "math/support.h"
 SUPPORT_KERNELS = "kernels/cuda/support.cu"
 WARP = "kernels/cuda/common/warp.cuh"
+BINS = "math/histogram.h"
+HISTOGRAM_KERNELS = "kernels/cuda/histogram.cu"
 CENTERING = "kernels/score_centering.h"
 CENTERING_TERMS = "math/score_centering.h"
 CENTERING_KERNELS = "kernels/cuda/score_centering.cu"
@@ -294,8 +299,8 @@ MUTATIONS = (
     Mutation(
         "sequences-of-one-lane",
         SEQUENCES,
-        "return warp_reduce(sums, MergeSequences());",
-        "return sums;",
+        "wanted);\n  }\n  return warp_reduce(sums, MergeSequences());",
+        "wanted);\n  }\n  return sums;",
         rollout_rule("test_only_the_broken_sequences_are_dropped"),
     ),
     Mutation(
@@ -304,6 +309,48 @@ MUTATIONS = (
         "slot < end; slot += kWarpSize)",
         "slot < end; slot += end)",
         rollout_rule("test_a_long_sequence_is_dropped_whole"),
+    ),
+    Mutation(
+        "statistics-of-a-segment-left-out",
+        LOSS_LAUNCH,
+        "if (error != cudaSuccess) return error;\n  return launch(ipo_loss_store_statistics",
+        "return error;\n  return launch(ipo_loss_store_statistics",
+        context_parallel("test_a_group_of_one_rank_judges_its_pieces_together"),
+    ),
+    Mutation(
+        "negative-tokens-are-the-active-ones",
+        LOSS_ARGS,
+        "args.sums[statistics::kNegative * segments + s] = sequence.negative;",
+        "args.sums[statistics::kNegative * segments + s] = sequence.active;",
+        context_parallel("test_a_group_of_one_rank_judges_its_pieces_together"),
+    ),
+    Mutation(
+        "a-piece-counts-as-its-sequence",
+        SEQUENCE_RULES,
+        "drops_all ? piece.active :",
+        "drops_all ? sequence.active :",
+        context_parallel("test_a_group_of_one_rank_judges_its_pieces_together"),
+    ),
+    Mutation(
+        "smallest-of-a-sequence-are-its-largest",
+        LOSS_ARGS,
+        "sequence.smallest[k] = static_cast<E>(row(statistics::kNumSums + k));",
+        "sequence.smallest[k] = static_cast<E>(row(statistics::kNumSums + 3 + k));",
+        context_parallel("test_a_group_of_one_rank_judges_its_pieces_together"),
+    ),
+    Mutation(
+        "folds-without-the-last-piece",
+        LOSS_LAUNCH,
+        "for (int64_t s = 0; s < args.segments; ++s)\n    if (args.sequence_ids",
+        "for (int64_t s = 0; s + 1 < args.segments; ++s)\n    if (args.sequence_ids",
+        context_parallel("test_metrics_of_pieces_are_their_sequences"),
+    ),
+    Mutation(
+        "folds-extremes-the-wrong-way",
+        LOSS_ARGS,
+        "i < args.num_extremes / 2 ? FoldedRow::kSmallest : FoldedRow::kLargest",
+        "i < args.num_extremes / 2 ? FoldedRow::kLargest : FoldedRow::kSmallest",
+        context_parallel("test_metrics_of_pieces_are_their_sequences"),
     ),
     Mutation(
         "clips-counted-by-one-warp",
@@ -671,6 +718,48 @@ MUTATIONS = (
         "if (factor != 1 && !passed.are_zero()) {",
         "if (factor > 1 && !passed.are_zero()) {",
         candidates("test_a_fp16_row_has_one_scale"),
+    ),
+    Mutation(
+        "edges-in-the-nearer-bin",
+        BINS,
+        "- (C::kFirstEdge - 1);",
+        "- C::kFirstEdge;",
+        histogram("test_an_edge_belongs_to_the_bin_farther_from_0"),
+    ),
+    Mutation(
+        "minus-zero-as-negative",
+        BINS,
+        "x < Element<T>(0) ? ~place : place;",
+        "x <= Element<T>(0) ? ~place : place;",
+        histogram("test_zeros_infinities_and_nan"),
+    ),
+    Mutation(
+        "nan-in-a-bin",
+        BINS,
+        "return counted & (x == x) ? bin",
+        "return counted ? bin",
+        histogram("test_zeros_infinities_and_nan"),
+    ),
+    Mutation(
+        "tokens-before-the-first-vector-left-out",
+        HISTOGRAM_KERNELS,
+        "if (vectors > 0 && begin + threadIdx.x < first)",
+        "if (vectors > 1024 && begin + threadIdx.x < first)",
+        histogram("test_spans_of_several_tiles"),
+    ),
+    Mutation(
+        "tables-of-one-warp",
+        HISTOGRAM_KERNELS,
+        "for (int warp = 0; warp < kWarps; ++warp)",
+        "for (int warp = 0; warp < 1; ++warp)",
+        histogram("test_any_number_of_tokens"),
+    ),
+    Mutation(
+        "many-spans-in-the-first",
+        HISTOGRAM_KERNELS,
+        "args.segments.containing(i), 1);",
+        "args.segments.containing(begin), 1);",
+        histogram("test_each_segment_has_its_own"),
     ),
     Mutation(
         "centered-beyond-the-trust-region",

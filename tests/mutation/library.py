@@ -36,14 +36,14 @@ TRACE = (
 )
 TRACER = Path("tests/mutation/trace.cpp")
 
+# The CPU kernels that are compiled once, not for each instruction set.
+PLAIN = ("dispatch", "histogram", "ipo_loss", "logits", "scale", "score_centering", "support")
+
 
 def build_library(root: Path, flags: Sequence[str] = (), extra: Sequence[Path] = ()) -> Path:
     """``_C`` of the sources of ``root``, within it."""
     torch_flags = (f"-isystem{TORCH / 'include'}", "-DTORCH_TARGET_VERSION=0x020b000000000000")
-    plain = [
-        KERNELS / f"{name}.cpp"
-        for name in ("dispatch", "ipo_loss", "logits", "scale", "score_centering", "support")
-    ]
+    plain = [KERNELS / f"{name}.cpp" for name in PLAIN]
     jobs = [(source, (*FLAGS, *flags)) for source in (*plain, *extra)]
     jobs += simd_jobs(chosen_arch(), flags)
     jobs.append((Path("csrc/ops/register.cpp"), (*FLAGS, *torch_flags, *flags)))
@@ -85,7 +85,7 @@ def simd_jobs(arch: str, flags: Sequence[str] = ()) -> list[tuple[Path, Sequence
     how = (*FLAGS, f"-DIPO_EXT_CPU_ARCH={arch}", *march, *flags)
     return [
         (KERNELS / f"{name}_simd.cpp", how)
-        for name in ("ipo_loss", "sequence", "components", "logits", "scale")
+        for name in ("histogram", "ipo_loss", "sequence", "components", "logits", "scale")
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,14 +13,22 @@ from tests.support.backends import Backend
 from tests.support.cases import LogprobsCase, evaluate, same_bits
 from tests.support.forms import FORMS, forms, leaf
 from tests.support.operators import call_operator, example_arguments, opcheck, operator
+from tests.support.ranks import alone
 from tests.support.subjects import SUBJECTS
 
 # -------------------------------------------------------------------------------------------------
 # Every operator
 
 
+@pytest.fixture(scope="module")
+def in_a_group() -> Iterator[None]:
+    """For operators that exchange something."""
+    with alone():
+        yield
+
+
 @pytest.mark.parametrize("name", [name.removeprefix("ipo_ext::") for name in info.operators()])
-def test_opcheck(backend: Backend, name: str) -> None:
+def test_opcheck(backend: Backend, name: str, in_a_group: None) -> None:
     arguments = example_arguments(name, backend.device)
     arguments[0].requires_grad_(name in SUBJECTS)
     results = torch.library.opcheck(operator(name), arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ipo_ext import _C, IPOConfig
 from ipo_ext._ops import library
@@ -38,6 +39,7 @@ def operator_arguments(name: str, case: Case, **others: Any) -> dict[str, Any]:
         "grad_candidates": None,
         "with_entropy": getattr(case, "entropy", None) is not False,
         "normalizer": as_scalar(case.normalizer),
+        "sequence_totals": None,
         **settings_of(case.config, case.compute_dtype),
         **dict.fromkeys(("with_gradient", "needs_grad_hidden", "needs_grad_weight"), True),
         "needs_grad_bias": getattr(case, "bias", None) is not None,
@@ -130,6 +132,8 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "row_scales": torch.rand(TOKENS),
         "sums": torch.rand(len(_C.SUM_ROWS), 3, dtype=torch.float64),
         "extremes": torch.rand(len(_C.EXTREME_ROWS), 3, dtype=torch.float64),
+        "sequence_ids": torch.tensor([1, 0, 1], dtype=torch.int32),
+        "sequence_totals": torch.ones(_C.SEQUENCE_TOTALS, 3, dtype=torch.float64),
     }
     config = IPOConfig.dppo(kl_tau=1e-3, teacher_tau=0.3)
     numbers = {
@@ -141,15 +145,20 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "ref_kl_tau": 1e-3,
         "chunk_size": 8,
         "columns": VOCABULARY,
+        "num_sequences": 2,
+        "group_name": dist.group.WORLD.group_name if dist.is_initialized() else "",
         "float64": False,
         "ratio": 0.3,
     }
     known = {key: tensor.to(device) for key, tensor in tensors.items()} | numbers
     if name.startswith("chunk"):
         known["cu_seqlens"] = None  # a chunk of rows is not packed
+        known["sequence_totals"] = None
         known["row_scales"] = None  # of fp16 gradients alone
     if name == "scale_rows_":
         known["gradient"] = known["gradient"].half()
+    if name.startswith("sequence_"):  # which is for rules on sequences alone
+        known |= settings_of(IPOConfig.geometric(0.5, 2.0), torch.float32)
     return [_as(argument, known[argument.name]) for argument in operator(name)._schema.arguments]
 
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "kernels/cpu/ipo_loss_simd.h"
+#include "kernels/cpu/spans.h"
 
 namespace ipo_ext::cpu {
 namespace {
@@ -67,19 +68,6 @@ int64_t group_of_segment(const Segments& segments, int64_t s) {
   return fits ? group : -1;
 }
 
-// Calls visit(segment, begin, end) for every span of a tile.
-template <typename Visit>
-void for_each_span(const Segments& segments, int64_t tile, const Visit& visit) {
-  int64_t begin = tile * segments.tile_size;
-  const int64_t tile_end = std::min(begin + segments.tile_size, segments.tokens);
-  for (int64_t segment = segments.containing(begin); begin < tile_end; ++segment) {
-    const int64_t end = std::min(segments.begin(segment + 1), tile_end);
-    if (end <= begin) continue;
-    visit(segment, begin, end);
-    begin = end;
-  }
-}
-
 template <typename E>
 void run_tile(const IpoLossArgs& args, math::LossParams<E> params, int64_t tile) {
   const SpanSums<E> span_sums = params.rules() == math::Rules::kDefault
@@ -112,12 +100,25 @@ void sum_sequences_of_tile(const IpoLossArgs& args, int64_t tile) {
 }
 
 template <typename E>
-math::SequenceVerdict verdict_on(const IpoLossArgs& args, int64_t s) {
+void sum_sequences(const IpoLossArgs& args, const ParallelFor& parallel_for) {
+  parallel_for(args.segments.num_tiles(), kTilesPerGroup, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) sum_sequences_of_tile<E>(args, tile);
+  });
+}
+
+template <typename E>
+math::SequenceSums<E> sums_of_sequence(const IpoLossArgs& args, int64_t s) {
   const Workspace<E> workspace(args);
   auto sequence = math::empty_sequence_sums<E>();
   for (int64_t slot = args.segments.first_slot(s); slot < args.segments.end_slot(s); ++slot)
     sequence = math::merge(sequence, workspace.sequence_slots[slot]);
-  return math::judge(sequence, args.sequence_rules, args.params.rollout_low);
+  return sequence;
+}
+
+template <typename E>
+math::SequenceVerdict verdict_on(const IpoLossArgs& args, int64_t s) {
+  if (args.sequence_totals != nullptr) return verdict_on_piece<E>(args, s);
+  return math::judge(sums_of_sequence<E>(args, s), args.sequence_rules, args.params.rollout_low);
 }
 
 template <typename E>
@@ -148,12 +149,11 @@ void run_group(const IpoLossArgs& args, const math::LossParams<E>& params, int64
   }
 }
 
-// Makes the verdicts, which the tokens' loss asks for: a pass of its own over the log-ratios.
+// Makes the verdicts, which the tokens' loss asks for: a pass of its own over the log-ratios,
+// unless totals tell.
 template <typename E>
 void judge_sequences(const IpoLossArgs& args, const ParallelFor& parallel_for) {
-  parallel_for(args.segments.num_tiles(), kTilesPerGroup, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) sum_sequences_of_tile<E>(args, tile);
-  });
+  if (args.sequence_totals == nullptr) sum_sequences<E>(args, parallel_for);
   const Workspace<E> workspace(args);
   for (int64_t s = 0; s < args.segments.count; ++s) workspace.verdicts[s] = verdict_on<E>(args, s);
 }
@@ -204,6 +204,28 @@ void ipo_loss(IpoLossArgs args, const ParallelFor& parallel_for) {
   args.segments.tile_size = kTileSize;
   dispatch_compute(args.compute_dtype,
                    [&](auto compute) { run<TypeOf<decltype(compute)>>(args, parallel_for); });
+}
+
+void sequence_statistics(SequenceStatisticsArgs args, const ParallelFor& parallel_for) {
+  args.loss.segments.tile_size = kTileSize;
+  dispatch_compute(args.loss.compute_dtype, [&](auto compute) {
+    using E = TypeOf<decltype(compute)>;
+    sum_sequences<E>(args.loss, parallel_for);
+    for (int64_t s = 0; s < args.loss.segments.count; ++s)
+      store_statistics<E>(args, sums_of_sequence<E>(args.loss, s), s);
+  });
+}
+
+void fold_segments(const FoldArgs& args) {
+  for (int i = 0; i < args.num_rows(); ++i) {
+    const FoldedRow row = folded_row(args, i);
+    std::fill_n(row.folded, args.sequences, row.nothing());
+    for (int64_t s = 0; s < args.segments; ++s) {
+      const int64_t id = args.sequence_ids[s];
+      if (id >= 0 && id < args.sequences)
+        row.folded[id] = row.combine(row.folded[id], row.values[s]);
+    }
+  }
 }
 
 void metric_means(const MetricMeansArgs& args) {

@@ -39,6 +39,8 @@ class LossInputs(NamedTuple):
     loss_weights: torch.Tensor | None = None  # [...]
     cu_seqlens: torch.Tensor | None = None  # [segments + 1] int32
     normalizer: torch.Tensor | None = None  # []
+    # [rows, segments] float64; what the rules on sequences look at, of pieces that ranks share
+    sequence_totals: torch.Tensor | None = None
 
     def map_tokens(self, function: Callable[[Any], Any]) -> LossInputs:
         """With what ``function`` makes of every input that has a value for each token."""
@@ -47,8 +49,18 @@ class LossInputs(NamedTuple):
 
 # The inputs of which each token has a value.
 TOKEN_INPUTS = tuple(
-    name for name in LossInputs._fields if name not in ("cu_seqlens", "normalizer")
+    name
+    for name in LossInputs._fields
+    if name not in ("cu_seqlens", "normalizer", "sequence_totals")
 )
+
+
+class SharedSequences(NamedTuple):
+    """Whose pieces the segments of ``cu_seqlens`` are, and which ranks have the others."""
+
+    sequence_ids: torch.Tensor  # [segments] int32
+    num_sequences: SymInt
+    group_name: str
 
 
 class Components(NamedTuple):
@@ -79,6 +91,12 @@ class HeadInputs(NamedTuple):
     def leaves(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What gradients flow to, in the order of ``NeedsGrad`` and of the results."""
         return self.hidden, self.weight, self.bias
+
+    def detached(self, dtype: torch.dtype) -> HeadInputs:
+        """Without a gradient, hidden states and weight in ``dtype``."""
+        bias = None if self.bias is None else self.bias.detach()
+        hidden, weight = self.hidden.detach().to(dtype), self.weight.detach().to(dtype)
+        return self._replace(hidden=hidden, weight=weight, bias=bias)
 
 
 class LogprobsBackward(NamedTuple):
@@ -134,6 +152,26 @@ class ScoreCenteringArguments(NamedTuple):
     inference_mask_logprobs: torch.Tensor  # [..., ids]
     replayed: torch.Tensor | None  # [...] bool; which tokens have a term, None for all
     with_gradient: bool
+
+
+class SequenceStatisticsArguments(NamedTuple):
+    trainer_logprobs: torch.Tensor  # [...]
+    inputs: LossInputs
+    settings: LossSettings
+
+
+class FoldSegmentsArguments(NamedTuple):
+    sums: torch.Tensor  # [rows, segments]
+    extremes: torch.Tensor  # [rows, segments]; the first half smallest values, then largest
+    sequence_ids: torch.Tensor  # [segments] int32
+    num_sequences: SymInt
+
+
+class LogRatioHistogramArguments(NamedTuple):
+    trainer_logprobs: torch.Tensor  # [...]
+    inference_logprobs: torch.Tensor  # [...]
+    loss_mask: torch.Tensor  # [...] bool
+    cu_seqlens: torch.Tensor | None  # [segments + 1] int32
 
 
 class MetricMeansArguments(NamedTuple):
@@ -301,10 +339,46 @@ class ChunkLogprobsBackwardArguments(NamedTuple):
     row_scales: torch.Tensor | None
 
 
+# -------------------------------------------------------------------------------------------------
+# Operators that exchange what rules on sequences look at, which are Python
+
+
+class SequenceTotalsArguments(NamedTuple):
+    trainer_logprobs: torch.Tensor  # [...]
+    inputs: LossInputs
+    settings: LossSettings
+    shared: SharedSequences
+
+
+class SequenceTotalsFromLogitsArguments(NamedTuple):
+    logits: torch.Tensor  # [..., vocabulary]
+    labels: torch.Tensor  # [...]
+    scaling: LogitScaling
+    inputs: LossInputs
+    settings: LossSettings
+    shared: SharedSequences
+
+
+class SequenceTotalsFromHiddenArguments(NamedTuple):
+    head: HeadInputs
+    inputs: LossInputs
+    settings: LossSettings
+    chunk_size: SymInt
+    num_active: SymInt | None
+    shared: SharedSequences
+
+
+class SequenceTotalsResults(NamedTuple):
+    sequence_totals: torch.Tensor  # as LossInputs has them
+
+
 OPERATORS: dict[str, type[tuple[Any, ...]]] = {
     "ipo_loss": IPOLossArguments,
     "component_loss": ComponentLossArguments,
     "score_centering": ScoreCenteringArguments,
+    "sequence_statistics": SequenceStatisticsArguments,
+    "fold_segments": FoldSegmentsArguments,
+    "log_ratio_histogram": LogRatioHistogramArguments,
     "metric_means": MetricMeansArguments,
     "ipo_loss_from_logits": IPOLossFromLogitsArguments,
     "ipo_loss_from_logits_": IPOLossFromLogitsInplaceArguments,
@@ -321,6 +395,9 @@ OPERATORS: dict[str, type[tuple[Any, ...]]] = {
     "ipo_loss_from_hidden": IPOLossFromHiddenArguments,
     "linear_token_logprobs": LinearTokenLogprobsArguments,
     "linear_token_logprobs_backward": LinearTokenLogprobsBackwardArguments,
+    "sequence_totals": SequenceTotalsArguments,
+    "sequence_totals_from_logits": SequenceTotalsFromLogitsArguments,
+    "sequence_totals_from_hidden": SequenceTotalsFromHiddenArguments,
 }
 
 
@@ -379,6 +456,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
     int: "int",
     float: "float",
     list[float] | None: "float[]?",
+    str: "str",
     SymInt: "SymInt",
     SymInt | None: "SymInt?",
 }
@@ -410,6 +488,7 @@ _GROUPS = (
     LogprobsBackward,
     NeedsGrad,
     MetricRows,
+    SharedSequences,
 )
 _LAYOUTS = {
     kind: _layout(kind) for kind in (*_GROUPS, *OPERATORS.values(), IPOLossFromHiddenResults)

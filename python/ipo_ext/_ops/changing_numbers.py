@@ -37,6 +37,9 @@ NUMBERS = {
         "ipo_loss_from_hidden",
         "linear_token_logprobs",
         "linear_token_logprobs_backward",
+        "sequence_totals",
+        "sequence_totals_from_logits",
+        "sequence_totals_from_hidden",
     )
 }
 

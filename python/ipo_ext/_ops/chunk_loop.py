@@ -26,6 +26,7 @@ from ipo_ext._ops.arguments import (
     LogprobsBackward,
     MetricRows,
     NeedsGrad,
+    SequenceTotalsFromHiddenArguments,
 )
 from ipo_ext._ops.centering import with_centering
 from ipo_ext._ops.chunks import IGNORED_LABEL, NO_ID, Gradients, Head, Rows
@@ -43,6 +44,20 @@ def _ipo_loss_from_hidden(
         inputs=arguments.inputs.map_tokens(_flat),
         inference_mask_logprobs=_flat_ids(arguments.inference_mask_logprobs),
     )
+    fault, replayed = _faults_of_loss(ops, arguments)
+    is_centered = arguments.inference_mask_logprobs is not None
+    in_two_passes = arguments.settings.judges_sequences or is_centered
+    make = _loss_in_two_passes if in_two_passes else _loss_in_one_pass
+    results = make(ops, arguments, fault, replayed)
+    return results._replace(
+        logprobs=results.logprobs.view(shape), entropy=results.entropy.view(shape)
+    )
+
+
+def _faults_of_loss(
+    ops: Any, arguments: IPOLossFromHiddenArguments | SequenceTotalsFromHiddenArguments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """And which tokens replay the sampler's support."""
     head, inputs, num_active = arguments.head, arguments.inputs, arguments.num_active
     fault, replayed = ops.find_faults(
         head.labels,
@@ -55,13 +70,7 @@ def _ipo_loss_from_hidden(
         head.weight.shape[0],
         head.labels.numel() if num_active is None else num_active,
     )
-    is_centered = arguments.inference_mask_logprobs is not None
-    in_two_passes = arguments.settings.judges_sequences or is_centered
-    make = _loss_in_two_passes if in_two_passes else _loss_in_one_pass
-    results = make(ops, arguments, fault, replayed)
-    return results._replace(
-        logprobs=results.logprobs.view(shape), entropy=results.entropy.view(shape)
-    )
+    return fault, replayed
 
 
 def _loss_in_one_pass(
@@ -79,7 +88,7 @@ def _loss_in_one_pass(
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
         states = rows.take_states(hidden, chunk)
-        inputs_here = inputs.map_tokens(take)._replace(cu_seqlens=None)
+        inputs_here = inputs.map_tokens(take)._replace(cu_seqlens=None, sequence_totals=None)
         logits = head.logits(states)
         gradient, row_scales = gradients.over(logits)
         logprobs_here, entropy_here = ops.chunk_logprobs_and_gradient(
@@ -110,8 +119,7 @@ def _loss_in_two_passes(
     for tokens that pay; without ``num_active`` each time reads a count back.
     """
     loss_mask, num_active = arguments.inputs.loss_mask, arguments.num_active
-    labels = arguments.head.labels.masked_fill(~loss_mask, IGNORED_LABEL)
-    head, chunk_size = arguments.head._replace(labels=labels), arguments.chunk_size
+    head, chunk_size = _with_active_labels(arguments.head, loss_mask), arguments.chunk_size
     candidates, of_sampler = None, arguments.inference_mask_logprobs
     if head.scaling.sampling_mask is not None and of_sampler is not None:
         candidates = head.scaling.sampling_mask.masked_fill(~replayed[:, None], NO_ID)
@@ -148,6 +156,22 @@ def _loss_in_two_passes(
         ops, rows, fault, head, candidates, chunk_size, backward, arguments.needs_grad
     )
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients)
+
+
+def logprobs_before_the_loss(
+    ops: Any, arguments: SequenceTotalsFromHiddenArguments
+) -> torch.Tensor:
+    """``[tokens]``, of the loss that is then made of the same arguments: in every bit its own."""
+    inputs = arguments.inputs.map_tokens(_flat)
+    arguments = arguments._replace(head=_flat_head(arguments.head), inputs=inputs)
+    fault, _ = _faults_of_loss(ops, arguments)
+    head = _with_active_labels(arguments.head, inputs.loss_mask)
+    rows = Rows.of(inputs.loss_mask, arguments.num_active)
+    return _logprobs_of(ops, rows, fault, head, None, arguments.chunk_size).logprobs
+
+
+def _with_active_labels(head: HeadInputs, loss_mask: torch.Tensor) -> HeadInputs:
+    return head._replace(labels=head.labels.masked_fill(~loss_mask, IGNORED_LABEL))
 
 
 def _loss_and_metrics(

@@ -17,6 +17,7 @@ from ipo_ext._ops.arguments import (
     ChunkLossArguments,
     ComponentLossArguments,
     FindFaultsArguments,
+    FoldSegmentsArguments,
     HeadInputs,
     IPOLossArguments,
     IPOLossFromHiddenArguments,
@@ -27,11 +28,13 @@ from ipo_ext._ops.arguments import (
     LinearTokenLogprobsBackwardArguments,
     LinearTokenLogprobsBackwardResults,
     LinearTokenLogprobsResults,
+    LogRatioHistogramArguments,
     LossAndMetricsArguments,
     MetricMeansArguments,
     MetricRows,
     NeedsGrad,
     ScoreCenteringArguments,
+    SequenceStatisticsArguments,
     TokenLogprobsArguments,
     TokenLogprobsBackwardArguments,
 )
@@ -103,6 +106,35 @@ def _score_centering(arguments: ScoreCenteringArguments) -> Tensors:
         ),
         like.new_empty((1, *segments), dtype=torch.float64),
     )
+
+
+def _sequence_statistics(arguments: SequenceStatisticsArguments) -> Tensors:
+    like, cu_seqlens = arguments.trainer_logprobs, arguments.inputs.cu_seqlens
+    segments = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (
+        like.new_empty((_C.STATISTIC_SUMS, segments), dtype=torch.float64),
+        like.new_empty((_C.STATISTIC_EXTREMES, segments), dtype=torch.float64),
+    )
+
+
+def _fold_segments(arguments: FoldSegmentsArguments) -> Tensors:
+    sums, extremes, _, num_sequences = arguments
+    return (
+        sums.new_empty((sums.shape[0], num_sequences)),
+        extremes.new_empty((extremes.shape[0], num_sequences)),
+    )
+
+
+def _sequence_totals(arguments: Any) -> torch.Tensor:
+    """Whatever they are made from."""
+    ids: torch.Tensor = arguments.shared.sequence_ids
+    return ids.new_empty((_C.SEQUENCE_TOTALS, ids.shape[0]), dtype=torch.float64)
+
+
+def _log_ratio_histogram(arguments: LogRatioHistogramArguments) -> torch.Tensor:
+    like, _, _, cu_seqlens = arguments
+    segments = () if cu_seqlens is None else (cu_seqlens.shape[0] - 1,)
+    return like.new_empty((_C.HISTOGRAM_BINS, *segments), dtype=torch.int64)
 
 
 def _metric_means(arguments: MetricMeansArguments) -> torch.Tensor:
@@ -241,6 +273,9 @@ FAKES: dict[str, Callable[[Any], Any]] = {
     "ipo_loss": _ipo_loss,
     "component_loss": _component_loss,
     "score_centering": _score_centering,
+    "sequence_statistics": _sequence_statistics,
+    "fold_segments": _fold_segments,
+    "log_ratio_histogram": _log_ratio_histogram,
     "metric_means": _metric_means,
     "ipo_loss_from_logits": _ipo_loss_from_logits,
     "ipo_loss_from_logits_": _ipo_loss_from_logits_inplace,
@@ -254,6 +289,9 @@ FAKES: dict[str, Callable[[Any], Any]] = {
     "loss_and_metrics": _loss_and_metrics,
     "chunk_logprobs": _chunk_logprobs,
     "chunk_logprobs_backward": _nothing,
+    "sequence_totals": _sequence_totals,
+    "sequence_totals_from_logits": _sequence_totals,
+    "sequence_totals_from_hidden": _sequence_totals,
     "scale_": _nothing,
     "scale_rows_": _nothing,
     "scale_into": _nothing,

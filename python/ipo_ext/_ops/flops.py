@@ -19,6 +19,7 @@ from ipo_ext._ops.arguments import (
     LinearTokenLogprobsArguments,
     LinearTokenLogprobsBackwardArguments,
     NeedsGrad,
+    SequenceTotalsFromHiddenArguments,
     schema_fields,
     unflatten,
 )
@@ -41,6 +42,11 @@ def _count(active: torch.Tensor) -> int:
     return int(active.sum())
 
 
+def _rows(arguments: IPOLossFromHiddenArguments | SequenceTotalsFromHiddenArguments) -> int:
+    mask, num_active = arguments.inputs.loss_mask, arguments.num_active
+    return _count(mask) if num_active is None else min(num_active, mask.numel())
+
+
 def _of_loss(arguments: IPOLossFromHiddenArguments) -> int:
     """Logits, and the gradients that were asked for; that of a bias is a sum.
 
@@ -48,12 +54,15 @@ def _of_loss(arguments: IPOLossFromHiddenArguments) -> int:
     the gradients all active rows are counted, an upper bound where ``num_active`` is None: dropped
     rows take no part.
     """
-    mask, num_active = arguments.inputs.loss_mask, arguments.num_active
-    rows = _count(mask) if num_active is None else min(num_active, mask.numel())
+    rows = _rows(arguments)
     is_centered = arguments.inference_mask_logprobs is not None
     in_two_passes = arguments.settings.judges_sequences or is_centered
     again = in_two_passes and any(arguments.needs_grad)
     return (1 + again + _products(arguments.needs_grad)) * _product(rows, arguments.head)
+
+
+def _of_totals(arguments: SequenceTotalsFromHiddenArguments) -> int:
+    return _product(_rows(arguments), arguments.head)
 
 
 def _of_logprobs(arguments: LinearTokenLogprobsArguments) -> int:
@@ -79,6 +88,7 @@ _FORMULAS: dict[str, Callable[[Any], int]] = {
     "ipo_loss_from_hidden": _of_loss,
     "linear_token_logprobs": _of_logprobs,
     "linear_token_logprobs_backward": _of_logprobs_backward,
+    "sequence_totals_from_hidden": _of_totals,
 }
 
 

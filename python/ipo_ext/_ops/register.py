@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ipo_ext import _C
-from ipo_ext._ops import from_hidden, from_logits, from_logprobs
+from ipo_ext._ops import chunk_loop, from_hidden, from_logits, from_logprobs, shared_sequences
 from ipo_ext._ops.arguments import OPERATORS, by_name, schema
 from ipo_ext._ops.autograd import Formula, refuse_vmap
 from ipo_ext._ops.changing_numbers import (
@@ -24,16 +24,21 @@ from ipo_ext._ops.changing_numbers import (
     twin_kernel,
     twin_schema,
 )
-from ipo_ext._ops.chunk_loop import KERNELS
 from ipo_ext._ops.fakes import FAKES
 from ipo_ext._ops.flops import register_formulas
-from ipo_ext._ops.torch_internals import registered_operators, without_tracking_views
+from ipo_ext._ops.torch_internals import (
+    keep_in_order,
+    registered_operators,
+    without_tracking_views,
+)
 
 AUTOGRAD: dict[str, Formula] = {
     **from_logprobs.AUTOGRAD,
     **from_logits.AUTOGRAD,
     **from_hidden.AUTOGRAD,
 }
+
+KERNELS = {**chunk_loop.KERNELS, **shared_sequences.KERNELS}
 
 # Libraries unregister what they hold when they are collected.
 _libraries: list[torch.library.Library] = []
@@ -71,6 +76,9 @@ def register(namespace: str) -> None:
         )
     for name in (*AUTOGRAD, "linear_token_logprobs_backward"):
         torch.library.register_vmap(f"{namespace}::{name}", refuse_vmap, lib=library)
+    for name in shared_sequences.KERNELS:
+        keep_in_order(f"{namespace}::{name}", library)
+        keep_in_order(f"{namespace}::{twin(name)}", library)
     register_formulas(namespace)
 
 

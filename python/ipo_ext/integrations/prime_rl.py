@@ -430,7 +430,7 @@ def _packed_loss(
 
 def _with_what_is_centered(
     config: IPOConfig, of_ids: Mapping[str, torch.Tensor | None]
-) -> tuple[IPOConfig, dict[str, torch.Tensor]]:
+) -> tuple[IPOConfig, dict[str, Any]]:
     """As upstream: nothing where the ids' log-probabilities are missing, whatever the section says.
 
     Rollouts of a frozen source have none, nor have batches of padding. A section without score

@@ -17,6 +17,10 @@ namespace ipo_ext::cuda {
 template <int kBytes>
 struct WordOf;
 template <>
+struct WordOf<1> {
+  using Type = uint8_t;
+};
+template <>
 struct WordOf<2> {
   using Type = uint16_t;
 };

@@ -18,6 +18,19 @@ __global__ void __launch_bounds__(kThreads) metric_means_kernel(const MetricMean
   if (s < args.segments) metric_means_of_segment<E>(args, s);
 }
 
+// A thread makes an element of the folded rows: the segments' values in their order, so that the
+// bits are the same in every run.
+__global__ void __launch_bounds__(kThreads) fold_segments_kernel(const FoldArgs args) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= args.num_rows() * args.sequences) return;
+  const FoldedRow row = folded_row(args, static_cast<int>(index / args.sequences));
+  const int64_t sequence = index % args.sequences;
+  double folded = row.nothing();
+  for (int64_t s = 0; s < args.segments; ++s)
+    if (args.sequence_ids[s] == sequence) folded = row.combine(folded, row.values[s]);
+  row.folded[sequence] = folded;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Launchers
 // ---------------------------------------------------------------------------------------------------------------------
@@ -68,18 +81,35 @@ cudaError_t launch_tiles(const IpoLossArgs& args, cudaStream_t stream) {
 }
 
 int64_t blocks_of_warps(int64_t warps) { return (warps + kWarpsOfBlock - 1) / kWarpsOfBlock; }
+int64_t blocks_of_threads(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+
+template <typename E>
+cudaError_t launch_sum_sequences(const IpoLossArgs& args, cudaStream_t stream) {
+  const int64_t tiles = judged_segments(args.segments).num_tiles();
+  if (tiles == 0) return cudaSuccess;
+  return launch(ipo_loss_sum_sequences<E>, blocks_of_warps(tiles), kThreads, 0, stream, args);
+}
 
 // Launches nothing where no sequence is judged. Sequences without tokens have verdicts too.
 template <typename E>
 cudaError_t launch_verdicts(const IpoLossArgs& args, cudaStream_t stream) {
-  if (!args.params.judges_sequences) return cudaSuccess;
-  const int64_t tiles = judged_segments(args.segments).num_tiles();
-  cudaError_t error = cudaSuccess;
-  if (tiles > 0)
-    error = launch(ipo_loss_sum_sequences<E>, blocks_of_warps(tiles), kThreads, 0, stream, args);
-  if (error != cudaSuccess || args.segments.count == 0) return error;
-  return launch(ipo_loss_judge_sequences<E>, blocks_of_warps(args.segments.count), kThreads, 0,
-                stream, args);
+  const int64_t count = args.segments.count;
+  if (!args.params.judges_sequences || count == 0) return cudaSuccess;
+  if (args.sequence_totals != nullptr) {
+    return launch(ipo_loss_judge_pieces<E>, blocks_of_threads(count), kThreads, 0, stream, args);
+  }
+  const cudaError_t error = launch_sum_sequences<E>(args, stream);
+  if (error != cudaSuccess) return error;
+  return launch(ipo_loss_judge_sequences<E>, blocks_of_warps(count), kThreads, 0, stream, args);
+}
+
+template <typename E>
+cudaError_t launch_statistics(const SequenceStatisticsArgs& args, cudaStream_t stream) {
+  const int64_t count = args.loss.segments.count;
+  if (count == 0) return cudaSuccess;
+  const cudaError_t error = launch_sum_sequences<E>(args.loss, stream);
+  if (error != cudaSuccess) return error;
+  return launch(ipo_loss_store_statistics<E>, blocks_of_warps(count), kThreads, 0, stream, args);
 }
 
 template <typename E, bool kHasComponents>
@@ -125,9 +155,22 @@ const char* ipo_loss(IpoLossArgs args, CUstream_st* stream) {
   }));
 }
 
+const char* sequence_statistics(SequenceStatisticsArgs args, CUstream_st* stream) {
+  args.loss.segments = with_tiles(args.loss.segments);
+  return error_text(dispatch_compute(args.loss.compute_dtype, [&](auto compute) {
+    return launch_statistics<TypeOf<decltype(compute)>>(args, stream);
+  }));
+}
+
+const char* fold_segments(const FoldArgs& args, CUstream_st* stream) {
+  if (args.sequences == 0) return nullptr;
+  const int64_t blocks = blocks_of_threads(args.num_rows() * args.sequences);
+  return error_text(launch(fold_segments_kernel, blocks, kThreads, 0, stream, args));
+}
+
 const char* metric_means(const MetricMeansArgs& args, CUstream_st* stream) {
   if (args.segments == 0) return nullptr;
-  const int64_t blocks = (args.segments + kThreads - 1) / kThreads;
+  const int64_t blocks = blocks_of_threads(args.segments);
   return error_text(dispatch_compute(args.compute_dtype, [&](auto compute) {
     return launch(metric_means_kernel<TypeOf<decltype(compute)>>, blocks, kThreads, 0, stream,
                   args);

@@ -82,20 +82,50 @@ __global__ void __launch_bounds__(kThreads, 2) ipo_loss_sum_sequences(const IpoL
   }
 }
 
-// A warp judges a sequence.
+// Returns the segment of a thread's warp; one that is none where there are too many warps.
+__device__ __forceinline__ int64_t segment_of_warp() {
+  return static_cast<int64_t>(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarpSize;
+}
+
+// Merges what the last launch has left of segment s. Valid in lane 0; all lanes must call.
 template <typename E>
-__global__ void __launch_bounds__(kThreads) ipo_loss_judge_sequences(const IpoLossArgs args) {
+__device__ __forceinline__ SequenceSums<E> merge_sequence(const IpoLossArgs& args, int64_t s) {
   const Segments segments = judged_segments(args.segments);
   const Workspace<E> workspace(args);
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t s = static_cast<int64_t>(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarpSize;
-  if (s >= segments.count) return;
   SequenceSums<E> sums = empty_sequence_sums<E>();
   const int64_t end = segments.end_slot(s);
   for (int64_t slot = segments.first_slot(s) + lane; slot < end; slot += kWarpSize)
     sums = merge(sums, workspace.sequence_slots[slot]);
-  sums = warp_reduce(sums, MergeSequences());
-  if (lane == 0) workspace.verdicts[s] = judge(sums, args.sequence_rules, args.params.rollout_low);
+  return warp_reduce(sums, MergeSequences());
+}
+
+// A warp judges a sequence.
+template <typename E>
+__global__ void __launch_bounds__(kThreads) ipo_loss_judge_sequences(const IpoLossArgs args) {
+  const int64_t s = segment_of_warp();
+  if (s >= args.segments.count) return;
+  const SequenceSums<E> sums = merge_sequence<E>(args, s);
+  if (threadIdx.x % kWarpSize == 0) {
+    Workspace<E>(args).verdicts[s] = judge(sums, args.sequence_rules, args.params.rollout_low);
+  }
+}
+
+// A warp stores what a sequence would be judged by.
+template <typename E>
+__global__ void __launch_bounds__(kThreads)
+    ipo_loss_store_statistics(const SequenceStatisticsArgs args) {
+  const int64_t s = segment_of_warp();
+  if (s >= args.loss.segments.count) return;
+  const SequenceSums<E> sums = merge_sequence<E>(args.loss, s);
+  if (threadIdx.x % kWarpSize == 0) store_statistics(args, sums, s);
+}
+
+// A thread judges the sequence of a piece.
+template <typename E>
+__global__ void __launch_bounds__(kThreads) ipo_loss_judge_pieces(const IpoLossArgs args) {
+  const int64_t s = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (s < args.segments.count) Workspace<E>(args).verdicts[s] = verdict_on_piece<E>(args, s);
 }
 
 }  // namespace ipo_ext::cuda
