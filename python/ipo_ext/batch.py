@@ -35,9 +35,8 @@ class LossBatch:
     Args:
         inference_logprobs, advantages, loss_mask: ``[...]``, as for ``ipo_loss``.
         temperature: as for ``ipo_loss_from_hidden``; not for ``IPOLoss``.
-        teacher_logprobs, loss_weights, cu_seqlens, inference_mask_logprobs, normalizer: as for
-            ``ipo_loss``.
-        sequence_ids, num_sequences, cp_group: likewise.
+        teacher_logprobs, loss_weights, cu_seqlens, normalizer: as for ``ipo_loss``.
+        inference_mask_logprobs, sequence_ids, num_sequences, cp_group: likewise.
 
     Example:
         >>> batch = LossBatch(inference, advantages, mask, normalizer=num_tokens).to(device)

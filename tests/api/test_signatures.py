@@ -20,45 +20,46 @@ from ipo_ext._optional_tensors import ANNOTATIONS, NAMES, OptionalTensors
 from ipo_ext.batch import FIELDS
 
 # What takes the optional tensors, with the arguments that users see.
-TENSORS = "teacher_logprobs=None, loss_weights=None, cu_seqlens=None, inference_mask_logprobs=None"
+TENSORS = "teacher_logprobs=None, loss_weights=None, cu_seqlens=None"
 SHARED = "sequence_ids=None, num_sequences=None, cp_group=None"
+REST = f"inference_mask_logprobs=None, {SHARED}"
 SPELLED_OUT: dict[Callable[..., Any], str] = {
     ipo_ext.ipo_loss: (
         "trainer_logprobs, inference_logprobs, advantages, loss_mask, *, "
-        f"{TENSORS}, {SHARED}, normalizer=None, config=IPOConfig(), "
+        f"{TENSORS}, {REST}, normalizer=None, config=IPOConfig(), "
         "trainer_mask_logprobs=None, histogram=False"
     ),
     ipo_ext.ipo_loss_from_logits: (
         "logits, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
-        f"softcap=None, {TENSORS}, {SHARED}, normalizer=None, inplace=False, config=IPOConfig(), "
+        f"softcap=None, {TENSORS}, {REST}, normalizer=None, inplace=False, config=IPOConfig(), "
         "logit_scale=None, sampling_mask=None, entropy=True, "
         "histogram=False"
     ),
     ipo_ext.ipo_loss_from_hidden: (
         "hidden, weight, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
-        f"softcap=None, {TENSORS}, {SHARED}, normalizer=None, chunk_size=None, num_active=None, "
+        f"softcap=None, {TENSORS}, {REST}, normalizer=None, chunk_size=None, num_active=None, "
         "config=IPOConfig(), logit_scale=None, bias=None, sampling_mask=None, entropy=True, "
         "histogram=False"
     ),
     ipo_ext.IPOLoss.forward: (
         "self, trainer_logprobs, inference_logprobs, advantages=None, loss_mask=None, *, "
-        f"{TENSORS}, {SHARED}, normalizer=None, trainer_mask_logprobs=None, histogram=False"
+        f"{TENSORS}, {REST}, normalizer=None, trainer_mask_logprobs=None, histogram=False"
     ),
     ipo_ext.LinearIPOLoss.forward: (
         "self, hidden, weight, labels, inference_logprobs, advantages=None, loss_mask=None, *, "
-        f"temperature=None, softcap=None, {TENSORS}, {SHARED}, normalizer=None, chunk_size=None, "
+        f"temperature=None, softcap=None, {TENSORS}, {REST}, normalizer=None, chunk_size=None, "
         "num_active=None, logit_scale=None, bias=None, sampling_mask=None, entropy=True, "
         "histogram=False"
     ),
     ipo_ext.IPOLMHead.forward: (
         "self, hidden, labels=None, inference_logprobs=None, advantages=None, loss_mask=None, *, "
-        f"temperature=None, softcap=None, {TENSORS}, {SHARED}, normalizer=None, chunk_size=None, "
+        f"temperature=None, softcap=None, {TENSORS}, {REST}, normalizer=None, chunk_size=None, "
         "num_active=None, logit_scale=None, sampling_mask=None, entropy=True, "
         "histogram=False"
     ),
     LossBatch.__init__: (
         "self, inference_logprobs, advantages, loss_mask, *, temperature=None, "
-        f"{TENSORS}, {SHARED}, normalizer=None"
+        f"{TENSORS}, {REST}, normalizer=None"
     ),
 }
 functions = pytest.mark.parametrize("function", SPELLED_OUT, ids=lambda each: each.__qualname__)

@@ -95,7 +95,7 @@ def test_a_marker_that_says_nothing_known_is_an_error() -> None:
 
 
 def test_the_reference_has_every_public_name() -> None:
-    directives = r"^\.\. auto(?:function|class|module):: (\S+)"
+    directives = r"^\.\. auto(?:function|class|module|data):: (\S+)"
     page = (ROOT / "docs" / "api.md").read_text()
     documented = {name.removeprefix("ipo_ext.") for name in re.findall(directives, page, re.M)}
     public = set(ipo_ext.__all__) - {"__version__"}

@@ -19,7 +19,7 @@ from tests.support.cases import Case, Evaluation, LogprobsCase, bits, evaluate, 
 from tests.support.centering import CONFIG, centered, with_sampler
 from tests.support.closeness import assert_close
 from tests.support.layouts import misaligned
-from tests.support.operators import opcheck, settings_of
+from tests.support.operators import call_operator, opcheck
 from tests.support.replay import PADDING
 
 UNCENTERED = dataclasses.replace(CONFIG, score_centering=False)
@@ -379,23 +379,9 @@ def test_the_operators_are_sound(backend: Backend) -> None:
 def test_only_replayed_tokens_have_a_term(backend: Backend) -> None:
     case = case_of(30, masked=0.0).to(backend.device)
     replayed = torch.arange(30, device=backend.device) % 3 == 0
-    tokens = (case.inference_logprobs, case.advantages, case.loss_mask, None, case.loss_weights)
-    settings = settings_of(case.config, case.compute_dtype).values()
 
     def call(mask: torch.Tensor | None) -> Any:
-        from ipo_ext._ops import library
-
-        return library.operators().score_centering(
-            case.trainer_mask_logprobs,
-            case.trainer_logprobs,
-            *tokens,
-            None,
-            None,
-            *settings,
-            case.inference_mask_logprobs,
-            mask,
-            True,
-        )
+        return call_operator("score_centering", case, replayed=mask)
 
     loss, gradient, sums = call(replayed)
     every, everywhere, _ = call(None)
