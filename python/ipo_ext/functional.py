@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ipo_ext._number_arguments import logit_scaling, scalar
+from ipo_ext._groups import Group
+from ipo_ext._number_arguments import count, logit_scaling, scalar
 from ipo_ext._ops import checks, torch_internals
 from ipo_ext._ops.arguments import (
     ComponentLossArguments,
@@ -17,20 +17,35 @@ from ipo_ext._ops.arguments import (
     HeadInputs,
     IPOLossArguments,
     IPOLossFromHiddenArguments,
+    IPOLossFromHiddenShardedArguments,
     IPOLossFromLogitsArguments,
+    IPOLossFromLogitsShardedArguments,
     LinearTokenLogprobsArguments,
+    LinearTokenLogprobsShardedArguments,
     LogitScaling,
     LossInputs,
     NeedsGrad,
     TokenLogprobsArguments,
+    TokenLogprobsShardedArguments,
 )
 from ipo_ext._ops.changing_numbers import settings_of
 from ipo_ext._ops.chunks import default_chunk_size
 from ipo_ext._ops.errors import with_torch_errors
-from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_logprobs
-from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
+from ipo_ext._ops.from_hidden import (
+    run_ipo_loss_from_hidden,
+    run_ipo_loss_from_hidden_sharded,
+    run_linear_token_logprobs,
+    run_linear_token_logprobs_sharded,
+)
+from ipo_ext._ops.from_logits import (
+    run_ipo_loss_from_logits,
+    run_ipo_loss_from_logits_sharded,
+    run_token_logprobs,
+    run_token_logprobs_sharded,
+)
 from ipo_ext._ops.from_logprobs import run_component_loss, run_ipo_loss
 from ipo_ext._optional_tensors import OptionalTensors, refuse_unknown_names, spells_out_tensors
+from ipo_ext._shards import OwnColumns, own_columns, own_copy, own_part
 from ipo_ext.config import IPOConfig
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
@@ -39,7 +54,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _DEFAULT = IPOConfig()
-_LARGEST_COUNT = 2**63 - 1  # what an operator can be given
 
 
 @spells_out_tensors
@@ -150,6 +164,9 @@ def ipo_loss_from_logits(
     logit_scale: float | None = None,
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
+    tp_group: Group | None = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss straight from the logits: the formula of ``ipo_loss``.
@@ -190,6 +207,15 @@ def ipo_loss_from_logits(
             The gradient then takes a pass of its own.
         entropy: whether entropies are wanted, which are the whole row's. Without them a token that
             replays its ids costs K + 1 logits, not V. Default True.
+        tp_group: the ranks that share the vocabulary, a ``ProcessGroup`` or a ``DeviceMesh`` of one
+            dimension; they are given the same tokens. ``logits`` is then ``[..., V_r]``, this
+            rank's columns, perhaps none; labels stay tokens of the whole vocabulary. All results
+            are the same on all ranks, bit by bit. Not with ``inplace`` or ``sampling_mask``.
+            Default: the logits are whole.
+        vocab_size: tokens of the whole vocabulary, with ``tp_group``. Alone: rank r has what
+            ``torch.chunk`` gives it of these. Default: all ranks have as many columns.
+        vocab_start: the first token of this rank, with ``vocab_size``, whose columns at or above
+            ``vocab_size`` are padding. The ranks' ranges make up the vocabulary in any way.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
@@ -213,6 +239,7 @@ def ipo_loss_from_logits(
     """
     refuse_unknown_names(ipo_loss_from_logits, tensors)
     _check_config(config)
+    logits, own = _own_logits(logits, tp_group, vocab_size, vocab_start)
     inputs = LossInputs(
         inference_logprobs,
         advantages,
@@ -221,7 +248,10 @@ def ipo_loss_from_logits(
         **tensors,
     )
     scaling = _scaling(temperature, sampling_mask, entropy, logits)
-    checks.check_logits_loss(logits, labels, scaling, inputs, config.teacher_tau)
+    is_sharded = own.shard is not None
+    checks.check_logits_loss(
+        logits, labels, scaling, inputs, config.teacher_tau, is_sharded=is_sharded
+    )
     checks.check_no_gradient(inputs, scaling.temperature)
     compute = checks.compute_dtype(logits, inference_logprobs)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
@@ -230,11 +260,19 @@ def ipo_loss_from_logits(
     if config.judges_sequences:
         inputs = _with_sequences(inputs)
     scaling = logit_scaling(scaling, softcap, logit_scale, logits)
-    settings = settings_of(config, compute)
-    loss, logprobs, entropies, *rows = with_torch_errors(
-        functools.partial(run_ipo_loss_from_logits, inplace=inplace),
-        IPOLossFromLogitsArguments(logits, labels, scaling, inputs, settings, with_gradient),
+    arguments = IPOLossFromLogitsArguments(
+        logits, labels, scaling, inputs, settings_of(config, compute), with_gradient
     )
+    if own.shard is None:
+        run = functools.partial(run_ipo_loss_from_logits, inplace=inplace)
+        results = with_torch_errors(run, arguments)
+    else:
+        _refuse_with_shard(sampling_mask=sampling_mask, inplace=inplace or None)
+        results = with_torch_errors(
+            run_ipo_loss_from_logits_sharded,
+            IPOLossFromLogitsShardedArguments(*arguments, own.shard),
+        )
+    loss, logprobs, entropies, *rows = results
     metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, scaling)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
@@ -249,6 +287,9 @@ def token_logprobs(
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
     candidates: torch.Tensor | None = None,
+    tp_group: Group | None = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
 ) -> tuple[Any, ...]:
     """Log-probabilities of the labels and entropies of the rows, both differentiable.
 
@@ -260,6 +301,8 @@ def token_logprobs(
             ``ipo_loss_from_logits``, except that labels are read everywhere.
         candidates: int32 ``[..., K]``, K up to 512: ids whose log-probabilities are wanted beside
             the label's, in any order, also more than once, -1 where there are fewer.
+        tp_group, vocab_size, vocab_start: as for ``ipo_loss_from_logits``; not with ``candidates``.
+            The gradients that flow into the results must be the same on all ranks.
 
     Returns:
         ``(logprobs, entropy)``, each ``[...]``, float64 for float64 logits, else float32; the
@@ -271,11 +314,20 @@ def token_logprobs(
         TypeError, ValueError, IndexError, RuntimeError: as for ``ipo_loss_from_logits``; on CUDA
             what would raise an IndexError or a RuntimeError makes everything NaN.
     """
+    logits, own = _own_logits(logits, tp_group, vocab_size, vocab_start)
     scaling = _scaling(temperature, sampling_mask, entropy, logits)
     candidates = _apart(candidates, sampling_mask)
-    checks.check_logits(logits, labels, scaling, candidates)
+    is_sharded = own.shard is not None
+    checks.check_logits(logits, labels, scaling, candidates, is_sharded=is_sharded)
     checks.check_no_gradient(None, scaling.temperature)
     scaling = logit_scaling(scaling, softcap, logit_scale, logits)
+    if own.shard is not None:
+        _refuse_with_shard(sampling_mask=sampling_mask, candidates=candidates)
+        logprobs, entropies, *_ = with_torch_errors(
+            run_token_logprobs_sharded,
+            TokenLogprobsShardedArguments(logits, labels, scaling, own.shard),
+        )
+        return logprobs, entropies if entropy else None
     results = with_torch_errors(
         run_token_logprobs, TokenLogprobsArguments(logits, labels, scaling, candidates)
     )
@@ -301,6 +353,10 @@ def ipo_loss_from_hidden(
     bias: torch.Tensor | None = None,
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
+    tp_group: Group | None = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
+    reduce_hidden_grad: bool = True,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from hidden states and the LM head's weight: the formula of ``ipo_loss``.
@@ -338,6 +394,12 @@ def ipo_loss_from_hidden(
             work.
         bias: ``[V]``, the LM head's bias, dtype and device of ``hidden``; receives a gradient too.
             It is added to float32 logits, under autocast as well. Default none.
+        tp_group, vocab_size, vocab_start: as for ``ipo_loss_from_logits``; ``weight`` is then
+            ``[V_r, H]``, ``bias`` ``[V_r]``, perhaps without a row. The ranks are given the same
+            ``hidden``, ``chunk_size`` and ``num_active``, and need the same gradients.
+        reduce_hidden_grad: with ``tp_group``, whether the gradient of ``hidden`` is summed over its
+            ranks, in float32, so that all have the same. False: each rank has its own part, for
+            hosts that add these up themselves. Default True.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
@@ -359,6 +421,9 @@ def ipo_loss_from_hidden(
     """
     refuse_unknown_names(ipo_loss_from_hidden, tensors)
     _check_config(config)
+    weight, bias, own = _own_rows(weight, bias, tp_group, vocab_size, vocab_start)
+    _check_reduces(reduce_hidden_grad, tp_group)
+    hidden = own_copy("hidden", hidden, tp_group, reduce_hidden_grad)
     inputs = LossInputs(
         inference_logprobs,
         advantages,
@@ -368,7 +433,8 @@ def ipo_loss_from_hidden(
     )
     scaling = _scaling(temperature, sampling_mask, entropy, hidden)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
-    checks.check_hidden_loss(head, inputs, config.teacher_tau)
+    is_sharded = own.shard is not None
+    checks.check_hidden_loss(head, inputs, config.teacher_tau, is_sharded=is_sharded)
     checks.check_no_gradient(inputs, scaling.temperature)
     head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
     compute = checks.compute_dtype(hidden, inference_logprobs)
@@ -376,18 +442,25 @@ def ipo_loss_from_hidden(
     needs_grad = [leaf is not None and leaf.requires_grad and with_gradient for leaf in head.leaves]
     if config.judges_sequences:
         inputs = _with_sequences(inputs)
-    loss, logprobs, entropies, *rows = with_torch_errors(
-        run_ipo_loss_from_hidden,
-        checks.product_dtype(hidden, weight, bias),
-        IPOLossFromHiddenArguments(
-            head,
-            inputs,
-            settings_of(config, compute),
-            _chunk_size(chunk_size, hidden, weight),
-            _count("num_active", num_active, 0),
-            NeedsGrad(*needs_grad),
-        ),
+    arguments = IPOLossFromHiddenArguments(
+        head,
+        inputs,
+        settings_of(config, compute),
+        _chunk_size(chunk_size, hidden, own),
+        count("num_active", num_active, 0),
+        NeedsGrad(*needs_grad),
     )
+    dtype = checks.product_dtype(hidden, weight, bias)
+    if own.shard is None:
+        results = with_torch_errors(run_ipo_loss_from_hidden, dtype, arguments)
+    else:
+        _refuse_with_shard(sampling_mask=sampling_mask)
+        results = with_torch_errors(
+            run_ipo_loss_from_hidden_sharded,
+            dtype,
+            IPOLossFromHiddenShardedArguments(*arguments, own.shard, reduce_hidden_grad),
+        )
+    loss, logprobs, entropies, *rows = results
     metrics = _metrics(rows, tensors.get("cu_seqlens"), inputs, config, scaling)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
@@ -405,6 +478,10 @@ def linear_token_logprobs(
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
     candidates: torch.Tensor | None = None,
+    tp_group: Group | None = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
+    reduce_hidden_grad: bool = True,
 ) -> tuple[Any, ...]:
     """``token_logprobs`` of ``hidden @ weight.T + bias``, whose logits never exist as a whole.
 
@@ -417,6 +494,9 @@ def linear_token_logprobs(
         hidden, weight, chunk_size, bias: as for ``ipo_loss_from_hidden``.
         labels, temperature, softcap, logit_scale, sampling_mask, entropy, candidates: as for
             ``token_logprobs``.
+        tp_group, vocab_size, vocab_start, reduce_hidden_grad: as for ``ipo_loss_from_hidden``; not
+            with ``candidates``. The gradients that flow into the results must be the same on all
+            ranks; all labelled rows then take part in the backward pass.
 
     Returns:
         As ``token_logprobs``; float64 for float64 inputs, else float32.
@@ -424,18 +504,87 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
     """
+    weight, bias, own = _own_rows(weight, bias, tp_group, vocab_size, vocab_start)
+    _check_reduces(reduce_hidden_grad, tp_group)
+    hidden = own_copy("hidden", hidden, tp_group, reduce_hidden_grad)
     scaling = _scaling(temperature, sampling_mask, entropy, hidden)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
     candidates = _apart(candidates, sampling_mask)
-    checks.check_hidden(head, candidates)
+    checks.check_hidden(head, candidates, is_sharded=own.shard is not None)
     checks.check_no_gradient(None, scaling.temperature)
     head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
+    dtype, chunk = checks.product_dtype(hidden, weight, bias), _chunk_size(chunk_size, hidden, own)
+    if own.shard is not None:
+        _refuse_with_shard(sampling_mask=sampling_mask, candidates=candidates)
+        logprobs, entropies, *_ = with_torch_errors(
+            run_linear_token_logprobs_sharded,
+            dtype,
+            LinearTokenLogprobsShardedArguments(head, chunk, own.shard, reduce_hidden_grad),
+        )
+        return logprobs, entropies if entropy else None
     results = with_torch_errors(
-        run_linear_token_logprobs,
-        checks.product_dtype(hidden, weight, bias),
-        LinearTokenLogprobsArguments(head, candidates, _chunk_size(chunk_size, hidden, weight)),
+        run_linear_token_logprobs, dtype, LinearTokenLogprobsArguments(head, candidates, chunk)
     )
     return _wanted(results, entropy, candidates)
+
+
+def _own_logits(
+    logits: torch.Tensor, tp_group: Group | None, vocab_size: int | None, vocab_start: int | None
+) -> tuple[torch.Tensor, OwnColumns]:
+    """Without padding; whether they are logits at all is looked at later."""
+    logits, vocabulary = own_part("logits", logits, -1, tp_group)
+    vocab_size = vocabulary if vocab_size is None else vocab_size
+    columns = _length(logits, -1)
+    own = own_columns("logits", columns, tp_group, vocab_size, vocab_start)
+    return (logits[..., : own.width] if own.width < columns else logits), own
+
+
+def _own_rows(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tp_group: Group | None,
+    vocab_size: int | None,
+    vocab_start: int | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, OwnColumns]:
+    """The same of a head's weight and bias."""
+    weight, vocabulary = own_part("weight", weight, 0, tp_group)
+    if bias is not None:
+        bias, _ = own_part("bias", bias, 0, tp_group)
+    vocab_size = vocabulary if vocab_size is None else vocab_size
+    rows = _length(weight, 0)
+    own = own_columns("weight", rows, tp_group, vocab_size, vocab_start)
+    if own.width < rows:
+        weight, bias = weight[: own.width], None if bias is None else bias[: own.width]
+    return weight, bias, own
+
+
+def _length(tensor: torch.Tensor, dim: int) -> int:
+    """0 of what has none, which is refused later."""
+    has_shape = isinstance(tensor, torch.Tensor) and not tensor.is_nested and tensor.dim() > 0
+    return tensor.shape[dim] if has_shape else 0
+
+
+def _refuse_with_shard(**given: object) -> None:
+    """Raises for what needs a whole row of logits in one place."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected it left out with tp_group, whose ranks have a part of each row, "
+                f"got {value if value is True else type(value).__name__}; leave it out, or gather "
+                "the vocabulary and leave out tp_group"
+            )
+
+
+def _check_reduces(reduce_hidden_grad: bool, tp_group: Group | None) -> None:
+    if not isinstance(reduce_hidden_grad, bool):
+        raise TypeError(
+            f"reduce_hidden_grad: expected True or False, got {type(reduce_hidden_grad).__name__}"
+        )
+    if not reduce_hidden_grad and tp_group is None:
+        raise ValueError(
+            "reduce_hidden_grad: expected True without tp_group, got False: one rank's gradient is "
+            "all of it; pass the group of ranks that share the vocabulary as tp_group"
+        )
 
 
 def _scaling(
@@ -556,31 +705,9 @@ def _metrics(
     return metrics if inputs.cu_seqlens is cu_seqlens else metrics.total()
 
 
-def _count(name: str, value: Any, least: int) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, (int, torch.SymInt)):
-        value = _as_int(name, value)
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int or None, got bool")
-    if value < least:
-        raise ValueError(f"{name}: expected a number >= {least} or None, got {value!r}")
-    if value > _LARGEST_COUNT:
-        raise ValueError(
-            f"{name}: expected a number below 2**63 or None, got one of {value.bit_length()} bits"
-        )
-    return cast(int, value)
-
-
-def _as_int(name: str, value: Any) -> int:
-    """Of NumPy's integers and their like; not of a tensor, which would have to be waited for."""
-    if isinstance(value, torch.Tensor) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
-    return operator.index(value)
-
-
-def _chunk_size(chunk_size: int | None, hidden: torch.Tensor, weight: torch.Tensor) -> int:
-    given = _count("chunk_size", chunk_size, 1)
+def _chunk_size(chunk_size: int | None, hidden: torch.Tensor, own: OwnColumns) -> int:
+    """Of numbers that are the same on all ranks."""
+    given = count("chunk_size", chunk_size, 1)
     if given is None:
-        return default_chunk_size(weight.shape[0], hidden.dtype, hidden.device)
+        return default_chunk_size(own.per_rank, hidden.dtype, hidden.device)
     return given

@@ -10,7 +10,13 @@ from tests.support import hidden, logits
 from tests.support.backends import Backend
 from tests.support.cases import LogprobsCase, evaluate, same_bits
 from tests.support.forms import FORMS, forms, leaf
-from tests.support.operators import call_operator, example_arguments, opcheck, operator
+from tests.support.operators import (
+    call_operator,
+    example_arguments,
+    group_for,
+    opcheck,
+    operator,
+)
 from tests.support.subjects import SUBJECTS
 
 # -------------------------------------------------------------------------------------------------
@@ -19,9 +25,10 @@ from tests.support.subjects import SUBJECTS
 
 @pytest.mark.parametrize("name", [name.removeprefix("ipo_ext::") for name in info.operators()])
 def test_opcheck(backend: Backend, name: str) -> None:
-    arguments = example_arguments(name, backend.device)
-    arguments[0].requires_grad_(name in SUBJECTS)
-    results = torch.library.opcheck(operator(name), arguments)
+    with group_for(name):
+        arguments = example_arguments(name, backend.device)
+        arguments[0].requires_grad_(name in SUBJECTS)
+        results = torch.library.opcheck(operator(name), arguments)
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ipo_ext import _C, IPOConfig
 from ipo_ext._ops import library
 from ipo_ext._ops.arguments import NeedsGrad
 from tests.support.cases import Case, LogitsCase, LogprobsCase
+from tests.support.ranks import alone
 from tests.support.subjects import TOKENS, VOCABULARY
 
 
@@ -90,8 +93,16 @@ def operator_gradient(case: LogprobsCase) -> torch.Tensor:
 # Every operator
 
 
+def group_for(name: str) -> contextlib.AbstractContextManager[Any]:
+    """A process group for an operator that exchanges with other ranks; else nothing."""
+    return alone() if "sharded" in name else contextlib.nullcontext()
+
+
 def example_arguments(name: str, device: torch.device) -> list[Any]:
-    """A value for every argument of any operator, by its name in the schemas."""
+    """A value for every argument of any operator, by its name in the schemas.
+
+    Within ``group_for(name)``.
+    """
     rows = TOKENS, VOCABULARY
     per_token = torch.rand(TOKENS)
     tensors = {
@@ -128,6 +139,7 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "out": torch.empty(rows, dtype=torch.bfloat16),
         "factor": torch.tensor(0.3),
         "row_scales": torch.rand(TOKENS),
+        "packets": torch.rand(TOKENS, 4, dtype=torch.float64),
         "sums": torch.rand(len(_C.SUM_ROWS), 3, dtype=torch.float64),
         "extremes": torch.rand(len(_C.EXTREME_ROWS), 3, dtype=torch.float64),
     }
@@ -142,9 +154,16 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "chunk_size": 8,
         "columns": VOCABULARY,
         "float64": False,
+        "first_column": 0,
+        "vocabulary": VOCABULARY,
+        "group": dist.group.WORLD.group_name if dist.is_initialized() else "",
+        "problem": "",
+        "reduce_hidden_grad": True,
         "ratio": 0.3,
     }
     known = {key: tensor.to(device) for key, tensor in tensors.items()} | numbers
+    if "sharded" in name:
+        known |= dict.fromkeys(("sampling_mask", "grad_candidates"))
     if name.startswith("chunk"):
         known["cu_seqlens"] = None  # a chunk of rows is not packed
         known["row_scales"] = None  # of fp16 gradients alone

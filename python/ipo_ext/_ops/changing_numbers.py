@@ -36,6 +36,12 @@ NUMBERS = {
         "ipo_loss_from_hidden",
         "linear_token_logprobs",
         "linear_token_logprobs_backward",
+        "ipo_loss_from_logits_sharded",
+        "token_logprobs_sharded",
+        "token_logprobs_sharded_backward",
+        "ipo_loss_from_hidden_sharded",
+        "linear_token_logprobs_sharded",
+        "linear_token_logprobs_sharded_backward",
     )
 }
 

@@ -1,6 +1,7 @@
 """Registers the Python half of the operators with torch; csrc/ops/register.cpp does the C++ half.
 
-The operators from hidden states are defined here: their matrix products are torch's.
+The operators from hidden states are defined here, whose matrix products are torch's, and those that
+exchange with other ranks.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 from ipo_ext import _C
-from ipo_ext._ops import from_hidden, from_logits, from_logprobs
-from ipo_ext._ops.arguments import OPERATORS, by_name, schema
+from ipo_ext._ops import chunk_loop, from_hidden, from_logits, from_logprobs, shards
+from ipo_ext._ops.arguments import EXCHANGING, OPERATORS, by_name, schema
 from ipo_ext._ops.autograd import Formula, refuse_vmap
 from ipo_ext._ops.changing_numbers import (
     LOG_BOUND,
@@ -24,10 +25,15 @@ from ipo_ext._ops.changing_numbers import (
     twin_kernel,
     twin_schema,
 )
-from ipo_ext._ops.chunk_loop import KERNELS
 from ipo_ext._ops.fakes import FAKES
 from ipo_ext._ops.flops import register_formulas
-from ipo_ext._ops.torch_internals import registered_operators, without_tracking_views
+from ipo_ext._ops.torch_internals import (
+    keep_in_order,
+    registered_operators,
+    without_tracking_views,
+)
+
+KERNELS = {**chunk_loop.KERNELS, **shards.KERNELS}
 
 AUTOGRAD: dict[str, Formula] = {
     **from_logprobs.AUTOGRAD,
@@ -69,6 +75,9 @@ def register(namespace: str) -> None:
         torch.library.register_autograd(
             f"{namespace}::{name}", backward, setup_context=setup_context, lib=library
         )
+    for name in EXCHANGING:
+        for each in (name, twin(name)):
+            keep_in_order(f"{namespace}::{each}", library)
     for name in (*AUTOGRAD, "linear_token_logprobs_backward"):
         torch.library.register_vmap(f"{namespace}::{name}", refuse_vmap, lib=library)
     register_formulas(namespace)

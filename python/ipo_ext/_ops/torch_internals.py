@@ -116,6 +116,39 @@ def without_tracking_views() -> AbstractContextManager[None]:
     return cast(AbstractContextManager[None], torch._C._ExcludeDispatchKeyGuard(keys))
 
 
+def keep_in_order(operator: str, library: torch.library.Library) -> None:
+    """Makes compilers keep the calls of ``namespace::name``, in their order, whoever uses them.
+
+    One that meets other ranks must be called by all of them, or none. torch has a public name for
+    effects of operators that ``custom_op`` has defined alone.
+    """
+    from torch._library.effects import EffectType
+
+    library._register_effectful_op(f"{operator}", EffectType.ORDERED)
+
+
+def gathered(tensor: torch.Tensor, group_name: str) -> torch.Tensor:
+    """``[ranks, *shape]``: what the ranks of a process group have, in their order.
+
+    torch 2.13 deprecates the public ``all_gather_into_tensor``, and its successor is younger than
+    2.11; the operator below both is in all of them.
+    """
+    from torch.distributed import distributed_c10d
+
+    group = cast(Any, distributed_c10d)._resolve_process_group(group_name)
+    collectives = torch.ops._c10d_functional
+    flat = collectives.all_gather_into_tensor(tensor.reshape(-1), group.size(), group_name)
+    ranks = collectives.wait_tensor(flat).view(group.size(), *tensor.shape)
+    return cast(torch.Tensor, ranks)
+
+
+def sum_of_ranks(tensor: torch.Tensor, group_name: str) -> torch.Tensor:
+    """The sum over the ranks of a process group, with the same bits on each; as ``gathered``."""
+    collectives = torch.ops._c10d_functional
+    total = collectives.wait_tensor(collectives.all_reduce(tensor, "sum", group_name))
+    return cast(torch.Tensor, total)
+
+
 def registered_operators(namespace: str) -> list[str]:
     """``namespace::name`` of every operator: ``torch.ops`` lists only those already used."""
     names = torch._C._dispatch_get_all_op_names()
