@@ -17,6 +17,8 @@ enum class LogitsMode : int32_t {
   kLoss,      // log-probabilities, entropies and the gradient of their loss
   kBackward,  // the gradient, from derivatives by log-probabilities and entropies and from what the
               // forward pass has left: entropies and softmax_stats
+  kPartial,   // RowStats of the compute dtype in the workspace, of each row in as many splits as
+              // the plan has: for a matrix that has some of the vocabulary's columns
 };
 
 struct LogitsArgs {
@@ -31,7 +33,8 @@ struct LogitsArgs {
   int64_t max_active = std::numeric_limits<int64_t>::max();  // what the caller has promised
   const uint8_t* active = nullptr;  // [rows] as loss.loss_mask, or null: rows whose label is not
                                     // kIgnoredLabel
-  const void* labels;               // [rows] int32 or int64
+  const void* labels;               // [rows] int32 or int64; kBackward: one that is no column is
+                                    // another rank's
   DType label_dtype;                //
   TokenInput temperatures;          // [rows], or null:
   ScalarInput temperature;          // one for all rows

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "math/exponential.h"
 #include "math/lanes.h"
@@ -51,6 +52,22 @@ struct RowSums {
 
 IPO_HOST_DEVICE RowSums merge(const RowSums& a, const RowSums& b) {
   return {a.sum_exp + b.sum_exp, a.sum_exp_x + b.sum_exp_x};
+}
+
+// The maximum and the sums of a row, or of a split of it, and the label's logit, which must be read
+// before any gradient is written.
+template <typename E>
+struct RowStats {
+  E row_max;
+  E label_logit;
+  RowSums sums;
+};
+
+// Returns what exponentials are relative to: the maximum, or any number for a row of nothing but
+// -inf, which has none.
+template <typename E>
+IPO_HOST_DEVICE E finite_or_zero(E row_max) {
+  return row_max == -std::numeric_limits<E>::infinity() ? E(0) : row_max;
 }
 
 // Takes the sums of a split of a row, which are relative to the split's own maximum, to the row's

@@ -9,6 +9,7 @@
 #include "kernels/logits.h"
 #include "kernels/scale.h"
 #include "kernels/score_centering.h"
+#include "kernels/shards.h"
 #include "kernels/support.h"
 #include "ops/tensors.h"
 
@@ -25,9 +26,13 @@ struct CpuBackend {
   static size_t workspace_bytes(const IpoLossArgs& args) { return cpu::workspace_bytes(args); }
   // The CPU walks all rows in one way.
   struct LaunchPlan {
-    static constexpr int64_t workspace_bytes = 0;
+    int64_t workspace_bytes = 0;
+    int splits = 1;
   };
-  static LaunchPlan make_plan(const LogitsArgs&, const Tensor&) { return {}; }
+  static LaunchPlan make_plan(const LogitsArgs& args, const Tensor&) {
+    if (args.mode != LogitsMode::kPartial) return {};
+    return {args.logits.rows * static_cast<int64_t>(sizeof(math::RowStats<double>))};
+  }
 
   static void ipo_loss(const IpoLossArgs& args, const Tensor&) {
     cpu::ipo_loss(args, parallel_for);
@@ -58,6 +63,18 @@ struct CpuBackend {
   }
   static void score_centering(const CenteringArgs& args, const Tensor&) {
     cpu::score_centering(args, parallel_for);
+  }
+  static void local_columns(const ShardArgs& args, const Tensor&) {
+    cpu::local_columns(args, parallel_for);
+  }
+  static void store_packets(const ShardArgs& args, const Tensor&) {
+    cpu::store_packets(args, parallel_for);
+  }
+  static void find_packet_faults(const ShardArgs& args, const Tensor&) {
+    cpu::find_packet_faults(args, parallel_for);
+  }
+  static void store_gathered_rows(const ShardArgs& args, const Tensor&) {
+    cpu::store_gathered_rows(args, parallel_for);
   }
   static void scale(const ScaleArgs& args, const Tensor&) { cpu::scale(args, parallel_for); }
   static void scale_rows(const ScaleRowsArgs& args, const Tensor&) {
@@ -148,6 +165,26 @@ struct CudaBackend {
   static void score_centering(const CenteringArgs& args, const Tensor& on) {
     check_launch("score_centering", on,
                  [&](CUstream_st* stream) { return cuda::score_centering(args, stream); });
+  }
+
+  static void local_columns(const ShardArgs& args, const Tensor& on) {
+    check_launch("local_columns", on,
+                 [&](CUstream_st* stream) { return cuda::local_columns(args, stream); });
+  }
+
+  static void store_packets(const ShardArgs& args, const Tensor& on) {
+    check_launch("store_packets", on,
+                 [&](CUstream_st* stream) { return cuda::store_packets(args, stream); });
+  }
+
+  static void find_packet_faults(const ShardArgs& args, const Tensor& on) {
+    check_launch("find_packet_faults", on,
+                 [&](CUstream_st* stream) { return cuda::find_packet_faults(args, stream); });
+  }
+
+  static void store_gathered_rows(const ShardArgs& args, const Tensor& on) {
+    check_launch("store_gathered_rows", on,
+                 [&](CUstream_st* stream) { return cuda::store_gathered_rows(args, stream); });
   }
 
   static void scale(const ScaleArgs& args, const Tensor& on) {

@@ -173,6 +173,18 @@ class __attribute__((visibility("hidden"))) LogitsCall : public RowsCall {
     Backend::logits(args, plan, on_);
   }
 
+  // Reduces the rows and no more. Returns their RowStats, of each row in so many splits.
+  template <typename Backend>
+  Tensor run_partial(int64_t& splits) {
+    args.mode = LogitsMode::kPartial;
+    const auto plan = Backend::make_plan(args, on_);
+    Tensor stats = empty({plan.workspace_bytes}, ScalarType::Byte, on_);
+    args.workspace = stats.mutable_data_ptr();
+    splits = plan.splits;
+    Backend::logits(args, plan, on_);
+    return stats;
+  }
+
   LogitsCall(const LogitsCall&) = delete;
 
  private:

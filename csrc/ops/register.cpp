@@ -10,6 +10,7 @@
 #include "ops/scale.h"
 #include "ops/schemas.h"
 #include "ops/score_centering.h"
+#include "ops/shards.h"
 
 // Tests build this file once more, with the CUDA kernels emulated on the CPU under a namespace of
 // their own.
@@ -51,6 +52,9 @@ const std::vector<Operator>& operators() {
       IPO_EXT_OPERATOR(loss_and_metrics),
       IPO_EXT_OPERATOR(chunk_logprobs),
       IPO_EXT_OPERATOR(chunk_logprobs_backward),
+      IPO_EXT_OPERATOR(chunk_packets),
+      IPO_EXT_OPERATOR(gather_packets),
+      IPO_EXT_OPERATOR(chunk_shard_backward),
       IPO_EXT_OPERATOR(scale_),
       IPO_EXT_OPERATOR(scale_rows_),
       IPO_EXT_OPERATOR(scale_into),

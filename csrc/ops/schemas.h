@@ -121,6 +121,27 @@ inline constexpr const char* chunk_logprobs_backward =
     "row_scales) -> ()";
 
 // -------------------------------------------------------------------------------------------------
+// Vocabulary parallel: logits have the columns of one rank, from first_column on; labels are tokens
+// -------------------------------------------------------------------------------------------------
+
+// [rows, 4] fp64, what ranks gather of a chunk's rows. Raises for no value of a tensor, on no
+// device: all ranks take part in what follows.
+inline constexpr const char* chunk_packets =
+    "(Tensor logits, Tensor labels" LOGIT_SCALING ", Tensor fault, SymInt first_column) -> Tensor";
+
+// Results of whole rows from all ranks' packets, [ranks, rows, 4] in any shape. A fault of any
+// rank, or a label that is not of exactly one, is added to `fault`; on the CPU it raises.
+inline constexpr const char* gather_packets =
+    "(Tensor packets, Tensor labels, Tensor? temperature, Tensor(a!) fault, bool float64) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor softmax_stats)";
+
+// chunk_logprobs_backward for the columns of one rank.
+inline constexpr const char* chunk_shard_backward =
+    "(Tensor logits, Tensor labels" LOGIT_SCALING
+    ", Tensor entropy, Tensor softmax_stats, Tensor grad_logprobs, Tensor grad_entropy, "
+    "Tensor fault, SymInt first_column, Tensor(a!) gradient, Tensor(b!)? row_scales) -> ()";
+
+// -------------------------------------------------------------------------------------------------
 // Scaling of a saved gradient
 // -------------------------------------------------------------------------------------------------
 

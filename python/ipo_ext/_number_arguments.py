@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+import operator
+from typing import Any, cast
 
 import torch
 
 from ipo_ext import _C
 from ipo_ext._numbers import is_number, to_float
 from ipo_ext._ops.arguments import LogitScaling
+
+_LARGEST_COUNT = 2**63 - 1  # what an operator can be given
 
 
 def scalar(
@@ -122,3 +125,27 @@ def _invertible(name: str, dtype: torch.dtype) -> tuple[float, float]:
         highest = _C.HIGHEST_TEMPERATURES[1 if dtype == torch.float64 else 0]
         return 1 / highest, highest
     return 1 / torch.finfo(dtype).max, torch.finfo(torch.float64).max
+
+
+def count(name: str, value: Any, least: int) -> int | None:
+    """A number of something, as an int, or None as it is."""
+    if value is None:
+        return None
+    if not isinstance(value, (int, torch.SymInt)):
+        value = _as_int(name, value)
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int or None, got bool")
+    if value < least:
+        raise ValueError(f"{name}: expected a number >= {least} or None, got {value!r}")
+    if value > _LARGEST_COUNT:
+        raise ValueError(
+            f"{name}: expected a number below 2**63 or None, got one of {value.bit_length()} bits"
+        )
+    return cast(int, value)
+
+
+def _as_int(name: str, value: Any) -> int:
+    """Of NumPy's integers and their like; not of a tensor, which would have to be waited for."""
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+    return operator.index(value)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ipo_ext._number_arguments import logit_scaling, scalar
+from ipo_ext._groups import Group
+from ipo_ext._number_arguments import count, logit_scaling, scalar
 from ipo_ext._ops import checks, library, torch_internals
 from ipo_ext._ops.arguments import (
     ComponentLossArguments,
@@ -17,8 +17,11 @@ from ipo_ext._ops.arguments import (
     HeadInputs,
     IPOLossArguments,
     IPOLossFromHiddenArguments,
+    IPOLossFromHiddenShardedArguments,
     IPOLossFromLogitsArguments,
+    IPOLossFromLogitsShardedArguments,
     LinearTokenLogprobsArguments,
+    LinearTokenLogprobsShardedArguments,
     LogitScaling,
     LossInputs,
     MetricRows,
@@ -29,13 +32,24 @@ from ipo_ext._ops.arguments import (
     SequenceTotalsFromLogitsArguments,
     SharedSequences,
     TokenLogprobsArguments,
+    TokenLogprobsShardedArguments,
 )
 from ipo_ext._ops.centering import with_centering
 from ipo_ext._ops.changing_numbers import settings_of
 from ipo_ext._ops.chunks import default_chunk_size
 from ipo_ext._ops.errors import with_torch_errors
-from ipo_ext._ops.from_hidden import run_ipo_loss_from_hidden, run_linear_token_logprobs
-from ipo_ext._ops.from_logits import run_ipo_loss_from_logits, run_token_logprobs
+from ipo_ext._ops.from_hidden import (
+    run_ipo_loss_from_hidden,
+    run_ipo_loss_from_hidden_sharded,
+    run_linear_token_logprobs,
+    run_linear_token_logprobs_sharded,
+)
+from ipo_ext._ops.from_logits import (
+    run_ipo_loss_from_logits,
+    run_ipo_loss_from_logits_sharded,
+    run_token_logprobs,
+    run_token_logprobs_sharded,
+)
 from ipo_ext._ops.from_logprobs import run_component_loss, run_ipo_loss, run_score_centering
 from ipo_ext._ops.shared_sequences import with_totals
 from ipo_ext._optional_tensors import (
@@ -44,6 +58,7 @@ from ipo_ext._optional_tensors import (
     refuse_unknown_names,
     spells_out_tensors,
 )
+from ipo_ext._shards import OwnColumns, own_columns, own_copy, own_part
 from ipo_ext._shared_sequences import poisoned_by_ids, shared_sequences
 from ipo_ext.config import IPOConfig
 from ipo_ext.metrics import IPOMetrics
@@ -54,7 +69,6 @@ if TYPE_CHECKING:
 
 _DEFAULT = IPOConfig()
 _OPERATORS_OWN = tuple(name for name in NAMES if name in LossInputs._fields)
-_LARGEST_COUNT = 2**63 - 1  # what an operator can be given
 
 
 @spells_out_tensors
@@ -206,6 +220,9 @@ def ipo_loss_from_logits(
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
     histogram: bool = False,
+    tp_group: Group | None = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss straight from the logits: the formula of ``ipo_loss``.
@@ -251,6 +268,15 @@ def ipo_loss_from_logits(
         entropy: whether entropies are wanted, which are the whole row's. Without them a token that
             replays its ids costs K + 1 logits, not V. Default True.
         histogram: as for ``ipo_loss``.
+        tp_group: the ranks that share the vocabulary, a ``ProcessGroup`` or a ``DeviceMesh`` of one
+            dimension; they are given the same tokens. ``logits`` is then ``[..., V_r]``, this
+            rank's columns, perhaps none; labels stay tokens of the whole vocabulary. All results
+            are the same on all ranks, bit by bit. Not with ``inplace`` or ``sampling_mask``.
+            Default: the logits are whole.
+        vocab_size: tokens of the whole vocabulary, with ``tp_group``. Alone: rank r has what
+            ``torch.chunk`` gives it of these. Default: all ranks have as many columns.
+        vocab_start: the first token of this rank, with ``vocab_size``, whose columns at or above
+            ``vocab_size`` are padding. The ranks' ranges make up the vocabulary in any way.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
@@ -274,10 +300,14 @@ def ipo_loss_from_logits(
     """
     refuse_unknown_names(ipo_loss_from_logits, tensors)
     _check_config(config)
+    logits, own = _own_logits(logits, tp_group, vocab_size, vocab_start)
     inputs = _inputs(inference_logprobs, advantages, loss_mask, normalizer, logits, tensors)
     of_ids = _of_ids(tensors, config)
     scaling = _scaling(temperature, sampling_mask, entropy, logits)
-    checks.check_logits_loss(logits, labels, scaling, inputs, config.teacher_tau)
+    is_sharded = own.shard is not None
+    checks.check_logits_loss(
+        logits, labels, scaling, inputs, config.teacher_tau, is_sharded=is_sharded
+    )
     checks.check_inference_mask_logprobs(of_ids, sampling_mask)
     _check_no_gradient(inputs, scaling, of_ids)
     compute = checks.compute_dtype(logits, inference_logprobs)
@@ -287,19 +317,30 @@ def ipo_loss_from_logits(
     scaling = logit_scaling(scaling, softcap, logit_scale, logits)
     settings = settings_of(config, compute)
     inputs, shared = _with_sequences(inputs, tensors, config)
-    if shared is not None and config.judges_sequences:
-        policy = (logits.detach(), labels, scaling)
-        inputs = with_totals(
-            inputs, SequenceTotalsFromLogitsArguments(*policy, inputs, settings, shared)
+    counted = _is_wanted(histogram)
+    if own.shard is not None:
+        _refuse_with_shard(sampling_mask=sampling_mask, inplace=inplace or None)
+        _refuse_verdicts_with_shard(shared, config)
+        arguments = IPOLossFromLogitsShardedArguments(
+            logits, labels, scaling, inputs, settings, with_gradient, own.shard
         )
-    loss, logprobs, entropies, *rows = with_torch_errors(
-        functools.partial(run_ipo_loss_from_logits, inplace=inplace),
-        IPOLossFromLogitsArguments(
-            logits, labels, scaling, inputs, settings, of_ids, with_gradient
-        ),
+        results = with_torch_errors(run_ipo_loss_from_logits_sharded, arguments)
+    else:
+        if shared is not None and config.judges_sequences:
+            policy = (logits.detach(), labels, scaling)
+            inputs = with_totals(
+                inputs, SequenceTotalsFromLogitsArguments(*policy, inputs, settings, shared)
+            )
+        results = with_torch_errors(
+            functools.partial(run_ipo_loss_from_logits, inplace=inplace),
+            IPOLossFromLogitsArguments(
+                logits, labels, scaling, inputs, settings, of_ids, with_gradient
+            ),
+        )
+    loss, logprobs, entropies, *rows = results
+    metrics = _metrics(
+        MetricRows(*rows), tensors, inputs, config, shared, logprobs if counted else None, scaling
     )
-    counted = logprobs if _is_wanted(histogram) else None
-    metrics = _metrics(MetricRows(*rows), tensors, inputs, config, shared, counted, scaling)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
@@ -313,6 +354,9 @@ def token_logprobs(
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
     candidates: torch.Tensor | None = None,
+    tp_group: Group | None = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
 ) -> tuple[Any, ...]:
     """Log-probabilities of the labels and entropies of the rows, both differentiable.
 
@@ -324,6 +368,8 @@ def token_logprobs(
             ``ipo_loss_from_logits``, except that labels are read everywhere.
         candidates: int32 ``[..., K]``, K up to 512: ids whose log-probabilities are wanted beside
             the label's, in any order, also more than once, -1 where there are fewer.
+        tp_group, vocab_size, vocab_start: as for ``ipo_loss_from_logits``; not with ``candidates``.
+            The gradients that flow into the results must be the same on all ranks.
 
     Returns:
         ``(logprobs, entropy)``, each ``[...]``, float64 for float64 logits, else float32; the
@@ -335,11 +381,20 @@ def token_logprobs(
         TypeError, ValueError, IndexError, RuntimeError: as for ``ipo_loss_from_logits``; on CUDA
             what would raise an IndexError or a RuntimeError makes everything NaN.
     """
+    logits, own = _own_logits(logits, tp_group, vocab_size, vocab_start)
     scaling = _scaling(temperature, sampling_mask, entropy, logits)
     candidates = _apart(candidates, sampling_mask)
-    checks.check_logits(logits, labels, scaling, candidates)
+    is_sharded = own.shard is not None
+    checks.check_logits(logits, labels, scaling, candidates, is_sharded=is_sharded)
     checks.check_no_gradient(None, temperature=scaling.temperature)
     scaling = logit_scaling(scaling, softcap, logit_scale, logits)
+    if own.shard is not None:
+        _refuse_with_shard(sampling_mask=sampling_mask, candidates=candidates)
+        logprobs, entropies, *_ = with_torch_errors(
+            run_token_logprobs_sharded,
+            TokenLogprobsShardedArguments(logits, labels, scaling, own.shard),
+        )
+        return logprobs, entropies if entropy else None
     results = with_torch_errors(
         run_token_logprobs, TokenLogprobsArguments(logits, labels, scaling, candidates)
     )
@@ -366,6 +421,10 @@ def ipo_loss_from_hidden(
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
     histogram: bool = False,
+    tp_group: Group | None = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
+    reduce_hidden_grad: bool = True,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from hidden states and the LM head's weight: the formula of ``ipo_loss``.
@@ -408,6 +467,12 @@ def ipo_loss_from_hidden(
         bias: ``[V]``, the LM head's bias, dtype and device of ``hidden``; receives a gradient too.
             It is added to float32 logits, under autocast as well. Default none.
         histogram: as for ``ipo_loss``.
+        tp_group, vocab_size, vocab_start: as for ``ipo_loss_from_logits``; ``weight`` is then
+            ``[V_r, H]``, ``bias`` ``[V_r]``, perhaps without a row. The ranks are given the same
+            ``hidden``, ``chunk_size`` and ``num_active``, and need the same gradients.
+        reduce_hidden_grad: with ``tp_group``, whether the gradient of ``hidden`` is summed over its
+            ranks, in float32, so that all have the same. False: each rank has its own part, for
+            hosts that add these up themselves. Default True.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
@@ -429,11 +494,15 @@ def ipo_loss_from_hidden(
     """
     refuse_unknown_names(ipo_loss_from_hidden, tensors)
     _check_config(config)
+    weight, bias, own = _own_rows(weight, bias, tp_group, vocab_size, vocab_start)
+    _check_reduces(reduce_hidden_grad, tp_group)
+    hidden = own_copy("hidden", hidden, tp_group, reduce_hidden_grad)
     inputs = _inputs(inference_logprobs, advantages, loss_mask, normalizer, hidden, tensors)
     of_ids = _of_ids(tensors, config)
     scaling = _scaling(temperature, sampling_mask, entropy, hidden)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
-    checks.check_hidden_loss(head, inputs, config.teacher_tau)
+    is_sharded = own.shard is not None
+    checks.check_hidden_loss(head, inputs, config.teacher_tau, is_sharded=is_sharded)
     checks.check_inference_mask_logprobs(of_ids, sampling_mask)
     _check_no_gradient(inputs, scaling, of_ids)
     head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
@@ -442,20 +511,32 @@ def ipo_loss_from_hidden(
     needs_grad = [leaf is not None and leaf.requires_grad and with_gradient for leaf in head.leaves]
     settings = settings_of(config, compute)
     product = checks.product_dtype(hidden, weight, bias)
-    work = _chunk_size(chunk_size, hidden, weight), _count("num_active", num_active, 0)
+    work = _chunk_size(chunk_size, hidden, own), count("num_active", num_active, 0)
     inputs, shared = _with_sequences(inputs, tensors, config)
-    if shared is not None and config.judges_sequences:
-        policy = head.detached(product)
-        inputs = with_totals(
-            inputs, SequenceTotalsFromHiddenArguments(policy, inputs, settings, *work, shared)
+    counted = _is_wanted(histogram)
+    grads = NeedsGrad(*needs_grad)
+    if own.shard is not None:
+        _refuse_with_shard(sampling_mask=sampling_mask)
+        _refuse_verdicts_with_shard(shared, config)
+        arguments = IPOLossFromHiddenShardedArguments(
+            head, inputs, settings, *work, grads, own.shard, reduce_hidden_grad
         )
-    loss, logprobs, entropies, *rows = with_torch_errors(
-        run_ipo_loss_from_hidden,
-        product,
-        IPOLossFromHiddenArguments(head, inputs, settings, of_ids, *work, NeedsGrad(*needs_grad)),
+        results = with_torch_errors(run_ipo_loss_from_hidden_sharded, product, arguments)
+    else:
+        if shared is not None and config.judges_sequences:
+            policy = head.detached(product)
+            inputs = with_totals(
+                inputs, SequenceTotalsFromHiddenArguments(policy, inputs, settings, *work, shared)
+            )
+        results = with_torch_errors(
+            run_ipo_loss_from_hidden,
+            product,
+            IPOLossFromHiddenArguments(head, inputs, settings, of_ids, *work, grads),
+        )
+    loss, logprobs, entropies, *rows = results
+    metrics = _metrics(
+        MetricRows(*rows), tensors, inputs, config, shared, logprobs if counted else None, scaling
     )
-    counted = logprobs if _is_wanted(histogram) else None
-    metrics = _metrics(MetricRows(*rows), tensors, inputs, config, shared, counted, scaling)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
@@ -472,6 +553,10 @@ def linear_token_logprobs(
     sampling_mask: torch.Tensor | None = None,
     entropy: bool = True,
     candidates: torch.Tensor | None = None,
+    tp_group: Group | None = None,
+    vocab_size: int | None = None,
+    vocab_start: int | None = None,
+    reduce_hidden_grad: bool = True,
 ) -> tuple[Any, ...]:
     """``token_logprobs`` of ``hidden @ weight.T + bias``, whose logits never exist as a whole.
 
@@ -484,6 +569,9 @@ def linear_token_logprobs(
         hidden, weight, chunk_size, bias: as for ``ipo_loss_from_hidden``.
         labels, temperature, softcap, logit_scale, sampling_mask, entropy, candidates: as for
             ``token_logprobs``.
+        tp_group, vocab_size, vocab_start, reduce_hidden_grad: as for ``ipo_loss_from_hidden``; not
+            with ``candidates``. The gradients that flow into the results must be the same on all
+            ranks; all labelled rows then take part in the backward pass.
 
     Returns:
         As ``token_logprobs``; float64 for float64 inputs, else float32.
@@ -491,18 +579,96 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as for ``token_logprobs``.
     """
+    weight, bias, own = _own_rows(weight, bias, tp_group, vocab_size, vocab_start)
+    _check_reduces(reduce_hidden_grad, tp_group)
+    hidden = own_copy("hidden", hidden, tp_group, reduce_hidden_grad)
     scaling = _scaling(temperature, sampling_mask, entropy, hidden)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
     candidates = _apart(candidates, sampling_mask)
-    checks.check_hidden(head, candidates)
+    checks.check_hidden(head, candidates, is_sharded=own.shard is not None)
     checks.check_no_gradient(None, temperature=scaling.temperature)
     head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
+    dtype, chunk = checks.product_dtype(hidden, weight, bias), _chunk_size(chunk_size, hidden, own)
+    if own.shard is not None:
+        _refuse_with_shard(sampling_mask=sampling_mask, candidates=candidates)
+        logprobs, entropies, *_ = with_torch_errors(
+            run_linear_token_logprobs_sharded,
+            dtype,
+            LinearTokenLogprobsShardedArguments(head, chunk, own.shard, reduce_hidden_grad),
+        )
+        return logprobs, entropies if entropy else None
     results = with_torch_errors(
-        run_linear_token_logprobs,
-        checks.product_dtype(hidden, weight, bias),
-        LinearTokenLogprobsArguments(head, candidates, _chunk_size(chunk_size, hidden, weight)),
+        run_linear_token_logprobs, dtype, LinearTokenLogprobsArguments(head, candidates, chunk)
     )
     return _wanted(results, entropy, candidates)
+
+
+def _own_logits(
+    logits: torch.Tensor, tp_group: Group | None, vocab_size: int | None, vocab_start: int | None
+) -> tuple[torch.Tensor, OwnColumns]:
+    """Without padding; whether they are logits at all is looked at later."""
+    logits, vocabulary = own_part("logits", logits, -1, tp_group)
+    vocab_size = vocabulary if vocab_size is None else vocab_size
+    columns = _length(logits, -1)
+    own = own_columns("logits", columns, tp_group, vocab_size, vocab_start)
+    return (logits[..., : own.width] if own.width < columns else logits), own
+
+
+def _own_rows(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tp_group: Group | None,
+    vocab_size: int | None,
+    vocab_start: int | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, OwnColumns]:
+    """The same of a head's weight and bias."""
+    weight, vocabulary = own_part("weight", weight, 0, tp_group)
+    if bias is not None:
+        bias, _ = own_part("bias", bias, 0, tp_group)
+    vocab_size = vocabulary if vocab_size is None else vocab_size
+    rows = _length(weight, 0)
+    own = own_columns("weight", rows, tp_group, vocab_size, vocab_start)
+    if own.width < rows:
+        weight, bias = weight[: own.width], None if bias is None else bias[: own.width]
+    return weight, bias, own
+
+
+def _length(tensor: torch.Tensor, dim: int) -> int:
+    """0 of what has none, which is refused later."""
+    has_shape = isinstance(tensor, torch.Tensor) and not tensor.is_nested and tensor.dim() > 0
+    return tensor.shape[dim] if has_shape else 0
+
+
+def _refuse_with_shard(**given: object) -> None:
+    """Raises for what needs a whole row of logits in one place."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected it left out with tp_group, whose ranks have a part of each row, "
+                f"got {value if value is True else type(value).__name__}; leave it out, or gather "
+                "the vocabulary and leave out tp_group"
+            )
+
+
+def _refuse_verdicts_with_shard(shared: SharedSequences | None, config: IPOConfig) -> None:
+    if shared is not None and config.judges_sequences:
+        raise ValueError(
+            "sequence_ids: expected it left out with tp_group where the config judges whole "
+            "sequences, got both; take ipo_loss of the log-probabilities of token_logprobs or "
+            "linear_token_logprobs, which have a tp_group"
+        )
+
+
+def _check_reduces(reduce_hidden_grad: bool, tp_group: Group | None) -> None:
+    if not isinstance(reduce_hidden_grad, bool):
+        raise TypeError(
+            f"reduce_hidden_grad: expected True or False, got {type(reduce_hidden_grad).__name__}"
+        )
+    if not reduce_hidden_grad and tp_group is None:
+        raise ValueError(
+            "reduce_hidden_grad: expected True without tp_group, got False: one rank's gradient is "
+            "all of it; pass the group of ranks that share the vocabulary as tp_group"
+        )
 
 
 def _scaling(
@@ -722,31 +888,9 @@ def _metrics(
     return metrics if inputs.cu_seqlens is tensors.get("cu_seqlens") else metrics.total()
 
 
-def _count(name: str, value: Any, least: int) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, (int, torch.SymInt)):
-        value = _as_int(name, value)
-    if isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int or None, got bool")
-    if value < least:
-        raise ValueError(f"{name}: expected a number >= {least} or None, got {value!r}")
-    if value > _LARGEST_COUNT:
-        raise ValueError(
-            f"{name}: expected a number below 2**63 or None, got one of {value.bit_length()} bits"
-        )
-    return cast(int, value)
-
-
-def _as_int(name: str, value: Any) -> int:
-    """Of NumPy's integers and their like; not of a tensor, which would have to be waited for."""
-    if isinstance(value, torch.Tensor) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
-    return operator.index(value)
-
-
-def _chunk_size(chunk_size: int | None, hidden: torch.Tensor, weight: torch.Tensor) -> int:
-    given = _count("chunk_size", chunk_size, 1)
+def _chunk_size(chunk_size: int | None, hidden: torch.Tensor, own: OwnColumns) -> int:
+    """Of numbers that are the same on all ranks."""
+    given = count("chunk_size", chunk_size, 1)
     if given is None:
-        return default_chunk_size(weight.shape[0], hidden.dtype, hidden.device)
+        return default_chunk_size(own.per_rank, hidden.dtype, hidden.device)
     return given

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ipo_ext._groups import Group
 from ipo_ext._optional_tensors import OptionalTensors, refuse_unknown_names, spells_out_tensors
 from ipo_ext._plain_linear import PARAMETERS, check_plain_linear
 from ipo_ext.batch import LossBatch, inputs_of_loss
@@ -73,7 +74,8 @@ class LinearIPOLoss(nn.Module):
 
     Args:
         config: which tokens and sequences count, and what they pay; default ``IPOConfig()``.
-        softcap, chunk_size, logit_scale: as for ``ipo_loss_from_hidden``.
+        softcap, chunk_size, logit_scale, tp_group, vocab_size, vocab_start, reduce_hidden_grad: as
+            for ``ipo_loss_from_hidden``.
     """
 
     def __init__(
@@ -83,12 +85,20 @@ class LinearIPOLoss(nn.Module):
         softcap: float | None = None,
         chunk_size: int | None = None,
         logit_scale: float | None = None,
+        tp_group: Group | None = None,
+        vocab_size: int | None = None,
+        vocab_start: int | None = None,
+        reduce_hidden_grad: bool = True,
     ) -> None:
         super().__init__()
         self.config = config if config is not None else IPOConfig()
         self.softcap = softcap
         self.chunk_size = chunk_size
         self.logit_scale = logit_scale
+        self.tp_group = tp_group
+        self.vocab_size = vocab_size
+        self.vocab_start = vocab_start
+        self.reduce_hidden_grad = reduce_hidden_grad
 
     @spells_out_tensors
     def forward(
@@ -138,13 +148,23 @@ class LinearIPOLoss(nn.Module):
             sampling_mask=sampling_mask,
             entropy=entropy,
             histogram=histogram,
+            tp_group=self.tp_group,
+            vocab_size=self.vocab_size,
+            vocab_start=self.vocab_start,
+            reduce_hidden_grad=self.reduce_hidden_grad,
             **inputs,
         )
 
     def extra_repr(self) -> str:
-        return (
+        text = (
             f"{self.config}, softcap={self.softcap}, chunk_size={self.chunk_size}, "
             f"logit_scale={self.logit_scale}"
+        )
+        if self.tp_group is None:
+            return text
+        return (
+            f"{text}, vocab_size={self.vocab_size}, vocab_start={self.vocab_start}, "
+            f"reduce_hidden_grad={self.reduce_hidden_grad}"
         )
 
 
@@ -168,6 +188,8 @@ class IPOLMHead(LinearIPOLoss):
     Args:
         linear: the head, an ``nn.Linear``.
         config, chunk_size: as for ``LinearIPOLoss``.
+        tp_group, vocab_size, vocab_start, reduce_hidden_grad: as for ``LinearIPOLoss``, of a linear
+            that has this rank's rows of the weight. Without labels the logits are this rank's.
         softcap, logit_scale: as for ``LinearIPOLoss``, for the loss alone: logits without labels
             are neither scaled nor capped, because a model does that itself, after its head.
             docs/models.md says which models of transformers need which.
@@ -195,8 +217,21 @@ class IPOLMHead(LinearIPOLoss):
         softcap: float | None = None,
         chunk_size: int | None = None,
         logit_scale: float | None = None,
+        tp_group: Group | None = None,
+        vocab_size: int | None = None,
+        vocab_start: int | None = None,
+        reduce_hidden_grad: bool = True,
     ) -> None:
-        super().__init__(config, softcap=softcap, chunk_size=chunk_size, logit_scale=logit_scale)
+        super().__init__(
+            config,
+            softcap=softcap,
+            chunk_size=chunk_size,
+            logit_scale=logit_scale,
+            tp_group=tp_group,
+            vocab_size=vocab_size,
+            vocab_start=vocab_start,
+            reduce_hidden_grad=reduce_hidden_grad,
+        )
         check_plain_linear(linear)
         self.weight: torch.Tensor
         self.bias: torch.Tensor | None

@@ -23,6 +23,7 @@ from ipo_ext.batch import FIELDS
 TENSORS = "teacher_logprobs=None, loss_weights=None, cu_seqlens=None"
 SHARED = "sequence_ids=None, num_sequences=None, cp_group=None"
 REST = f"inference_mask_logprobs=None, {SHARED}"
+SHARD = "tp_group=None, vocab_size=None, vocab_start=None"
 SPELLED_OUT: dict[Callable[..., Any], str] = {
     ipo_ext.ipo_loss: (
         "trainer_logprobs, inference_logprobs, advantages, loss_mask, *, "
@@ -32,14 +33,13 @@ SPELLED_OUT: dict[Callable[..., Any], str] = {
     ipo_ext.ipo_loss_from_logits: (
         "logits, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
         f"softcap=None, {TENSORS}, {REST}, normalizer=None, inplace=False, config=IPOConfig(), "
-        "logit_scale=None, sampling_mask=None, entropy=True, "
-        "histogram=False"
+        f"logit_scale=None, sampling_mask=None, entropy=True, histogram=False, {SHARD}"
     ),
     ipo_ext.ipo_loss_from_hidden: (
         "hidden, weight, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
         f"softcap=None, {TENSORS}, {REST}, normalizer=None, chunk_size=None, num_active=None, "
         "config=IPOConfig(), logit_scale=None, bias=None, sampling_mask=None, entropy=True, "
-        "histogram=False"
+        f"histogram=False, {SHARD}, reduce_hidden_grad=True"
     ),
     ipo_ext.IPOLoss.forward: (
         "self, trainer_logprobs, inference_logprobs, advantages=None, loss_mask=None, *, "
@@ -65,10 +65,16 @@ SPELLED_OUT: dict[Callable[..., Any], str] = {
 functions = pytest.mark.parametrize("function", SPELLED_OUT, ids=lambda each: each.__qualname__)
 
 # Module, its function, and what of the function's arguments the module itself holds.
+OF_SHARD = {"tp_group", "vocab_size", "vocab_start", "reduce_hidden_grad"}
+OF_HEAD = {"weight", "bias"}
 MODULES = {
     "IPOLoss": (ipo_ext.IPOLoss, ipo_ext.ipo_loss, {"config"}),
-    "LinearIPOLoss": (ipo_ext.LinearIPOLoss, ipo_ext.ipo_loss_from_hidden, {"config"}),
-    "IPOLMHead": (ipo_ext.IPOLMHead, ipo_ext.ipo_loss_from_hidden, {"config", "weight", "bias"}),
+    "LinearIPOLoss": (ipo_ext.LinearIPOLoss, ipo_ext.ipo_loss_from_hidden, {"config", *OF_SHARD}),
+    "IPOLMHead": (
+        ipo_ext.IPOLMHead,
+        ipo_ext.ipo_loss_from_hidden,
+        {"config", *OF_SHARD, *OF_HEAD},
+    ),
 }
 
 
@@ -102,10 +108,12 @@ def test_a_call_passes_everything_on(name: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(modules, function.__name__, record)
     config, linear = IPOConfig(0.5), nn.Linear(3, 5)
-    loss = ipo_ext.IPOLMHead(linear, config) if name == "IPOLMHead" else module(config)
+    shard = {each: f"the {each}" for each in OF_SHARD & held}
+    operands = (linear, config) if name == "IPOLMHead" else (config,)
+    loss = module(*operands, **shard)
     arguments = {p.name: f"the {p.name}" for p in parameters_of(function, held)}
     loss(**arguments)
-    expected = {**arguments, "config": config}
+    expected = {**arguments, **shard, "config": config}
     if name == "IPOLMHead":
         expected |= {"weight": linear.weight, "bias": linear.bias}
     assert received == expected
@@ -115,7 +123,7 @@ def test_a_batch_has_the_inputs_of_the_losses() -> None:
     """In the functions' order; what a gradient flows to and what shapes the call are no inputs."""
     names = [p.name for p in parameters_of(ipo_ext.ipo_loss_from_hidden, {"config"})]
     others = {"hidden", "weight", "bias", "labels", "softcap", "logit_scale"}
-    others |= {"chunk_size", "num_active", "sampling_mask", "entropy", "histogram"}
+    others |= {"chunk_size", "num_active", "sampling_mask", "entropy", "histogram", *OF_SHARD}
     assert list(FIELDS) == [name for name in names if name not in others]
     assert [p.name for p in parameters_of(LossBatch.__init__, {"self"})] == list(FIELDS)
 

@@ -113,6 +113,15 @@ def distributed(until_the_end: ExitStack) -> Names:
     }
 
 
+def vocabulary_parallel(until_the_end: ExitStack) -> Names:
+    """One process that is a group, and has all of the head."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    until_the_end.callback(torch.distributed.destroy_process_group)
+    names = policy()
+    return names | {"lm_head": names["model"].lm_head}
+
+
 def mismatch(until_the_end: ExitStack) -> Names:
     """A folder that is removed, and an engine without an answer in the place of vLLM's."""
     folder = Path(until_the_end.enter_context(tempfile.TemporaryDirectory()))
@@ -136,6 +145,7 @@ OF_PAGE: dict[str, Callable[[ExitStack], Names]] = {
     "docs/installing.md": installing,
     "docs/integrations.md": integrations,
     "docs/mismatch.md": mismatch,
+    "docs/vocabulary-parallel.md": vocabulary_parallel,
 }
 
 

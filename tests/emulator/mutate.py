@@ -49,6 +49,7 @@ candidates = tests_in("loss/test_candidates.py")
 centering = tests_in("loss/test_score_centering.py")
 histogram = tests_in("loss/test_histogram.py")
 context_parallel = tests_in("pytorch/test_context_parallel.py")
+packets = tests_in("loss/test_row_packets.py")
 
 AROUND_TILES = from_logprobs(
     "test_matches_the_reference_around_tiles",
@@ -99,6 +100,8 @@ HISTOGRAM_KERNELS = "kernels/cuda/histogram.cu"
 CENTERING = "kernels/score_centering.h"
 CENTERING_TERMS = "math/score_centering.h"
 CENTERING_KERNELS = "kernels/cuda/score_centering.cu"
+PACKET = "math/row_packet.h"
+SHARDS = "kernels/shards.h"
 REPLAY = "ops/logits.h"
 
 MUTATIONS = (
@@ -823,6 +826,104 @@ MUTATIONS = (
         "if (exists() && given.grad_entropy.data == nullptr) rows.args.active = args_.others;",
         "",
         replay("test_a_logit_outside_may_be_anything"),
+    ),
+    Mutation(
+        "packets-that-vanish",
+        PACKET,
+        "if (shift < kVanishing<double> && packet.sum_exp >= 0) return {0, 0};",
+        "",
+        packets("test_a_part_that_vanishes_adds_nothing"),
+    ),
+    Mutation(
+        "packets-largest-maximum",
+        PACKET,
+        "if (packet.row_max > row.row_max) row.row_max",
+        "if (packet.row_max < row.row_max) row.row_max",
+        packets("test_a_row_in_parts_is_the_row"),
+    ),
+    Mutation(
+        "packets-in-another-order",
+        PACKET,
+        "shifted_packet(packets[rank * stride], row",
+        "shifted_packet(packets[(ranks - 1 - rank) * stride], row",
+        packets("test_rows_are_put_together_in_the_order_of_the_ranks"),
+    ),
+    Mutation(
+        "packets-of-a-faulty-rank",
+        PACKET,
+        "packet.sum_exp <= kFault",
+        "packet.sum_exp < kFault",
+        packets("test_a_fault_of_one_rank_is_all_ranks"),
+    ),
+    Mutation(
+        "packets-of-an-inactive-row",
+        PACKET,
+        "row.fault |= inactive > 0 && !row.inactive;",
+        "",
+        packets("test_ranks_agree_on_the_rows_that_take_part"),
+    ),
+    Mutation(
+        "packets-owners",
+        PACKET,
+        "row.owners != 1 &&",
+        "row.owners > 1 &&",
+        packets("test_the_label_has_one_owner"),
+    ),
+    Mutation(
+        "packets-of-infinite-rows",
+        PACKET,
+        " && row.row_max < kElsewhere;",
+        ";",
+        packets("test_the_label_has_one_owner"),
+    ),
+    Mutation(
+        "shard-one-column-more",
+        SHARDS,
+        "label - args.first_column < args.rows.logits.columns;",
+        "label - args.first_column <= args.rows.logits.columns;",
+        packets("test_a_row_in_parts_is_the_row", "test_a_packet_says_what_it_says"),
+    ),
+    Mutation(
+        "shard-splits-in-degrees",
+        SHARDS,
+        "(splits[split].row_max - row_max) / temperature;",
+        "splits[split].row_max - row_max;",
+        packets("test_long_rows"),
+    ),
+    Mutation(
+        "shard-first-split-alone",
+        SHARDS,
+        "for (int64_t split = 1; split < args.splits; ++split)",
+        "for (int64_t split = 1; split < 1; ++split)",
+        packets("test_long_rows"),
+    ),
+    Mutation(
+        "shard-inactive-results",
+        SHARDS,
+        "if (gathered.inactive) return fill_results(args.rows, row, E(0));",
+        "",
+        packets("test_a_row_in_parts_is_the_row"),
+    ),
+    Mutation(
+        "shard-label-of-others",
+        "ops/shards.h",
+        "take_local_columns<Backend>(rows, first_column, rows.args.logits.columns);",
+        "take_local_columns<Backend>(rows, first_column, 0);",
+        packets("test_the_gradient_of_a_part"),
+    ),
+    Mutation(
+        "shard-faults-unseen",
+        "ops/shards.h",
+        "  Backend::find_packet_faults(shard, labels);",
+        "",
+        packets("test_the_label_has_one_owner"),
+    ),
+    Mutation(
+        "shard-without-splits",
+        "kernels/cuda/logits/plan.h",
+        "return std::max({to_keep, splits_of_row(work, device, 1), int64_t{1}});",
+        "return to_keep;",
+        packets("test_a_row_in_parts_is_the_row"),
     ),
 )
 

@@ -15,7 +15,7 @@ from ipo_ext import IPOConfig, IPOLMHead, IPOLoss, IPOOutput, LinearIPOLoss, ipo
 from ipo_ext._ops.changing_numbers import NUMBERS, twin
 from tests.support.backends import Backend
 from tests.support.cases import same_bits
-from tests.support.operators import example_arguments, operator
+from tests.support.operators import example_arguments, group_for, operator
 from tests.support.subjects import SUBJECTS, TOKENS, VOCABULARY, Subject
 
 STEPS = 20
@@ -221,15 +221,16 @@ def test_a_twin_is_its_operator(backend: Backend, name: str) -> None:
         "Tensor" if kind == "float" else kind for kind in kinds
     ]
     torch.manual_seed(1)
-    values = example_arguments(name, backend.device)
-    numbers = [
-        torch.tensor(value, dtype=torch.float64) if place in NUMBERS[name] else value
-        for place, value in enumerate(values)
-    ]
-    expected, traced = (
-        torch.utils._pytree.tree_leaves(function(*copied(arguments)))
-        for function, arguments in ((plain, values), (tensors, numbers))
-    )
+    with group_for(name):
+        values = example_arguments(name, backend.device)
+        numbers = [
+            torch.tensor(value, dtype=torch.float64) if place in NUMBERS[name] else value
+            for place, value in enumerate(values)
+        ]
+        expected, traced = (
+            torch.utils._pytree.tree_leaves(function(*copied(arguments)))
+            for function, arguments in ((plain, values), (tensors, numbers))
+        )
     assert all(same_bits(a, b) for a, b in zip(expected, traced, strict=True))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,26 +10,25 @@ from tests.support import hidden, logits
 from tests.support.backends import Backend
 from tests.support.cases import LogprobsCase, evaluate, same_bits
 from tests.support.forms import FORMS, forms, leaf
-from tests.support.operators import call_operator, example_arguments, opcheck, operator
-from tests.support.ranks import alone
+from tests.support.operators import (
+    call_operator,
+    example_arguments,
+    group_for,
+    opcheck,
+    operator,
+)
 from tests.support.subjects import SUBJECTS
 
 # -------------------------------------------------------------------------------------------------
 # Every operator
 
 
-@pytest.fixture(scope="module")
-def in_a_group() -> Iterator[None]:
-    """For operators that exchange something."""
-    with alone():
-        yield
-
-
 @pytest.mark.parametrize("name", [name.removeprefix("ipo_ext::") for name in info.operators()])
-def test_opcheck(backend: Backend, name: str, in_a_group: None) -> None:
-    arguments = example_arguments(name, backend.device)
-    arguments[0].requires_grad_(name in SUBJECTS)
-    results = torch.library.opcheck(operator(name), arguments)
+def test_opcheck(backend: Backend, name: str) -> None:
+    with group_for(name):
+        arguments = example_arguments(name, backend.device)
+        arguments[0].requires_grad_(name in SUBJECTS)
+        results = torch.library.opcheck(operator(name), arguments)
     assert set(results.values()) == {"SUCCESS"}
     assert len(results) == 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ipo_ext import _C, IPOConfig
 from ipo_ext._ops import library
 from ipo_ext._ops.arguments import NeedsGrad
 from tests.support.cases import Case, LogitsCase, LogprobsCase
+from tests.support.ranks import alone
 from tests.support.subjects import TOKENS, VOCABULARY
 
 
@@ -92,8 +94,17 @@ def operator_gradient(case: LogprobsCase) -> torch.Tensor:
 # Every operator
 
 
+def group_for(name: str) -> contextlib.AbstractContextManager[Any]:
+    """A process group for an operator that exchanges with other ranks; else nothing."""
+    exchanges = "sharded" in name or name.startswith("sequence_totals")
+    return alone() if exchanges else contextlib.nullcontext()
+
+
 def example_arguments(name: str, device: torch.device) -> list[Any]:
-    """A value for every argument of any operator, by its name in the schemas."""
+    """A value for every argument of any operator, by its name in the schemas.
+
+    Within ``group_for(name)``.
+    """
     rows = TOKENS, VOCABULARY
     per_token = torch.rand(TOKENS)
     tensors = {
@@ -130,6 +141,7 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "out": torch.empty(rows, dtype=torch.bfloat16),
         "factor": torch.tensor(0.3),
         "row_scales": torch.rand(TOKENS),
+        "packets": torch.rand(TOKENS, 4, dtype=torch.float64),
         "sums": torch.rand(len(_C.SUM_ROWS), 3, dtype=torch.float64),
         "extremes": torch.rand(len(_C.EXTREME_ROWS), 3, dtype=torch.float64),
         "sequence_ids": torch.tensor([1, 0, 1], dtype=torch.int32),
@@ -148,9 +160,16 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "num_sequences": 2,
         "group_name": dist.group.WORLD.group_name if dist.is_initialized() else "",
         "float64": False,
+        "first_column": 0,
+        "vocabulary": VOCABULARY,
+        "group": dist.group.WORLD.group_name if dist.is_initialized() else "",
+        "problem": "",
+        "reduce_hidden_grad": True,
         "ratio": 0.3,
     }
     known = {key: tensor.to(device) for key, tensor in tensors.items()} | numbers
+    if "sharded" in name:
+        known |= dict.fromkeys(("sampling_mask", "grad_candidates"))
     if name.startswith("chunk"):
         known["cu_seqlens"] = None  # a chunk of rows is not packed
         known["sequence_totals"] = None

@@ -223,7 +223,9 @@ IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, const Stored*
   const int64_t label = label_of(args, index);
   const LogitScale<E> scale = scale_of<E>(args, index);
   // The label is read before anything is written: the gradient may lie over the row.
-  const CappedLogit<E> at_label = cap_logit(convert<E>(load_one(row + label)), scale.softcap);
+  const bool has_label = label < columns;
+  CappedLogit<E> at_label = {};
+  if (has_label) at_label = cap_logit(convert<E>(load_one(row + label)), scale.softcap);
   E row_max;
   RowDerivative<E> derivative;
   E* kept = nullptr;
@@ -242,8 +244,25 @@ IPO_EXT_INLINE void run_row(const LogitsArgs& args, int64_t index, const Stored*
     return;
   }
   write_gradient(row, columns, scale, row_max, derivative, kept, next_row, gradient);
+  if (!has_label) return;
   const RowTerm<E> term = row_term(at_label.value, row_max, scale.inverse_temperature);
   store_one(gradient + label, narrow<Gradient>(derivative.label(term, at_label.derivative)));
+}
+
+// Reduces one row, as run_row() does before it finishes it, for what combines with other columns.
+template <typename E, typename Stored>
+IPO_EXT_INLINE void reduce_row(const LogitsArgs& args, int64_t index, const Stored* next_row) {
+  if (!row_is_active(args, index)) return;
+  const int64_t columns = args.logits.columns;
+  const Stored* row = args.logits.row<Stored>(index);
+  const Stored* no_gradient = nullptr;
+  E* keeps_nothing = nullptr;
+  const LogitScale<E> scale = scale_of<E>(args, index);
+  const E label_logit = convert<E>(load_one(row + label_of(args, index)));
+  const E row_max = cap_logit(max_logit<E>(row, columns), scale.softcap).value;
+  const RowSums sums =
+      row_sums(row, columns, scale, finite_or_zero(row_max), keeps_nothing, next_row, no_gradient);
+  static_cast<RowStats<E>*>(args.workspace)[index] = {row_max, label_logit, sums};
 }
 
 template <typename E, typename Stored, typename Gradient>
@@ -252,7 +271,11 @@ void run_rows(const LogitsArgs& args, RowRange range, int64_t after, void* scrat
     const int64_t next = row + 1 < range.end ? row + 1 : after;
     const bool is_read = next < args.logits.rows && row_is_active(args, next);
     const Stored* next_row = is_read ? args.logits.row<Stored>(next) : nullptr;
-    run_row<E, Stored, Gradient>(args, row, next_row, static_cast<E*>(scratch));
+    if (args.mode == LogitsMode::kPartial) {
+      reduce_row<E>(args, row, next_row);
+    } else {
+      run_row<E, Stored, Gradient>(args, row, next_row, static_cast<E*>(scratch));
+    }
   }
 }
 

@@ -117,6 +117,15 @@ class NeedsGrad(NamedTuple):
     needs_grad_bias: bool
 
 
+class Shard(NamedTuple):
+    """The columns of one rank, of a vocabulary that the ranks of a process group share."""
+
+    first_column: SymInt  # the token of column 0
+    vocabulary: SymInt  # tokens of all ranks
+    group: str  # the group's name; its ranks are given the same tokens
+    problem: str  # what is wrong with this rank's columns, said where all ranks learn of it; or ""
+
+
 class MetricRows(NamedTuple):
     """What every loss measures; the rows are named in ``_C``."""
 
@@ -212,6 +221,36 @@ class TokenLogprobsBackwardArguments(NamedTuple):
     scaling: LogitScaling
     candidates: torch.Tensor | None
     backward: LogprobsBackward
+
+
+class ChunkPacketsArguments(NamedTuple):
+    logits: torch.Tensor  # [rows, columns], those of one rank
+    labels: torch.Tensor  # [rows], tokens of the whole vocabulary
+    scaling: LogitScaling
+    fault: torch.Tensor  # [1] int32
+    first_column: SymInt
+
+
+class GatherPacketsArguments(NamedTuple):
+    packets: torch.Tensor  # [ranks * rows, 4] float64
+    labels: torch.Tensor  # [rows]
+    temperature: torch.Tensor | None
+    fault: torch.Tensor  # [1] int32, to which what is found is added
+    float64: bool
+
+
+class ChunkShardBackwardArguments(NamedTuple):
+    logits: torch.Tensor
+    labels: torch.Tensor
+    scaling: LogitScaling
+    entropy: torch.Tensor
+    softmax_stats: torch.Tensor
+    grad_logprobs: torch.Tensor
+    grad_entropy: torch.Tensor
+    fault: torch.Tensor
+    first_column: SymInt
+    gradient: torch.Tensor
+    row_scales: torch.Tensor | None
 
 
 class ScaleArguments(NamedTuple):
@@ -372,6 +411,93 @@ class SequenceTotalsResults(NamedTuple):
     sequence_totals: torch.Tensor  # as LossInputs has them
 
 
+# -------------------------------------------------------------------------------------------------
+# Vocabulary parallel: operators over one rank's columns, which exchange with other ranks; Python
+
+
+class IPOLossFromLogitsShardedArguments(NamedTuple):
+    logits: torch.Tensor  # [..., columns]
+    labels: torch.Tensor  # [...], tokens of the whole vocabulary
+    scaling: LogitScaling
+    inputs: LossInputs
+    settings: LossSettings
+    with_gradient: bool
+    shard: Shard
+
+
+class IPOLossFromLogitsResults(NamedTuple):
+    loss: torch.Tensor  # []
+    gradient: torch.Tensor  # [..., columns]; without an element where not wanted
+    logprobs: torch.Tensor  # [...]
+    entropy: torch.Tensor  # [...]
+    metrics: MetricRows
+    row_scales: torch.Tensor  # [rows] of a float16 gradient; else without an element
+
+
+class TokenLogprobsShardedArguments(NamedTuple):
+    logits: torch.Tensor
+    labels: torch.Tensor
+    scaling: LogitScaling
+    shard: Shard
+
+
+class ShardedLogprobsResults(NamedTuple):
+    logprobs: torch.Tensor  # [...]
+    entropy: torch.Tensor  # [...]
+    softmax_stats: torch.Tensor  # [2, tokens]
+    fault: torch.Tensor  # [1] int32
+
+
+class TokenLogprobsShardedBackwardArguments(NamedTuple):
+    logits: torch.Tensor
+    labels: torch.Tensor
+    scaling: LogitScaling
+    backward: LogprobsBackward
+    fault: torch.Tensor  # as the forward pass has left it
+    shard: Shard
+
+
+class GradientResult(NamedTuple):
+    gradient: torch.Tensor
+
+
+class IPOLossFromHiddenShardedArguments(NamedTuple):
+    head: HeadInputs  # of which weight and bias have the rows of this rank
+    inputs: LossInputs
+    settings: LossSettings
+    chunk_size: SymInt
+    num_active: SymInt | None
+    needs_grad: NeedsGrad
+    shard: Shard
+    reduce_hidden_grad: bool  # else the gradient by hidden states is this rank's part of a sum
+
+
+class LinearTokenLogprobsShardedArguments(NamedTuple):
+    head: HeadInputs
+    chunk_size: SymInt
+    shard: Shard
+    reduce_hidden_grad: bool
+
+
+class LinearTokenLogprobsShardedBackwardArguments(NamedTuple):
+    head: HeadInputs
+    chunk_size: SymInt
+    backward: LogprobsBackward
+    needs_grad: NeedsGrad
+    fault: torch.Tensor
+    shard: Shard
+    reduce_hidden_grad: bool
+
+
+# What exchanges with other ranks: no compiler may drop a call of it, or change the order of two.
+EXCHANGING = (
+    "ipo_loss_from_logits_sharded",
+    "token_logprobs_sharded",
+    "ipo_loss_from_hidden_sharded",
+    "linear_token_logprobs_sharded",
+    "linear_token_logprobs_sharded_backward",
+)
+
 OPERATORS: dict[str, type[tuple[Any, ...]]] = {
     "ipo_loss": IPOLossArguments,
     "component_loss": ComponentLossArguments,
@@ -389,6 +515,9 @@ OPERATORS: dict[str, type[tuple[Any, ...]]] = {
     "loss_and_metrics": LossAndMetricsArguments,
     "chunk_logprobs": ChunkLogprobsArguments,
     "chunk_logprobs_backward": ChunkLogprobsBackwardArguments,
+    "chunk_packets": ChunkPacketsArguments,
+    "gather_packets": GatherPacketsArguments,
+    "chunk_shard_backward": ChunkShardBackwardArguments,
     "scale_": ScaleArguments,
     "scale_rows_": ScaleRowsArguments,
     "scale_into": ScaleIntoArguments,
@@ -398,6 +527,12 @@ OPERATORS: dict[str, type[tuple[Any, ...]]] = {
     "sequence_totals": SequenceTotalsArguments,
     "sequence_totals_from_logits": SequenceTotalsFromLogitsArguments,
     "sequence_totals_from_hidden": SequenceTotalsFromHiddenArguments,
+    "ipo_loss_from_logits_sharded": IPOLossFromLogitsShardedArguments,
+    "token_logprobs_sharded": TokenLogprobsShardedArguments,
+    "token_logprobs_sharded_backward": TokenLogprobsShardedBackwardArguments,
+    "ipo_loss_from_hidden_sharded": IPOLossFromHiddenShardedArguments,
+    "linear_token_logprobs_sharded": LinearTokenLogprobsShardedArguments,
+    "linear_token_logprobs_sharded_backward": LinearTokenLogprobsShardedBackwardArguments,
 }
 
 
@@ -455,8 +590,8 @@ _SCHEMA_TYPES: dict[Any, str] = {
     bool: "bool",
     int: "int",
     float: "float",
-    list[float] | None: "float[]?",
     str: "str",
+    list[float] | None: "float[]?",
     SymInt: "SymInt",
     SymInt | None: "SymInt?",
 }
@@ -487,6 +622,7 @@ _GROUPS = (
     HeadInputs,
     LogprobsBackward,
     NeedsGrad,
+    Shard,
     MetricRows,
     SharedSequences,
 )

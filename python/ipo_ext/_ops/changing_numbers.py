@@ -40,6 +40,12 @@ NUMBERS = {
         "sequence_totals",
         "sequence_totals_from_logits",
         "sequence_totals_from_hidden",
+        "ipo_loss_from_logits_sharded",
+        "token_logprobs_sharded",
+        "token_logprobs_sharded_backward",
+        "ipo_loss_from_hidden_sharded",
+        "linear_token_logprobs_sharded",
+        "linear_token_logprobs_sharded_backward",
     )
 }
 

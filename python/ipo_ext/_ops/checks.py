@@ -104,9 +104,11 @@ def check_logits_loss(
     scaling: LogitScaling,
     inputs: LossInputs,
     teacher_tau: float,
+    *,
+    is_sharded: bool = False,
 ) -> None:
     """Raises unless the arguments of the loss from logits agree."""
-    check_logits(logits, labels, scaling)
+    check_logits(logits, labels, scaling, is_sharded=is_sharded)
     _check_inputs_of_loss(Like("labels", labels), inputs, teacher_tau)
 
 
@@ -115,11 +117,16 @@ def check_logits(
     labels: torch.Tensor,
     scaling: LogitScaling,
     candidates: torch.Tensor | None = None,
+    *,
+    is_sharded: bool = False,
 ) -> None:
-    """Raises unless logits, labels, temperature, sampling mask and candidates agree."""
+    """Raises unless logits, labels, temperature, sampling mask and candidates agree.
+
+    A shard may be without columns.
+    """
     check_tensor("logits", logits, FLOATING)
     check_device_supported("logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not is_sharded):
         raise ValueError(f"logits: expected shape [..., vocabulary], got {_shape(logits)}")
     _check_labels(labels, Like("logits", logits), scaling, candidates)
 
@@ -162,16 +169,21 @@ def _check_ids(name: str, ids: torch.Tensor, labels: Like) -> None:
     check_device(name, ids, labels)
 
 
-def check_hidden_loss(head: HeadInputs, inputs: LossInputs, teacher_tau: float) -> None:
+def check_hidden_loss(
+    head: HeadInputs, inputs: LossInputs, teacher_tau: float, *, is_sharded: bool = False
+) -> None:
     """Raises unless the arguments of the loss from hidden states agree."""
-    check_hidden(head)
+    check_hidden(head, is_sharded=is_sharded)
     _check_inputs_of_loss(Like("labels", head.labels), inputs, teacher_tau)
 
 
-def check_hidden(head: HeadInputs, candidates: torch.Tensor | None = None) -> None:
+def check_hidden(
+    head: HeadInputs, candidates: torch.Tensor | None = None, *, is_sharded: bool = False
+) -> None:
     """Raises unless hidden states, weight, bias, labels and what belongs to tokens agree.
 
-    Their dtypes may differ, for autocast: see ``product_dtype``.
+    Their dtypes may differ, for autocast: see ``product_dtype``. A shard may be without rows of the
+    weight.
     """
     hidden, weight, bias, labels, scaling = head
     for name, tensor in zip(("hidden", "weight", "bias"), head.leaves, strict=True):
@@ -181,7 +193,8 @@ def check_hidden(head: HeadInputs, candidates: torch.Tensor | None = None) -> No
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden: expected shape [..., width], got {_shape(hidden)}")
     check_tensor("weight", weight, FLOATING)
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+    is_empty = weight.dim() == 2 and weight.shape[0] == 0 and not is_sharded
+    if weight.dim() != 2 or is_empty or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight: expected shape [vocabulary, {hidden.shape[-1]}] for hidden "
             f"{_shape(hidden)}, got {_shape(weight)}"
@@ -232,7 +245,8 @@ def _check_not_distributed(name: str, tensor: torch.Tensor | None) -> None:
             "loss in the forward of the module that FSDP gathers (IPOLMHead is one), its inputs in "
             "an ipo_ext.LossBatch, which mixed precision does not cast, or pass "
             f'{name}.full_tensor(grad_placements=[Partial("avg")]), which averages its gradient '
-            "over data-parallel ranks"
+            "over data-parallel ranks; under tensor parallelism pass the group of its mesh as "
+            "tp_group"
         )
 
 
@@ -316,7 +330,10 @@ def check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...]) -> 
 
 # Tensor subclasses that no operator of another package can take, and what to do.
 _OTHER_KINDS = {
-    "DTensor": "pass the rank's own part, {name}.to_local(), or all of it, {name}.full_tensor()",
+    "DTensor": (
+        "pass the rank's own part, {name}.to_local(), of columns of logits with tp_group, or all "
+        "of it, {name}.full_tensor()"
+    ),
     "MaskedTensor": "pass {name}.get_data(), and in loss_mask which tokens count",
 }
 

@@ -18,25 +18,30 @@ from ipo_ext._ops.arguments import (
     HeadInputs,
     IPOLossFromHiddenArguments,
     IPOLossFromHiddenResults,
+    IPOLossFromHiddenShardedArguments,
     LinearTokenLogprobsArguments,
     LinearTokenLogprobsBackwardArguments,
     LinearTokenLogprobsBackwardResults,
     LinearTokenLogprobsResults,
+    LinearTokenLogprobsShardedArguments,
+    LinearTokenLogprobsShardedBackwardArguments,
     LogitScaling,
     LogprobsBackward,
     MetricRows,
     NeedsGrad,
     SequenceTotalsFromHiddenArguments,
+    ShardedLogprobsResults,
 )
 from ipo_ext._ops.centering import with_centering
-from ipo_ext._ops.chunks import IGNORED_LABEL, NO_ID, Gradients, Head, Rows
+from ipo_ext._ops.chunks import IGNORED_LABEL, NO_ID, Gradients, Head, Reduction, Rows
+from ipo_ext._ops.shards import ShardedRows
 
 # -------------------------------------------------------------------------------------------------
 # The loss
 
 
 def _ipo_loss_from_hidden(
-    ops: Any, arguments: IPOLossFromHiddenArguments
+    ops: Any, arguments: IPOLossFromHiddenArguments, sum_of_ranks: Reduction | None = None
 ) -> IPOLossFromHiddenResults:
     shape = arguments.head.labels.shape
     arguments = arguments._replace(
@@ -48,7 +53,7 @@ def _ipo_loss_from_hidden(
     is_centered = arguments.inference_mask_logprobs is not None
     in_two_passes = arguments.settings.judges_sequences or is_centered
     make = _loss_in_two_passes if in_two_passes else _loss_in_one_pass
-    results = make(ops, arguments, fault, replayed)
+    results = make(ops, arguments, fault, replayed, sum_of_ranks)
     return results._replace(
         logprobs=results.logprobs.view(shape), entropy=results.entropy.view(shape)
     )
@@ -74,7 +79,11 @@ def _faults_of_loss(
 
 
 def _loss_in_one_pass(
-    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor, replayed: torch.Tensor
+    ops: Any,
+    arguments: IPOLossFromHiddenArguments,
+    fault: torch.Tensor,
+    replayed: torch.Tensor,
+    sum_of_ranks: Reduction | None,
 ) -> IPOLossFromHiddenResults:
     """What tokens pay, and the gradients, as soon as a chunk's logits are there."""
     (hidden, weight, bias, labels, scaling), inputs = arguments.head, arguments.inputs
@@ -84,7 +93,7 @@ def _loss_in_one_pass(
     fill = _value_of_no_row(fault, head.compute)
     logprobs = rows.new_output((rows.tokens,), fill)
     entropy = rows.new_output((rows.tokens,), fill)
-    gradients = Gradients(ops, head, hidden, rows, fill, arguments.needs_grad)
+    gradients = Gradients(ops, head, hidden, rows, fill, arguments.needs_grad, sum_of_ranks)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
         states = rows.take_states(hidden, chunk)
@@ -111,7 +120,11 @@ def _loss_in_one_pass(
 
 
 def _loss_in_two_passes(
-    ops: Any, arguments: IPOLossFromHiddenArguments, fault: torch.Tensor, replayed: torch.Tensor
+    ops: Any,
+    arguments: IPOLossFromHiddenArguments,
+    fault: torch.Tensor,
+    replayed: torch.Tensor,
+    sum_of_ranks: Reduction | None,
 ) -> IPOLossFromHiddenResults:
     """A verdict needs all log-probabilities of a sequence before any gradient.
 
@@ -153,7 +166,15 @@ def _loss_in_two_passes(
         entropy, softmax_stats, grad_logprobs, torch.zeros_like(entropy), grad_candidates
     )
     gradients = _gradients_of(
-        ops, rows, fault, head, candidates, chunk_size, backward, arguments.needs_grad
+        ops,
+        rows,
+        fault,
+        head,
+        candidates,
+        chunk_size,
+        backward,
+        arguments.needs_grad,
+        sum_of_ranks,
     )
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients)
 
@@ -207,7 +228,7 @@ def _linear_token_logprobs(
     head, shape = _flat_head(arguments.head), arguments.head.labels.shape
     candidates = _flat_ids(arguments.candidates)
     fault = _faults_of_head(ops, head, candidates)
-    rows = Rows.of(head.labels != IGNORED_LABEL, None)
+    rows = _labelled(head)
     made = _logprobs_of(ops, rows, fault, head, candidates, arguments.chunk_size)
     of_candidates = made.candidate_logprobs
     if arguments.candidates is not None:
@@ -283,12 +304,13 @@ def _gradients_of(
     chunk_size: int,
     backward: LogprobsBackward,
     needs_grad: NeedsGrad,
+    sum_of_ranks: Reduction | None = None,
 ) -> LinearTokenLogprobsBackwardResults:
     """By the head's inputs, of the active rows, whose logits are made again."""
     chunks = rows.chunks(chunk_size) if any(needs_grad) else []
     head = Head(inputs.weight, inputs.bias, _longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
-    gradients = Gradients(ops, head, inputs.hidden, rows, fill, needs_grad)
+    gradients = Gradients(ops, head, inputs.hidden, rows, fill, needs_grad, sum_of_ranks)
     for chunk in chunks:
         take = functools.partial(rows.take, chunk=chunk)
         states = rows.take_states(inputs.hidden, chunk)
@@ -313,7 +335,94 @@ def _gradients_of(
 
 
 # -------------------------------------------------------------------------------------------------
+# Vocabulary parallel: the same loops over one rank's columns
+
+
+def _ipo_loss_from_hidden_sharded(
+    ops: Any, arguments: IPOLossFromHiddenShardedArguments
+) -> IPOLossFromHiddenResults:
+    shard, reduce_hidden_grad = arguments.shard, arguments.reduce_hidden_grad
+    rows = ShardedRows(ops, shard)
+    num_active, needs_grad = arguments.num_active, arguments.needs_grad
+    rows.check_agreement(
+        arguments.inputs.loss_mask,
+        can_wait=num_active is None,
+        chunk_size=arguments.chunk_size,
+        num_active=-1 if num_active is None else num_active,
+        needs_grad_hidden=needs_grad.needs_grad_hidden,
+        reduce_hidden_grad=reduce_hidden_grad,
+        vocabulary=shard.vocabulary,
+    )
+    sum_of_ranks = rows.sum_of_ranks if reduce_hidden_grad else None
+    of_rows = IPOLossFromHiddenArguments(
+        arguments.head,
+        arguments.inputs,
+        arguments.settings,
+        None,
+        arguments.chunk_size,
+        num_active,
+        needs_grad,
+    )
+    results = _ipo_loss_from_hidden(rows, of_rows, sum_of_ranks)
+    rows.finish(results.logprobs, results.entropy, *results.gradients)
+    return results
+
+
+def _linear_token_logprobs_sharded(
+    ops: Any, arguments: LinearTokenLogprobsShardedArguments
+) -> ShardedLogprobsResults:
+    head, shape = _flat_head(arguments.head), arguments.head.labels.shape
+    rows = ShardedRows(ops, arguments.shard)
+    rows.check_agreement(
+        head.labels != IGNORED_LABEL,
+        can_wait=True,
+        chunk_size=arguments.chunk_size,
+        vocabulary=arguments.shard.vocabulary,
+    )
+    fault = _faults_of_head(rows, head, None)
+    made = _logprobs_of(rows, _labelled(head), fault, head, None, arguments.chunk_size)
+    logprobs, entropy, softmax_stats, _ = made
+    rows.finish(logprobs, entropy, softmax_stats)
+    return ShardedLogprobsResults(logprobs.view(shape), entropy.view(shape), softmax_stats, fault)
+
+
+def _linear_token_logprobs_sharded_backward(
+    ops: Any, arguments: LinearTokenLogprobsShardedBackwardArguments
+) -> LinearTokenLogprobsBackwardResults:
+    """Of every labelled row, whatever flows into it: ranks reduce as many chunks."""
+    head, needs_grad = _flat_head(arguments.head), arguments.needs_grad
+    rows = ShardedRows(ops, arguments.shard)
+    sum_of_ranks = rows.sum_of_ranks if arguments.reduce_hidden_grad else None
+    if sum_of_ranks is not None:
+        rows.check_agreement(
+            head.labels != IGNORED_LABEL,
+            can_wait=True,
+            needs_grad_hidden=needs_grad.needs_grad_hidden,
+        )
+    entropy, softmax_stats, grad_logprobs, grad_entropy, _ = arguments.backward
+    backward = LogprobsBackward(
+        _flat(entropy), softmax_stats, _flat(grad_logprobs), _flat(grad_entropy)
+    )
+    return _gradients_of(
+        rows,
+        _labelled(head),
+        arguments.fault,
+        head,
+        None,
+        arguments.chunk_size,
+        backward,
+        needs_grad,
+        sum_of_ranks,
+    )
+
+
+# -------------------------------------------------------------------------------------------------
 # What both need
+
+
+def _labelled(head: HeadInputs) -> Rows:
+    """The rows that log-probabilities are wanted of."""
+    return Rows.of(head.labels != IGNORED_LABEL, None)
 
 
 def _scaling_of(scaling: LogitScaling, take: Callable[[Any], Any]) -> LogitScaling:
@@ -375,5 +484,11 @@ KERNELS: dict[str, tuple[type[Any], Callable[[Any, Any], tuple[Any, ...]]]] = {
     "linear_token_logprobs_backward": (
         LinearTokenLogprobsBackwardResults,
         _linear_token_logprobs_backward,
+    ),
+    "ipo_loss_from_hidden_sharded": (IPOLossFromHiddenResults, _ipo_loss_from_hidden_sharded),
+    "linear_token_logprobs_sharded": (ShardedLogprobsResults, _linear_token_logprobs_sharded),
+    "linear_token_logprobs_sharded_backward": (
+        LinearTokenLogprobsBackwardResults,
+        _linear_token_logprobs_sharded_backward,
     ),
 }

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 
 from ipo_ext._ops import checks
 from ipo_ext._ops.arguments import NeedsGrad
+
+Reduction = Callable[[torch.Tensor], torch.Tensor]
 
 IGNORED_LABEL = -100  # of a row that takes no part in log-probabilities
 NO_ID = -1  # in the place of an id of a token that has fewer
@@ -175,9 +178,10 @@ class Gradients:
         rows: Rows,
         fill: torch.Tensor,
         needs_grad: NeedsGrad,
+        sum_of_ranks: Reduction | None = None,  # where each has a part of those by hidden states
     ) -> None:
         self._head, self._rows, self._fill = head, rows, fill
-        self._needs_grad = needs_grad
+        self._needs_grad, self._sum_of_ranks = needs_grad, sum_of_ranks
         vocabulary, width = head.weight.shape
         self._grad_hidden = (
             rows.new_output((rows.tokens, width), fill.to(checks.kept_dtype(hidden.dtype)))
@@ -195,7 +199,8 @@ class Gradients:
         """Where the gradient by the logits and its rows' scales go; None where none are needed."""
         if not any(self._needs_grad):
             return None, None
-        row_scales = logits.new_empty(len(logits)) if self._has_scales else None
+        # 1 where there are no columns, and nothing is stored.
+        row_scales = logits.new_ones(len(logits)) if self._has_scales else None
         return self._head.gradient_over(logits), row_scales
 
     def add(
@@ -214,6 +219,8 @@ class Gradients:
             product(gradient, self._head.weight, grad_states)
             if row_scales is not None:
                 grad_states *= row_scales[:, None]
+            if self._sum_of_ranks is not None:
+                grad_states = self._sum_of_ranks(grad_states)
             self._rows.put(self._grad_hidden, chunk, grad_states)
         pays = pays[:, None]
         if self._needs_grad.needs_grad_weight:

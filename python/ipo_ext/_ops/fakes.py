@@ -15,21 +15,29 @@ from ipo_ext._ops import checks
 from ipo_ext._ops.arguments import (
     ChunkLogprobsArguments,
     ChunkLossArguments,
+    ChunkPacketsArguments,
     ComponentLossArguments,
     FindFaultsArguments,
     FoldSegmentsArguments,
+    GatherPacketsArguments,
     HeadInputs,
     IPOLossArguments,
     IPOLossFromHiddenArguments,
     IPOLossFromHiddenResults,
+    IPOLossFromHiddenShardedArguments,
     IPOLossFromLogitsArguments,
     IPOLossFromLogitsInplaceArguments,
+    IPOLossFromLogitsShardedArguments,
     LinearTokenLogprobsArguments,
     LinearTokenLogprobsBackwardArguments,
     LinearTokenLogprobsBackwardResults,
     LinearTokenLogprobsResults,
+    LinearTokenLogprobsShardedArguments,
+    LinearTokenLogprobsShardedBackwardArguments,
+    LogitScaling,
     LogRatioHistogramArguments,
     LossAndMetricsArguments,
+    LossInputs,
     MetricMeansArguments,
     MetricRows,
     NeedsGrad,
@@ -37,6 +45,8 @@ from ipo_ext._ops.arguments import (
     SequenceStatisticsArguments,
     TokenLogprobsArguments,
     TokenLogprobsBackwardArguments,
+    TokenLogprobsShardedArguments,
+    TokenLogprobsShardedBackwardArguments,
 )
 
 Tensors = tuple[Any, ...]
@@ -152,6 +162,16 @@ def _ipo_loss_from_logits(arguments: IPOLossFromLogitsArguments) -> Tensors:
     logits, labels, scaling, inputs, settings, of_ids, with_gradient = arguments
     checks.check_logits_loss(logits, labels, scaling, inputs, settings.teacher_tau)
     checks.check_inference_mask_logprobs(of_ids, scaling.sampling_mask)
+    return _of_loss_from_logits(logits, labels, scaling, inputs, with_gradient)
+
+
+def _of_loss_from_logits(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    scaling: LogitScaling,
+    inputs: LossInputs,
+    with_gradient: bool,
+) -> Tensors:
     compute = checks.compute_dtype(logits, inputs.inference_logprobs)
     return (
         logits.new_empty((), dtype=compute),
@@ -196,12 +216,18 @@ def _ipo_loss_from_hidden(arguments: IPOLossFromHiddenArguments) -> IPOLossFromH
     checks.check_inference_mask_logprobs(
         arguments.inference_mask_logprobs, head.scaling.sampling_mask
     )
+    return _of_loss_from_hidden(head, inputs, arguments.needs_grad)
+
+
+def _of_loss_from_hidden(
+    head: HeadInputs, inputs: LossInputs, needs_grad: NeedsGrad
+) -> IPOLossFromHiddenResults:
     compute = checks.compute_dtype(head.hidden, inputs.inference_logprobs)
     return IPOLossFromHiddenResults(
         head.hidden.new_empty((), dtype=compute),
         *_logprobs_and_entropy(head.hidden, head.labels),
         _metrics(head.hidden, inputs.cu_seqlens, compute, head.scaling.sampling_mask),
-        *_gradients(head, arguments.needs_grad),
+        *_gradients(head, needs_grad),
     )
 
 
@@ -235,6 +261,71 @@ def _linear_token_logprobs_backward(
     arguments: LinearTokenLogprobsBackwardArguments,
 ) -> LinearTokenLogprobsBackwardResults:
     return _gradients(arguments.head, arguments.needs_grad)
+
+
+# -------------------------------------------------------------------------------------------------
+# Vocabulary parallel
+
+
+def _ipo_loss_from_logits_sharded(arguments: IPOLossFromLogitsShardedArguments) -> Tensors:
+    logits, labels, scaling, inputs, settings, with_gradient, _ = arguments
+    checks.check_logits_loss(logits, labels, scaling, inputs, settings.teacher_tau, is_sharded=True)
+    return _of_loss_from_logits(logits, labels, scaling, inputs, with_gradient)
+
+
+def _token_logprobs_sharded(arguments: TokenLogprobsShardedArguments) -> Tensors:
+    logits, labels, scaling, _ = arguments
+    checks.check_logits(logits, labels, scaling, is_sharded=True)
+    return _sharded_logprobs(logits, labels)
+
+
+def _sharded_logprobs(like: torch.Tensor, labels: torch.Tensor) -> Tensors:
+    return (
+        *_logprobs_and_entropy(like, labels),
+        _softmax_stats(like, labels),
+        labels.new_empty((1,), dtype=torch.int32),
+    )
+
+
+def _token_logprobs_sharded_backward(
+    arguments: TokenLogprobsShardedBackwardArguments,
+) -> torch.Tensor:
+    return arguments.logits.new_empty(arguments.logits.shape)
+
+
+def _ipo_loss_from_hidden_sharded(
+    arguments: IPOLossFromHiddenShardedArguments,
+) -> IPOLossFromHiddenResults:
+    head, inputs = arguments.head, arguments.inputs
+    checks.check_hidden_loss(head, inputs, arguments.settings.teacher_tau, is_sharded=True)
+    return _of_loss_from_hidden(head, inputs, arguments.needs_grad)
+
+
+def _linear_token_logprobs_sharded(arguments: LinearTokenLogprobsShardedArguments) -> Tensors:
+    checks.check_hidden(arguments.head, is_sharded=True)
+    return _sharded_logprobs(arguments.head.hidden, arguments.head.labels)
+
+
+def _linear_token_logprobs_sharded_backward(
+    arguments: LinearTokenLogprobsShardedBackwardArguments,
+) -> LinearTokenLogprobsBackwardResults:
+    return _gradients(arguments.head, arguments.needs_grad)
+
+
+def _chunk_packets(arguments: ChunkPacketsArguments) -> torch.Tensor:
+    labels = arguments.labels
+    return labels.new_empty((labels.numel(), 4), dtype=torch.float64)
+
+
+def _gather_packets(arguments: GatherPacketsArguments) -> Tensors:
+    labels = arguments.labels
+    dtype = torch.float64 if arguments.float64 else torch.float32
+    like = labels.new_empty((), dtype=dtype)
+    return (*_logprobs_and_entropy(like, labels), _softmax_stats(like, labels))
+
+
+# -------------------------------------------------------------------------------------------------
+# Steps of the loss from hidden states
 
 
 def _find_faults(arguments: FindFaultsArguments) -> Tensors:
@@ -292,6 +383,15 @@ FAKES: dict[str, Callable[[Any], Any]] = {
     "sequence_totals": _sequence_totals,
     "sequence_totals_from_logits": _sequence_totals,
     "sequence_totals_from_hidden": _sequence_totals,
+    "ipo_loss_from_logits_sharded": _ipo_loss_from_logits_sharded,
+    "token_logprobs_sharded": _token_logprobs_sharded,
+    "token_logprobs_sharded_backward": _token_logprobs_sharded_backward,
+    "ipo_loss_from_hidden_sharded": _ipo_loss_from_hidden_sharded,
+    "linear_token_logprobs_sharded": _linear_token_logprobs_sharded,
+    "linear_token_logprobs_sharded_backward": _linear_token_logprobs_sharded_backward,
+    "chunk_packets": _chunk_packets,
+    "gather_packets": _gather_packets,
+    "chunk_shard_backward": _nothing,
     "scale_": _nothing,
     "scale_rows_": _nothing,
     "scale_into": _nothing,

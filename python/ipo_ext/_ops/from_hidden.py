@@ -10,7 +10,9 @@ import torch
 from ipo_ext._ops.arguments import (
     IPOLossFromHiddenArguments,
     IPOLossFromHiddenResults,
+    IPOLossFromHiddenShardedArguments,
     LinearTokenLogprobsArguments,
+    LinearTokenLogprobsShardedArguments,
     NeedsGrad,
     flatten,
     unflatten,
@@ -42,7 +44,7 @@ def _loss_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ..
 
 def _keep_gradients(
     ctx: Any,
-    arguments: IPOLossFromHiddenArguments,
+    arguments: IPOLossFromHiddenArguments | IPOLossFromHiddenShardedArguments,
     output: tuple[Any, ...],
     anchor: torch.Tensor | None,
 ) -> None:
@@ -304,6 +306,169 @@ def run_linear_token_logprobs(
         return tuple(operator("linear_token_logprobs", values)(*_cast(dtype, values)))
     else:
         function = LinearTokenLogprobsFunction
+    return tuple(function.apply(dtype, *values))
+
+
+# -------------------------------------------------------------------------------------------------
+# Vocabulary parallel
+
+
+@with_signature
+class IPOLossFromHiddenShardedFunction(IPOLossFromHiddenFunction):
+    """``ipo_loss_from_hidden_sharded`` likewise."""
+
+    @staticmethod
+    def forward(
+        anchor: torch.Tensor | None, dtype: torch.dtype, *inputs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple(operator("ipo_loss_from_hidden_sharded", inputs)(*_cast(dtype, inputs)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        anchor, _, *values = inputs
+        arguments = unflatten(IPOLossFromHiddenShardedArguments, values)
+        _keep_gradients(ctx, arguments, output, anchor)
+        ctx.num_inputs = len(inputs)
+
+
+IPOLossFromHiddenShardedInForwardMode = refusing_tangents(IPOLossFromHiddenShardedFunction)
+
+
+def run_ipo_loss_from_hidden_sharded(
+    dtype: torch.dtype, arguments: IPOLossFromHiddenShardedArguments
+) -> tuple[torch.Tensor, ...]:
+    """As ``run_ipo_loss_from_hidden``."""
+    values = as_operands("ipo_loss_from_hidden_sharded", flatten(arguments))
+    function: Any
+    if in_forward_mode():
+        function = IPOLossFromHiddenShardedInForwardMode
+    elif not any(arguments.needs_grad):
+        run = operator("ipo_loss_from_hidden_sharded", values)
+        return tuple(run(*_cast(dtype, values)))[:6]
+    else:
+        function = IPOLossFromHiddenShardedFunction
+    leaves = [leaf for leaf in arguments.head.leaves if leaf is not None]
+    return tuple(function.apply(anchor(*leaves), dtype, *values))[:6]
+
+
+@with_signature
+class LinearTokenLogprobsShardedGradient(NoSecondDerivative):
+    """The backward pass of ``linear_token_logprobs_sharded``, as that of whole rows."""
+
+    @staticmethod
+    def forward(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        temperature: torch.Tensor | None,
+        softcap: float,
+        chunk_size: int,
+        entropy: torch.Tensor,
+        softmax_stats: torch.Tensor,
+        grad_logprobs: torch.Tensor,
+        grad_entropy: torch.Tensor,
+        needs_grad_hidden: bool,
+        needs_grad_weight: bool,
+        needs_grad_bias: bool,
+        fault: torch.Tensor,
+        first_column: int,
+        vocabulary: int,
+        group: str,
+        reduce_hidden_grad: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        scaling = (temperature, softcap, None, True)
+        backward = (entropy, softmax_stats, grad_logprobs, grad_entropy, None)
+        needs_grad = (needs_grad_hidden, needs_grad_weight, needs_grad_bias)
+        shard = (first_column, vocabulary, group, "")
+        head = (hidden, weight, bias, labels, *scaling)
+        values = (*head, chunk_size, *backward, *needs_grad, fault, *shard, reduce_hidden_grad)
+        return tuple(operator("linear_token_logprobs_sharded_backward", values)(*values))
+
+    vmap = staticmethod(refuse_vmap)
+
+
+@with_signature
+class LinearTokenLogprobsShardedFunction(torch.autograd.Function):
+    """``linear_token_logprobs_sharded`` as ``LinearTokenLogprobsFunction`` that of whole rows."""
+
+    @staticmethod
+    def forward(dtype: torch.dtype, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(operator("linear_token_logprobs_sharded", inputs)(*_cast(dtype, inputs)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.dtype, *values = inputs
+        arguments = unflatten(LinearTokenLogprobsShardedArguments, values)
+        hidden, weight, bias, labels, scaling = arguments.head
+        _, entropy, *constants = output
+        ctx.mark_non_differentiable(*constants)
+        of_tokens = map(savable, (labels, scaling.temperature))
+        ctx.save_for_backward(hidden, weight, bias, *of_tokens, entropy.clone(), *constants)
+        ctx.softcap, ctx.chunk_size = scaling.softcap, arguments.chunk_size
+        ctx.shard, ctx.reduces = arguments.shard, arguments.reduce_hidden_grad
+        ctx.set_materialize_grads(False)  # not for the statistics
+        ctx.num_inputs = len(inputs)
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_logprobs: torch.Tensor | None,
+        grad_entropy: torch.Tensor | None,
+        *_: Any,
+    ) -> tuple[Any, ...]:
+        others = (None,) * (ctx.num_inputs - 4)
+        if grad_logprobs is None and grad_entropy is None:
+            return (None, None, None, None, *others)
+        *leaves, labels, temperature, entropy, softmax_stats, fault = ctx.saved_tensors
+        hidden, weight, bias = leaves
+        grads = (grad_logprobs, grad_entropy, None)
+        backward = logprobs_backward(entropy, softmax_stats, None, grads)[:-1]
+        needed = ctx.needs_input_grad[1:4]
+        first_column, vocabulary, group, _ = ctx.shard
+        run: Any = LinearTokenLogprobsShardedGradient.apply
+        made = run(
+            hidden.to(ctx.dtype),
+            weight.to(ctx.dtype),
+            bias,
+            labels,
+            temperature,
+            ctx.softcap,
+            ctx.chunk_size,
+            *backward,
+            *needed,
+            fault,
+            first_column,
+            vocabulary,
+            group,
+            ctx.reduces,
+        )
+        gradients = [
+            gradient.to(leaf.dtype).view(leaf.shape) if needs else None
+            for gradient, leaf, needs in zip(made, leaves, needed, strict=True)
+        ]
+        return (None, *gradients, *others)
+
+    vmap = staticmethod(refuse_vmap)
+
+
+LinearTokenLogprobsShardedInForwardMode = refusing_tangents(LinearTokenLogprobsShardedFunction)
+
+
+def run_linear_token_logprobs_sharded(
+    dtype: torch.dtype, arguments: LinearTokenLogprobsShardedArguments
+) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities, entropy and what the backward pass needs."""
+    needs_grad = any(leaf is not None and leaf.requires_grad for leaf in arguments.head.leaves)
+    values = as_operands("linear_token_logprobs_sharded", flatten(arguments))
+    function: Any
+    if in_forward_mode():
+        function = LinearTokenLogprobsShardedInForwardMode
+    elif not (torch.is_grad_enabled() and needs_grad):
+        run = operator("linear_token_logprobs_sharded", values)
+        return tuple(run(*_cast(dtype, values)))
+    else:
+        function = LinearTokenLogprobsShardedFunction
     return tuple(function.apply(dtype, *values))
 
 

@@ -8,7 +8,9 @@ import torch
 
 from ipo_ext._ops.arguments import (
     IPOLossFromLogitsArguments,
+    IPOLossFromLogitsShardedArguments,
     TokenLogprobsArguments,
+    TokenLogprobsShardedArguments,
     flatten,
     unflatten,
 )
@@ -246,6 +248,127 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
 
 TokenLogprobsInForwardMode = refusing_tangents(TokenLogprobsFunction)
+
+# -------------------------------------------------------------------------------------------------
+# Vocabulary parallel
+
+
+def run_ipo_loss_from_logits_sharded(
+    arguments: IPOLossFromLogitsShardedArguments,
+) -> tuple[torch.Tensor, ...]:
+    """As ``run_ipo_loss_from_logits``."""
+    values = as_operands("ipo_loss_from_logits_sharded", flatten(arguments))
+    function: Any
+    if in_forward_mode():
+        function = IPOLossFromLogitsShardedInForwardMode
+    elif not arguments.with_gradient:
+        run = operator("ipo_loss_from_logits_sharded", values)
+        loss, _, *others, _ = run(*values)
+        return (loss, *others)
+    else:
+        function = IPOLossFromLogitsShardedFunction
+    outputs = function.apply(anchor(arguments.logits), *values)
+    return cast("tuple[torch.Tensor, ...]", outputs)[:6]
+
+
+@with_signature
+class IPOLossFromLogitsShardedFunction(IPOLossFromLogitsFunction):
+    """``ipo_loss_from_logits_sharded`` likewise."""
+
+    @staticmethod
+    def forward(anchor: torch.Tensor | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        run = operator("ipo_loss_from_logits_sharded", inputs)
+        loss, gradient, *others = run(*inputs)
+        return (loss, *others, gradient)
+
+
+IPOLossFromLogitsShardedInForwardMode = refusing_tangents(IPOLossFromLogitsShardedFunction)
+
+
+def run_token_logprobs_sharded(
+    arguments: TokenLogprobsShardedArguments,
+) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities, entropy and what the backward pass needs."""
+    values = as_operands("token_logprobs_sharded", flatten(arguments))
+    run: Any
+    if in_forward_mode():
+        run = TokenLogprobsShardedInForwardMode.apply
+    elif arguments.logits.requires_grad and torch.is_grad_enabled():
+        run = TokenLogprobsShardedFunction.apply
+    else:
+        run = operator("token_logprobs_sharded", values)
+    return cast("tuple[torch.Tensor, ...]", run(*values))
+
+
+@with_signature
+class TokenLogprobsShardedGradient(NoSecondDerivative):
+    """The backward pass of ``token_logprobs_sharded``, as ``TokenLogprobsGradient``."""
+
+    @staticmethod
+    def forward(
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: torch.Tensor | None,
+        softcap: float,
+        entropy: torch.Tensor,
+        softmax_stats: torch.Tensor,
+        grad_logprobs: torch.Tensor,
+        grad_entropy: torch.Tensor,
+        fault: torch.Tensor,
+        first_column: int,
+        vocabulary: int,
+        group: str,
+    ) -> torch.Tensor:
+        scaling = (temperature, softcap, None, True)
+        saved = (entropy, softmax_stats, grad_logprobs, grad_entropy, None)
+        shard = (first_column, vocabulary, group, "")
+        values = (logits, labels, *scaling, *saved, fault, *shard)
+        run = operator("token_logprobs_sharded_backward", values)
+        return cast(torch.Tensor, with_torch_errors(run, *values))
+
+
+@with_signature
+class TokenLogprobsShardedFunction(torch.autograd.Function):
+    """``token_logprobs_sharded`` as a function that torch.func understands."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(operator("token_logprobs_sharded", inputs)(*inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        arguments = unflatten(TokenLogprobsShardedArguments, inputs)
+        _, entropy, *constants = output
+        ctx.mark_non_differentiable(*constants)
+        of_tokens = map(savable, (arguments.labels, arguments.scaling.temperature))
+        ctx.save_for_backward(arguments.logits, *of_tokens, entropy.clone(), *constants)
+        ctx.softcap, ctx.shard = arguments.scaling.softcap, arguments.shard
+        ctx.set_materialize_grads(False)  # not for the statistics
+        ctx.num_inputs = len(inputs)
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_logprobs: torch.Tensor | None,
+        grad_entropy: torch.Tensor | None,
+        *_: Any,
+    ) -> tuple[Any, ...]:
+        others = (None,) * (ctx.num_inputs - 1)
+        if grad_logprobs is None and grad_entropy is None:
+            return (None, *others)
+        logits, labels, temperature, entropy, softmax_stats, fault = ctx.saved_tensors
+        grads = (grad_logprobs, grad_entropy, None)
+        backward = logprobs_backward(entropy, softmax_stats, None, grads)[:-1]
+        first_column, vocabulary, group, _ = ctx.shard
+        shard = (first_column, vocabulary, group)
+        run: Any = TokenLogprobsShardedGradient.apply
+        gradient = run(logits, labels, temperature, ctx.softcap, *backward, fault, *shard)
+        return (gradient, *others)
+
+    vmap = staticmethod(refuse_vmap)
+
+
+TokenLogprobsShardedInForwardMode = refusing_tangents(TokenLogprobsShardedFunction)
 
 # Operator to its formula for whoever calls it through torch.ops: backward, setup_context.
 AUTOGRAD: dict[str, Formula] = {

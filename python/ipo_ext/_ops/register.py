@@ -1,6 +1,7 @@
 """Registers the Python half of the operators with torch; csrc/ops/register.cpp does the C++ half.
 
-The operators from hidden states are defined here: their matrix products are torch's.
+The operators from hidden states are defined here, whose matrix products are torch's, and those that
+exchange with other ranks.
 """
 
 from __future__ import annotations
@@ -11,8 +12,15 @@ from typing import Any
 import torch
 
 from ipo_ext import _C
-from ipo_ext._ops import chunk_loop, from_hidden, from_logits, from_logprobs, shared_sequences
-from ipo_ext._ops.arguments import OPERATORS, by_name, schema
+from ipo_ext._ops import (
+    chunk_loop,
+    from_hidden,
+    from_logits,
+    from_logprobs,
+    shards,
+    shared_sequences,
+)
+from ipo_ext._ops.arguments import EXCHANGING, OPERATORS, by_name, schema
 from ipo_ext._ops.autograd import Formula, refuse_vmap
 from ipo_ext._ops.changing_numbers import (
     LOG_BOUND,
@@ -38,7 +46,7 @@ AUTOGRAD: dict[str, Formula] = {
     **from_hidden.AUTOGRAD,
 }
 
-KERNELS = {**chunk_loop.KERNELS, **shared_sequences.KERNELS}
+KERNELS = {**chunk_loop.KERNELS, **shards.KERNELS, **shared_sequences.KERNELS}
 
 # Libraries unregister what they hold when they are collected.
 _libraries: list[torch.library.Library] = []
@@ -74,11 +82,11 @@ def register(namespace: str) -> None:
         torch.library.register_autograd(
             f"{namespace}::{name}", backward, setup_context=setup_context, lib=library
         )
+    for name in (*EXCHANGING, *shared_sequences.KERNELS):
+        for each in (name, twin(name)):
+            keep_in_order(f"{namespace}::{each}", library)
     for name in (*AUTOGRAD, "linear_token_logprobs_backward"):
         torch.library.register_vmap(f"{namespace}::{name}", refuse_vmap, lib=library)
-    for name in shared_sequences.KERNELS:
-        keep_in_order(f"{namespace}::{name}", library)
-        keep_in_order(f"{namespace}::{twin(name)}", library)
     register_formulas(namespace)
 
 

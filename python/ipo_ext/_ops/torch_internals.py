@@ -152,6 +152,13 @@ def summed_later(tensor: torch.Tensor, group: torch.distributed.ProcessGroup) ->
     return cast(torch.Tensor, all_reduce(tensor, "sum", group))
 
 
+def sum_of_ranks(tensor: torch.Tensor, group_name: str) -> torch.Tensor:
+    """The sum over the ranks of a process group, with the same bits on each; as ``gathered``."""
+    collectives = torch.ops._c10d_functional
+    total = collectives.wait_tensor(collectives.all_reduce(tensor, "sum", group_name))
+    return cast(torch.Tensor, total)
+
+
 def registered_operators(namespace: str) -> list[str]:
     """``namespace::name`` of every operator: ``torch.ops`` lists only those already used."""
     names = torch._C._dispatch_get_all_op_names()

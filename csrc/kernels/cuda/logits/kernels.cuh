@@ -197,7 +197,8 @@ cudaError_t launch_split(const RowKernelArgs& rows, cudaStream_t stream) {
   const cudaError_t error =
       launch_with_all_shared(kernel, rows.logits.logits.rows * rows.plan.splits, kSplitThreads,
                              rows.plan.shared_bytes, rows.plan.device_shared_bytes, stream, rows);
-  return error == cudaSuccess ? launch_streamed<Stored, Stored>(rows, stream) : error;
+  if (error != cudaSuccess || rows.logits.mode == LogitsMode::kPartial) return error;
+  return launch_streamed<Stored, Stored>(rows, stream);
 }
 
 template <typename Stored, typename Gradient>

@@ -17,6 +17,7 @@ LaunchPlan plan_for(const LogitsArgs& args, const Device& device) {
   // A narrower gradient may lie over columns that another block has yet to read.
   work.apart = !work.has_gradient || args.gradient.dtype == logits.dtype;
   work.reduces = !is_backward(args);
+  work.is_partial = args.mode == LogitsMode::kPartial;
   LaunchPlan plan = plan_rows(work, device);
   plan.workspace_bytes = logits.rows * plan.splits * sizeof(RowStats<Compute<Stored>>);
   return plan;

@@ -62,12 +62,13 @@ constexpr int kStreamVectors = 8;
 struct RowWork {
   int64_t rows;
   int64_t columns;
-  int vector_columns;    // columns that a thread loads at once
-  int compute_bytes;     // of a column that is kept
-  int register_vectors;  // that a thread keeps in registers
-  bool capped = false;   // there is a softcap: nothing is kept in registers
-  bool apart = true;     // blocks that do not wait for each other may write the gradient
-  bool reduces = true;   // the rows' sums are not known yet
+  int vector_columns;       // columns that a thread loads at once
+  int compute_bytes;        // of a column that is kept
+  int register_vectors;     // that a thread keeps in registers
+  bool capped = false;      // there is a softcap: nothing is kept in registers
+  bool apart = true;        // blocks that do not wait for each other may write the gradient
+  bool reduces = true;      // the rows' sums are not known yet
+  bool is_partial = false;  // and are all that is wanted
   bool has_gradient = true;
 };
 
@@ -161,9 +162,20 @@ inline void plan_streamed_rows(const RowWork& work, LaunchPlan& plan) {
   plan.stream_vectors = static_cast<int>(work.apart ? kStreamVectors : vectors);
 }
 
+// Returns the blocks for each row that is reduced and no more: as many as keep it on chip, or as
+// fill the device.
+inline int64_t splits_of_partial_row(const RowWork& work, const Device& device) {
+  const int in_registers = work.capped ? 0 : work.register_vectors;
+  const int64_t kept = std::max<int64_t>(
+      in_registers + fitting_shared_vectors(work, device, kSplitThreads, true), 1);
+  const int64_t to_keep = divide_up(vectors_of_row(work), kept * kSplitThreads);
+  return std::max({to_keep, splits_of_row(work, device, 1), int64_t{1}});
+}
+
 inline LaunchPlan plan_rows(const RowWork& work, const Device& device) {
   RowShape shape = resident_shape(work, device);
-  const int64_t splits = splits_of_row(work, device, shape.blocks);
+  const int64_t splits = work.is_partial ? splits_of_partial_row(work, device)
+                                         : splits_of_row(work, device, shape.blocks);
   if (splits > 0) shape = {work.columns, 1, kSplitThreads};
   const int64_t blocks = splits > 0 ? splits : shape.blocks;
   const int64_t shared_vectors =

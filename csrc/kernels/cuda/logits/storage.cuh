@@ -68,15 +68,6 @@ __device__ __forceinline__ GradientTerms<E> gradient_terms(const RowDerivative<E
           derivative.label(term, label.derivative)};
 }
 
-// The maximum and the sums of a row, or of a split of it, and the label's logit, which must be read
-// before any gradient is written.
-template <typename E>
-struct RowStats {
-  E row_max;
-  E label_logit;
-  RowSums sums;
-};
-
 // The words of 16 bytes in which a thread's vector is kept, in the compute dtype.
 template <typename Stored>
 constexpr int kVectorWords = kVectorElements<Stored> * sizeof(Compute<Stored>) / sizeof(uint4);

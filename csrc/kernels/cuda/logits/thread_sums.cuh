@@ -9,13 +9,6 @@
 
 namespace ipo_ext::cuda {
 
-// Returns what exponentials are relative to: the maximum, or any number for a row of nothing but
-// -inf, which has none.
-template <typename E>
-__device__ __forceinline__ E finite_or_zero(E row_max) {
-  return row_max == -std::numeric_limits<E>::infinity() ? E(0) : row_max;
-}
-
 // A thread's sums. Each vector is added up before it joins them, which rounds large numbers less
 // often. In fp32 and without a softcap they are made of powers of 2: a multiplication less for each
 // logit.
