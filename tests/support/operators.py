@@ -122,6 +122,8 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "candidates": torch.arange(4, dtype=torch.int32).expand(TOKENS, 4),
         "grad_candidates": torch.randn(TOKENS, 4),
         "replayed": per_token < 0.5,
+        "trainer_mask_logprobs": torch.randn(TOKENS, 3).log_softmax(-1),
+        "inference_mask_logprobs": torch.randn(TOKENS, 3).log_softmax(-1),
         "teacher_logprobs": -per_token,
         "loss_weights": per_token,
         "cu_seqlens": torch.tensor([0, 5, 5, TOKENS], dtype=torch.int32),
