@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import ipo_ext
 from ipo_ext._ops import torch_internals
 from ipo_ext._ops.arguments import EXCHANGING
 from ipo_ext._ops.changing_numbers import twin
 from tests.support import hidden, shards
-from tests.support.cases import same_bits
+from tests.support.cases import evaluate, same_bits
 from tests.support.ranks import alone, on_ranks
 
 FUNCTIONS = (
@@ -38,7 +41,7 @@ def function_of(name: str, dtype: torch.dtype, group: Any) -> tuple[Scores, list
     how = {"temperature": case.temperature, "softcap": 4.0}
     inputs = (case.labels, case.inference_logprobs, case.advantages, case.loss_mask)
     weight = part.of(case.weight)
-    head = ipo_ext.IPOLMHead(torch.nn.Linear(2, 2, bias=False), **shard)
+    head = ipo_ext.IPOLMHead(nn.Linear(2, 2, bias=False), **shard)
     module = ipo_ext.LinearIPOLoss(**shard)
 
     def run(states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,6 +118,46 @@ def test_no_compiler_drops_an_exchange(backend: str, monkeypatch: pytest.MonkeyP
 
         torch.compile(unused, fullgraph=True, backend=backend)(logits)
     assert exchanges == [1]
+
+
+class Policy(nn.Module):
+    """A trunk, and a head over the ranks of tp."""
+
+    def __init__(self, weight: torch.Tensor, tp: Any) -> None:
+        super().__init__()
+        width = weight.shape[1]
+        self.trunk = nn.Linear(width, width, bias=False, dtype=weight.dtype)
+        nn.init.eye_(self.trunk.weight)
+        linear = nn.Linear(width, len(weight), bias=False, dtype=weight.dtype)
+        self.head = ipo_ext.IPOLMHead(linear, tp_group=tp)
+        self.head.weight = nn.Parameter(distribute_tensor(weight, tp, [Shard(0)]))
+
+    def forward(
+        self, hidden: torch.Tensor, labels: torch.Tensor, batch: ipo_ext.LossBatch
+    ) -> ipo_ext.IPOOutput:
+        return self.head(self.trunk(hidden), labels, batch)
+
+
+def fsdp_on_four_ranks() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    case = hidden.random_case(tokens=8, dtype=torch.float64, normalizer=7.0)
+    model = Policy(case.weight, mesh["tp"])
+    fully_shard(model.head, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    mine = slice(4 * mesh["dp"].get_local_rank(), 4 * mesh["dp"].get_local_rank() + 4)
+    inputs = (case.inference_logprobs[mine], case.advantages[mine], case.loss_mask[mine])
+    batch = ipo_ext.LossBatch(*inputs, normalizer=case.normalizer / 2)
+    model(case.hidden[mine], case.labels[mine], batch).loss.backward()
+    whole = evaluate(case)
+    of_head, of_trunk = model.head.weight.grad, model.trunk.weight.grad
+    torch.testing.assert_close(of_head.full_tensor(), whole.grad_weight)
+    torch.testing.assert_close(of_trunk.full_tensor(), whole.grad_hidden.t() @ case.hidden)
+
+
+@pytest.mark.slow
+def test_inside_fsdp() -> None:
+    """On a mesh of dp x tp, whose tp ranks have the same tokens; tp brings no factor."""
+    on_ranks(4, fsdp_on_four_ranks)
 
 
 def test_every_operator_that_exchanges_keeps_its_place() -> None:
