@@ -150,17 +150,6 @@ def waits_where_it_is_used() -> None:
     assert float(normalizer(torch.tensor(0))) == 0
 
 
-def compiles() -> None:
-    states, others = inputs(0)
-    expected, model = policy(), policy()
-    backward(expected, states, others, float(others["loss_mask"].sum()))
-    run = torch.compile(ipo_ext.ipo_loss_from_logits, fullgraph=True, backend="aot_eager")
-    count = normalizer(others["loss_mask"].sum())  # the same on all ranks, so their mean
-    run(model(states), **others, normalizer=count).loss.backward()
-    for ours, theirs in zip(gradients(model), gradients(expected), strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 def is_what_aggregate_divides_by() -> None:
     _, others = inputs(dist.get_rank() % 2)
     _, total = ipo_ext.aggregate("token_mean", others["loss_mask"], group=dist.group.WORLD)
@@ -171,12 +160,23 @@ def on_a_rank() -> None:
     with_context_parallel_ranks()
     with_tensor_parallel_ranks()
     waits_where_it_is_used()
-    compiles()
     is_what_aggregate_divides_by()
 
 
 def test_with_every_host_the_gradient_is_that_of_one_process() -> None:
     on_ranks(4, on_a_rank)
+
+
+def test_a_compiled_loss_waits_too() -> None:
+    states, others = inputs(0)
+    expected, model = policy(), policy()
+    backward(expected, states, others, float(others["loss_mask"].sum()))
+    run = torch.compile(ipo_ext.ipo_loss_from_logits, fullgraph=True, backend="aot_eager")
+    with alone():
+        count = normalizer(others["loss_mask"].sum())
+        run(model(states), **others, normalizer=count).loss.backward()
+    for ours, theirs in zip(gradients(model), gradients(expected), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(
