@@ -82,7 +82,9 @@ HOSTS = {
     ),
 }
 NIGHTLY_HOSTS = {  # hosts without an adapter, where named
-    name: Host("its own trainer") for name in ("deepspeed", "lightning", "transformers")
+    **{name: Host("its own trainer") for name in ("deepspeed", "lightning", "transformers")},
+    "mlflow": Host("a run's history", distribution="mlflow-skinny"),
+    "wandb": Host("a run's summary, offline"),
 }
 KNOWN = {**HOSTS, **NIGHTLY_HOSTS}
 

@@ -27,6 +27,7 @@ if sys.version_info < (3, 12) and importlib.util.find_spec("skyrl"):
 HOSTS = (
     "deepspeed",
     "lightning",
+    "mlflow",
     "openrlhf",
     "skyrl",
     "swift",
@@ -34,6 +35,7 @@ HOSTS = (
     "transformers",
     "trl",
     "verl",
+    "wandb",
 )
 # transformers is also where the tests of `mismatch` run; its own tests need what brings it in.
 BROUGHT_IN_BY = {"transformers": "peft"}
