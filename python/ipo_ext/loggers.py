@@ -1,21 +1,27 @@
 """Metrics written where runs are watched: TensorBoard, Weights & Biases, MLflow, lines of JSON.
 
-Each function is one call at the end of a step, and reads the device once, with one transfer. What
-is written to is the caller's, so nothing is imported here that torch does not bring.
+Each function is one call at the end of a step, and reads the device once, with one transfer; with
+one more where the metrics have a histogram. What is written to is the caller's.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import math
 import os
 from typing import Any
 
+from ipo_ext._histogram import HISTOGRAM_EDGES
 from ipo_ext._numbers import is_number
 from ipo_ext.metrics import IPOMetrics
 
 PREFIX = "ipo/"
+HISTOGRAM = "log_ratio"
+
+# Loggers want ends of the outermost bins: 64, twice the edge before. Log-ratios beyond are in them.
+_EDGES = (2 * HISTOGRAM_EDGES[1], *HISTOGRAM_EDGES[1:-1], 2 * HISTOGRAM_EDGES[-2])
 
 
 def scalars(metrics: IPOMetrics, *, prefix: str = PREFIX) -> dict[str, float]:
@@ -38,8 +44,15 @@ def scalars(metrics: IPOMetrics, *, prefix: str = PREFIX) -> dict[str, float]:
     return {prefix + name: value for name, value in metrics.total().tolist().items()}
 
 
+def _counts(metrics: IPOMetrics) -> list[int] | None:
+    histogram = metrics.total().histogram
+    return None if histogram is None else histogram.tolist()
+
+
 def to_tensorboard(metrics: IPOMetrics, writer: Any, step: int, *, prefix: str = PREFIX) -> None:
-    """Adds every metric as a scalar.
+    """Adds every metric as a scalar, and a histogram, if there is one, as ``<prefix>log_ratio``.
+
+    Of the histogram, sum and sum of squares are those of the middles of its bins.
 
     Args:
         metrics: as ``scalars`` takes them.
@@ -51,12 +64,26 @@ def to_tensorboard(metrics: IPOMetrics, writer: Any, step: int, *, prefix: str =
         TypeError: ``metrics`` are no ``IPOMetrics``, or ``writer`` has no ``add_scalar``.
     """
     add_scalar = _method(writer, "writer", "add_scalar", "a SummaryWriter")
-    for name, value in scalars(metrics, prefix=prefix).items():
+    values = scalars(metrics, prefix=prefix)
+    for name, value in values.items():
         add_scalar(name, value, step)
+    if (counts := _counts(metrics)) is not None:
+        middles = [(low + high) / 2 for low, high in itertools.pairwise(_EDGES)]
+        writer.add_histogram_raw(
+            prefix + HISTOGRAM,
+            min=values[f"{prefix}log_ratio_min"],
+            max=values[f"{prefix}log_ratio_max"],
+            num=sum(counts),
+            sum=sum(count * x for count, x in zip(counts, middles, strict=True)),
+            sum_squares=sum(count * x * x for count, x in zip(counts, middles, strict=True)),
+            bucket_limits=_EDGES[1:],
+            bucket_counts=counts,
+            global_step=step,
+        )
 
 
 def to_wandb(metrics: IPOMetrics, run: Any, step: int, *, prefix: str = PREFIX) -> None:
-    """Logs every metric to Weights & Biases.
+    """Logs every metric to Weights & Biases, and a histogram, if there is one, as ``log_ratio``.
 
     Args:
         metrics: as ``scalars`` takes them.
@@ -69,11 +96,16 @@ def to_wandb(metrics: IPOMetrics, run: Any, step: int, *, prefix: str = PREFIX) 
         TypeError: ``metrics`` are no ``IPOMetrics``, or ``run`` has no ``log``.
     """
     log = _method(run, "run", "log", "what wandb.init returned")
-    log(scalars(metrics, prefix=prefix), step=step)
+    values: dict[str, Any] = dict(scalars(metrics, prefix=prefix))
+    if (counts := _counts(metrics)) is not None:
+        import wandb
+
+        values[prefix + HISTOGRAM] = wandb.Histogram(np_histogram=(counts, list(_EDGES)))
+    log(values, step=step)
 
 
 def to_mlflow(metrics: IPOMetrics, run: Any, step: int, *, prefix: str = PREFIX) -> None:
-    """Logs every metric to an MLflow run, in one request.
+    """Logs every metric to an MLflow run, in one request. MLflow's metrics have no histograms.
 
     Args:
         metrics: as ``scalars`` takes them.
@@ -99,6 +131,8 @@ def to_jsonl(
 ) -> None:
     """Appends a line of JSON: ``step``, ``timestamp`` (UTC), the facts, every metric.
 
+    A histogram, if there is one, is the list ``log_ratio`` of counts between ``HISTOGRAM_EDGES``.
+
     The file is opened and closed again, so that each line is there when the call returns; pandas'
     ``read_json(path, lines=True)`` reads it, dates included. A number that JSON lacks, infinite or
     NaN, is null.
@@ -119,7 +153,10 @@ def to_jsonl(
             kind = type(value).__name__
             raise TypeError(f"{name}: expected a number, a text, a boolean or None, got {kind}")
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-    line = {"step": step, "timestamp": now, **facts, **scalars(metrics, prefix=prefix)}
+    line: dict[str, Any] = {"step": step, "timestamp": now, **facts}
+    line |= scalars(metrics, prefix=prefix)
+    if (counts := _counts(metrics)) is not None:
+        line[prefix + HISTOGRAM] = counts
     text = json.dumps({name: _in_json(value) for name, value in line.items()}, allow_nan=False)
     with open(path, "a", encoding="utf-8") as file:
         file.write(text + "\n")

@@ -13,15 +13,17 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ipo_ext import IPOMetrics, ipo_loss, loggers
+from ipo_ext import HISTOGRAM_EDGES, IPOMetrics, ipo_loss, loggers
 
 
-def metrics_of(seed: int, segments: bool = False) -> IPOMetrics:
+def metrics_of(seed: int, segments: bool = False, histogram: bool = False) -> IPOMetrics:
     generator = torch.Generator().manual_seed(seed)
     trainer, inference, advantages = torch.randn(3, 16, generator=generator)
     ends = torch.tensor([0, 5, 16], dtype=torch.int32) if segments else None
     every = torch.ones(16, dtype=torch.bool)
-    return ipo_loss(trainer, inference, advantages, every, cu_seqlens=ends).metrics
+    return ipo_loss(
+        trainer, inference, advantages, every, cu_seqlens=ends, histogram=histogram
+    ).metrics
 
 
 class Reads(TorchFunctionMode):
@@ -98,6 +100,44 @@ def test_tensorboards_reader_finds_every_metric(tmp_path: Path) -> None:
     for name in metrics_of(0).tolist():
         found = {event.step: event.value for event in events.Scalars(f"ipo/{name}")}
         assert found == {step: float(metrics[name]) for step, metrics in steps.items()}
+
+
+def test_tensorboards_reader_finds_the_histogram(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    metrics = metrics_of(0, segments=True, histogram=True)
+    with SummaryWriter(str(tmp_path)) as writer:
+        loggers.to_tensorboard(metrics, writer, 3)
+    (event,) = EventAccumulator(str(tmp_path)).Reload().Histograms("ipo/log_ratio")
+    found, counts = event.histogram_value, metrics.total().histogram
+    assert counts is not None
+    assert event.step == 3
+    assert found.bucket == counts.tolist()
+    assert found.bucket_limit == [*HISTOGRAM_EDGES[1:-1], 64.0]
+    assert found.num == 16
+    expected = float(metrics.total()["log_ratio_min"]), float(metrics.total()["log_ratio_max"])
+    assert (found.min, found.max) == expected
+    x = torch.stack([*torch.randn(3, 16, generator=torch.Generator().manual_seed(0))])
+    x = (x[0] - x[1]).double()
+    # A bin is at most half as wide as its inner end is far from 0.
+    assert abs(found.sum - float(x.sum())) < 0.25 * float(x.abs().sum())
+    assert 0.5 < found.sum_squares / float(x.square().sum()) < 2
+
+
+def test_a_line_of_json_has_the_counts(tmp_path: Path) -> None:
+    path, metrics = tmp_path / "run.jsonl", metrics_of(0, segments=True, histogram=True)
+    loggers.to_jsonl(metrics, path, 3)
+    counts = metrics.total().histogram
+    assert counts is not None
+    assert json.loads(path.read_text())["ipo/log_ratio"] == counts.tolist()
+
+
+def test_a_histogram_is_one_transfer_more(tmp_path: Path) -> None:
+    metrics = metrics_of(0, segments=True, histogram=True)
+    with Reads() as reads:
+        loggers.to_jsonl(metrics, tmp_path / "run.jsonl", 3)
+    assert reads.names == ["tolist", "tolist"]
 
 
 def test_lines_of_json_are_appended(tmp_path: Path) -> None:
