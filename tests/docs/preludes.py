@@ -129,6 +129,11 @@ def mismatch(until_the_end: ExitStack) -> Names:
     return {"llm": llm, "prompts": [], "sampling": None, "folder": folder, "step": 3}
 
 
+def quickstart(until_the_end: ExitStack) -> Names:
+    """A folder that is removed."""
+    return {"folder": Path(until_the_end.enter_context(tempfile.TemporaryDirectory()))}
+
+
 def docstrings() -> Names:
     names = vars(ipo_ext) | policy()
     return names | {
@@ -145,6 +150,7 @@ OF_PAGE: dict[str, Callable[[ExitStack], Names]] = {
     "docs/installing.md": installing,
     "docs/integrations.md": integrations,
     "docs/mismatch.md": mismatch,
+    "docs/quickstart.md": quickstart,
     "docs/vocabulary-parallel.md": vocabulary_parallel,
 }
 

@@ -26,7 +26,9 @@ if sys.version_info < (3, 12) and importlib.util.find_spec("skyrl"):
 
 HOSTS = (
     "deepspeed",
+    "engine_loop",
     "lightning",
+    "mlflow",
     "openrlhf",
     "skyrl",
     "swift",
@@ -34,9 +36,10 @@ HOSTS = (
     "transformers",
     "trl",
     "verl",
+    "wandb",
 )
 # transformers is also where the tests of `mismatch` run; its own tests need what brings it in.
-BROUGHT_IN_BY = {"transformers": "peft"}
+BROUGHT_IN_BY = {"transformers": "peft", "engine_loop": "vllm"}
 collect_ignore = [
     f"test_{host}.py"
     for host in HOSTS

@@ -156,6 +156,19 @@ def test_what_cannot_be_written_is_refused_before_anything_is_read(
     assert (tmp_path / "file").read_bytes() == b""
 
 
+@pytest.mark.parametrize("option", ["--html", "--png"])
+def test_a_full_disk_is_named_and_the_report_is_printed(
+    run: Run, rollouts: Path, directory: Path, tmp_path: Path, option: str
+) -> None:
+    full = tmp_path / "full.png"
+    full.symlink_to("/dev/full")
+    output = run(rollouts, "--model", directory, option, full)
+    assert output.status == 1
+    assert "ALL TOKENS" in output.text
+    message = f"error: {option} {full}: cannot be written: No space left on device"
+    assert message in output.errors.splitlines()
+
+
 def test_a_path_that_can_be_written_is_not_made_or_emptied_before_the_report(
     run: Run, tmp_path: Path
 ) -> None:

@@ -302,6 +302,63 @@ def test_a_list_that_was_cut(tmp_path: Path) -> None:
     assert problem.where == f"{path}, element 3"
 
 
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '{"token_ids": [1, 2,, 3], "logprobs": []}',
+        '{"text": "brackets ]}, and \\"quotes\\"", "logprobs": nothing}',
+        "nothing",
+        '{"token_ids": [1]}}',
+        '{"a": [{"b": {"c": [}]}}]}',
+        '"' + "a long text, " * 40 + '", {"token_ids" 1}',
+    ],
+)
+def test_the_elements_after_a_broken_one_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, chunk: int
+) -> None:
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    rows = [own(token_ids=[number, 8, 9]) for number in range(3)]
+    first, *rest = map(json.dumps, rows)
+    path = tmp_path / "f"
+    path.write_text(f"[{first}, {broken}, {', '.join(rest)}]")
+    found, _, problems = read_all(path)
+    assert [answer_of(each) for each in found] == [row["token_ids"] for row in rows]
+    assert problems
+    assert all("what follows is not read" not in problem.why for problem in problems)
+    assert problems[0].where.startswith(f"{path}, element ")
+
+
+def test_a_list_whose_brackets_do_not_close_is_read_up_to_there(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_text(f'[{json.dumps(own())}, {{"token_ids": [1, 2,, 3, {json.dumps(own())}]')
+    found, _, (problem,) = read_all(path)
+    assert len(found) == 1
+    assert problem.where == f"{path}, element 2"
+    assert "what follows is not read" in problem.why
+
+
+def test_a_broken_element_does_not_bring_the_rest_of_a_list_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_CHUNK", 1 << 12)
+    held = []
+    read_on = records._Text._read_on
+
+    def watched(text: Any) -> None:
+        read_on(text)
+        held.append(len(text.held))
+
+    monkeypatch.setattr(records._Text, "_read_on", watched)
+    path = tmp_path / "f"
+    good = ", ".join([json.dumps(own())] * 2000)
+    path.write_text(f'[{good}, {{"token_ids": [1,, 2]}}, {good}]')
+    found, _, (problem,) = read_all(path)
+    assert len(found) == 4000
+    assert problem.where == f"{path}, element 2001"
+    assert max(held) < 1 << 14 < path.stat().st_size / 10
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

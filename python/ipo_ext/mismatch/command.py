@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -104,11 +105,22 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _write(report: Report, arguments: argparse.Namespace) -> None:
     if arguments.html is not None:
-        without_picture = write_page(report, arguments.html)
+        with _in_words("--html", arguments.html):
+            without_picture = write_page(report, arguments.html)
         print(f"\npage: {arguments.html}" + (f" ({without_picture})" if without_picture else ""))
     if arguments.png is not None:
-        write_png(report, arguments.png)
+        with _in_words("--png", arguments.png):
+            write_png(report, arguments.png)
         print(f"picture: {arguments.png}")
+
+
+@contextlib.contextmanager
+def _in_words(option: str, path: Path) -> Iterator[None]:
+    """Of what cannot be known before it is written, a full disk for instance."""
+    try:
+        yield
+    except OSError as error:
+        raise BadOutput(f"{option} {path}: cannot be written: {error.strerror or error}") from error
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..extras import need
 from ..rollouts import BadRecord
 
 _CHUNK = 1 << 20  # bytes that are read at a time where lines do not say how many
+_CUT = 16  # characters: a value that was cut is wrong no farther than this from where it ends
 _LINES_TO_TRY = 16  # of a file whose first line is no JSON value: is it lines, or one long value?
 
 
@@ -202,19 +204,21 @@ def _elements(where: str, text: _Text) -> Iterator[Record]:
             text.skip(1)
             continue
         number += 1
-        record = _one(f"{where}, element {number}", text)
-        yield record
-        if record.error is not None:
+        yield _one(f"{where}, element {number}", text, in_list=True)
+        if text.given_up:
             return
     text.skip(1)
 
 
-def _one(where: str, text: _Text) -> Record:
+def _one(where: str, text: _Text, in_list: bool = False) -> Record:
+    """The next value, or what is wrong with it; of a list the element after it can be found."""
     try:
         return Record(where, text.value())
     except ValueError as error:
-        text.give_up()
-        return Record(where, error=f"expected a JSON object: {error}; what follows is not read")
+        if not (in_list and text.skip_element()):
+            text.give_up()
+        rest = "; what follows is not read" if text.given_up else ""
+        return Record(where, error=f"expected a JSON object: {error}{rest}")
 
 
 def _whole(text: _Text) -> Any:
@@ -222,6 +226,10 @@ def _whole(text: _Text) -> Any:
         return text.value()
     except ValueError as error:
         raise Refused(f"starts as JSON does, but: {error}") from error
+
+
+# A string, which may be cut, and what the structure of a list's elements shows in.
+_STRUCTURE = re.compile(r'"(?:[^"\\]|\\.)*(?P<closed>")?|[][{},]', re.DOTALL)
 
 
 class _Text:
@@ -233,6 +241,7 @@ class _Text:
         self.decoder = json.JSONDecoder()
         self.held = ""
         self.ended = False
+        self.given_up = False
         self.line = 1  # of what is held
 
     def _read_on(self) -> None:
@@ -255,7 +264,32 @@ class _Text:
 
     def give_up(self) -> None:
         """Nothing more is taken from it: where the next value would begin is not known."""
-        self.held, self.ended = "", True
+        self.held, self.ended, self.given_up = "", True, True
+
+    def skip_element(self) -> bool:
+        """Goes past an element that cannot be read, to the list's next comma or to its end.
+
+        What it reads on the way is not held. Returns whether there is one.
+        """
+        depth = 0
+        while True:
+            read = len(self.held)
+            for found in _STRUCTURE.finditer(self.held):
+                if found[0][0] == '"':
+                    if not found["closed"]:  # goes on in what was not read yet
+                        read = found.start()
+                        break
+                elif found[0] in "[{":
+                    depth += 1
+                elif depth > 0:
+                    depth -= found[0] in "]}"
+                elif found[0] in ",]":
+                    self.skip(found.start())
+                    return True
+            if self.ended:
+                return False
+            self.skip(read)
+            self._read_on()
 
     def value(self) -> Any:
         self.peek()
@@ -268,10 +302,15 @@ class _Text:
                     return value
             except RecursionError as error:
                 raise ValueError("it is nested too deeply") from error
-            except ValueError:
-                if self.ended:
+            except json.JSONDecodeError as error:
+                if self.ended or self._is_broken(error):
                     raise
             self._read_on()
+
+    def _is_broken(self, error: json.JSONDecodeError) -> bool:
+        """Whether more text would not mend it; a string that does not end may end later."""
+        cut = error.msg.startswith("Unterminated string")
+        return not cut and error.pos < len(self.held) - _CUT
 
     def shown(self) -> str:
         return repr(self.held[:40])
