@@ -321,12 +321,14 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
         kls.plot(
             [line["step"] for line in chosen],
             [line["ipo/mismatch_kl"] for line in chosen],
-            "o" if behind == 0 else "x",
+            "ox^s"[min(behind, 3)],
             color="#009e73" if behind == 0 else "#d55e00",
             label="in sync" if behind == 0 else f"{behind} step{'s' * (behind > 1)} behind",
         )
     kls.set(title="mismatch KL, nats a token", xlabel="step", yscale="log")
     kls.legend()
+    for axes in (rewards, kls):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)
 
 
