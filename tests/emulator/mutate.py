@@ -101,6 +101,7 @@ CENTERING = "kernels/score_centering.h"
 CENTERING_TERMS = "math/score_centering.h"
 CENTERING_KERNELS = "kernels/cuda/score_centering.cu"
 PACKET = "math/row_packet.h"
+SOFTMAX = "math/softmax_row.h"
 SHARDS = "kernels/shards.h"
 REPLAY = "ops/logits.h"
 
@@ -502,7 +503,7 @@ MUTATIONS = (
     ),
     Mutation(
         "nothing-but-minus-infinity",
-        SUMS,
+        SOFTMAX,
         "infinity() ? E(0) : row_max",
         "infinity() ? row_max : row_max",
         logits_paths("test_rows_at_the_edge_on_every_device"),
