@@ -99,12 +99,18 @@ def _zigzag(begin: int, end: int, rank: int, world: int) -> list[tuple[int, int]
     return [_chunk(begin, end, part, parts) for part in (rank, parts - 1 - rank)]
 
 
+_INTEGERS = (torch.int32, torch.int64)
+
+
 def _check(ends: torch.Tensor, rank: int, world: int, layout: str) -> None:
     if layout not in get_args(Layout):
         raise ValueError(f"layout: expected one of {list(get_args(Layout))}, got {layout!r}")
+    for name, value in (("rank", rank), ("world", world)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not 0 <= rank < world:
         raise ValueError(f"rank: expected one of [0, {world}), world, got {rank!r}")
-    if ends.dim() != 1 or len(ends) == 0 or ends.is_floating_point():
+    if ends.dim() != 1 or len(ends) == 0 or ends.dtype not in _INTEGERS:
         raise ValueError(
             f"cu_seqlens: expected integers [sequences + 1], got {ends.dtype}{list(ends.shape)}"
         )

@@ -139,7 +139,7 @@ def ipo_loss(
         RuntimeError: on CPU, ``cu_seqlens`` is no partition of the tokens, or a tensor normalizer
             is negative or NaN. On CUDA these make the loss and every gradient NaN instead.
         IndexError: on CPU, an id of ``sequence_ids`` is not below ``num_sequences``; on CUDA as
-            above. Where an error precedes an exchange, CPU ranks of ``cp_group`` all raise.
+            above. What values show before an exchange, all CPU ranks of ``cp_group`` raise.
 
     Example:
         >>> out = ipo_loss(trainer, inference, advantages, mask, normalizer=mask.sum())

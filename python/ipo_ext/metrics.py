@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import ItemsView, KeysView, ValuesView
 from typing import Any, NoReturn
 
@@ -11,6 +10,7 @@ import torch
 
 from ipo_ext import _C, _histogram
 from ipo_ext._groups import process_group
+from ipo_ext._numbers import is_number, log_bound
 from ipo_ext._ops import library, torch_internals
 from ipo_ext._ops.errors import with_torch_errors
 
@@ -137,10 +137,12 @@ class IPOMetrics:
         outermost one may be infinite. float64, ``[]`` or ``[segments]``. Of a call with
         ``histogram=True``.
         """
+        if not (is_number(low) and is_number(high)):
+            raise TypeError(f"low, high: expected two numbers, got {low!r} and {high!r}")
         if not 0 <= low <= high:
             raise ValueError(f"low, high: expected 0 <= low <= high, got {low!r} and {high!r}")
         counts = self._counts()
-        bounds = (math.log(bound) if bound > 0 else -math.inf for bound in (low, high))
+        bounds = (log_bound(bound, self.means.dtype) for bound in (low, high))  # as the mask's are
         active = self.sums[self.SUM_ROWS.index("active")]
         is_nan = active - counts.sum(0)
         at_least, at_most = (
@@ -152,7 +154,8 @@ class IPOMetrics:
     def _counts(self) -> torch.Tensor:
         if self.histogram is None:
             raise ValueError(
-                "metrics: expected those of a call with histogram=True, got some without"
+                "metrics: expected those of a call with histogram=True, got some without; pass it "
+                "to the loss"
             )
         return self.histogram
 
@@ -184,7 +187,11 @@ class IPOMetrics:
                 f"{', '.join(_OPTIONAL_ROWS)}, got {_present(self)} and {_present(other)}"
             )
         if (self.histogram is None) != (other.histogram is None):
-            raise ValueError("metrics: expected both or neither to have a histogram, got one")
+            with_one = "the first" if self.histogram is not None else "the second"
+            raise ValueError(
+                f"metrics: expected both or neither to have a histogram, got one in {with_one} "
+                "alone; pass histogram=True to all calls whose metrics are combined, or to none"
+            )
         self._check_sums()
         other._check_sums()
         (low, high), (other_low, other_high) = self.extremes.unbind(0), other.extremes.unbind(0)
@@ -205,7 +212,8 @@ class IPOMetrics:
         leaves them apart, for ranks that share sequences: ``[num_sequences]``, by the ids of
         ``sequence_ids``, the same number on every rank. ``group`` must hold ranks with different
         tokens alone: under tensor parallelism the data- and context-parallel ones. Two
-        collectives; every rank of the group must call it.
+        collectives, with a histogram three, which all ranks or none must have; every rank of the
+        group must call it.
 
         Raises:
             ValueError: ``by_sequence`` of metrics without segments.

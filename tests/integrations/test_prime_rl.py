@@ -496,7 +496,7 @@ def test_what_is_not_this_loss_is_refused() -> None:
                 **weights,
                 **scales,
                 ref_logprobs=None,
-                rl_loss_fn=loss_fn,
+                rl_loss_fn=prime_rl.SequenceLoss(CENTERED),
                 **{name: batch["advantages"]},
             )
     with pytest.raises(TypeError, match=r"loss_fn: expected what .*setup_loss_fn returns"):

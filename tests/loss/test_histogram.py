@@ -264,6 +264,19 @@ def test_at_an_edge_it_is_known_what_a_band_would_drop(backend: Backend) -> None
     assert at_most.item() == pytest.approx(4 / 6)  # those on the edges lie in the bins behind them
 
 
+@pytest.mark.parametrize("edge", INNER)
+def test_a_band_that_ends_on_an_edge_keeps_it_as_the_mask_does(edge: float) -> None:
+    """Its logarithm rounds."""
+    metrics = with_log_ratios(torch.full((3,), edge)).call(histogram=True).metrics
+    for band in ((math.exp(edge), 1e30), (0.0, math.exp(edge))):
+        if band[0] > band[1]:
+            continue
+        dropped = with_log_ratios(torch.full((3,), edge), config=ipo_ext.IPOConfig(*band))
+        share = dropped.call().metrics["is_masked"].item()
+        at_least, at_most = metrics.what_if(*band)
+        assert at_least.item() <= share <= at_most.item()
+
+
 def test_errors() -> None:
     metrics = CASES["log-probabilities"]().call().metrics
     for read in (lambda m: m.quantile(0.5), lambda m: m.what_if(0.5, 2.0)):
@@ -273,6 +286,8 @@ def test_errors() -> None:
     for p in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="p: expected a share between 0 and 1"):
             counted.quantile(p)
+    with pytest.raises(TypeError, match="low, high: expected two numbers"):
+        counted.what_if("a", 2.0)
     for band in ((2.0, 1.0), (-1.0, 1.0), (math.nan, 1.0)):
         with pytest.raises(ValueError, match="low, high: expected 0 <= low <= high"):
             counted.what_if(*band)

@@ -85,7 +85,7 @@ def _totals(make_logprobs: Callable[[Any, Any], torch.Tensor], ops: Any, argumen
         logprobs = make_logprobs(ops, arguments)
         sums, extremes = ops.sequence_statistics(logprobs, *arguments.inputs, *arguments.settings)
         statistics = torch.cat(ops.fold_segments(sums, extremes, ids, num_sequences))
-    except RuntimeError as error:
+    except Exception as error:
         # On a GPU the others could not know of it without waiting: they run into their timeout.
         if ids.device.type != "cpu":
             raise
@@ -106,7 +106,7 @@ def _added(statistics: torch.Tensor) -> torch.Tensor:
     return torch.cat([added, smallest.amin(0), largest.amax(0)])
 
 
-def _agree(failure: RuntimeError | None, num_sequences: int, group_name: str) -> None:
+def _agree(failure: Exception | None, num_sequences: int, group_name: str) -> None:
     """Raises on all ranks or on none; tensors whose sizes differ would end the processes."""
     told = gathered(torch.tensor([failure is not None, num_sequences]), group_name)
     failed = [rank for rank, (has_failed, _) in enumerate(told.tolist()) if has_failed]

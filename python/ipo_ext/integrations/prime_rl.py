@@ -239,7 +239,10 @@ def compute_component_loss(
         "trainer_mask_logprobs": trainer_mask_logprobs,
         "inference_mask_logprobs": inference_mask_logprobs,
     }
-    refuse_unequal_ids("trainer_logprobs", trainer_logprobs, **of_ids)
+    if isinstance(rl_loss_fn, SequenceLoss) and rl_loss_fn.config.score_centering:
+        refuse_unequal_ids("trainer_logprobs", trainer_logprobs, **of_ids)
+    else:
+        of_ids = dict.fromkeys(of_ids)  # which nothing reads
     check_scale("rl_scale", rl_scale)
     check_scale("ce_scale", ce_scale, least=0)
     check_scale("ref_kl_scale", ref_kl_scale, least=0)
