@@ -112,6 +112,8 @@ def test_long_rows(backend: Backend, rows: int, columns: int) -> None:
     """On CUDA several blocks reduce each of few rows, and of rows that one block cannot keep."""
     logits, labels = (tensor.to(backend.device) for tensor in case(rows, columns, torch.bfloat16))
     half, cold = columns // 2 - 5, torch.tensor(0.5, device=backend.device)
+    labels[-1] = 7
+    logits[-1, half - 100] = 900  # a later block's maximum, far above the first one's
     packets = [
         packets_of(logits[:, :half], labels, temperature=cold),
         packets_of(logits[:, half:], labels, half, temperature=cold),
