@@ -121,6 +121,7 @@ def in_pieces(case: LogprobsCase) -> tuple[LogprobsCase, dict[str, Any]]:
     ]
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(1)).tolist()
     pieces = [pieces[place] for place in order]
+    pieces.sort(key=lambda piece: piece[2] - piece[1] > 233)  # the last one holds tokens
     tokens = torch.cat([torch.arange(begin, end) for _, begin, end in pieces])
     ids = torch.tensor([sequence for sequence, *_ in pieces], dtype=torch.int32)
     device = case.loss_mask.device
