@@ -126,6 +126,8 @@ def environment_of(name: str, folder: Path, options: argparse.Namespace) -> Path
     if host.as_they_are:
         install(python, *AS_THEY_ARE, *host.as_they_are)
     install(python, f"{package} @ {options.wheel.as_uri()}", "pytest", *host.requirements)
+    # Over what an environment of --venv may have of the same version, which pip takes for this.
+    install(python, "--no-deps", "--force-reinstall", options.wheel.as_uri())
     if name == "slime" and options.checkout:
         install(python, *MEGATRON)
         install(python, "--no-deps", "megatron-core==0.16.1")  # later ones import Triton
