@@ -59,6 +59,7 @@ def local_sequences(
         and ``sequence_ids``, and which tokens to take of everything that belongs to tokens.
 
     Raises:
+        TypeError: ``rank`` or ``world`` is no int.
         ValueError: an argument is not as above, or ``cu_seqlens`` does not ascend from 0.
 
     Example:

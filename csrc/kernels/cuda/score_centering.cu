@@ -11,10 +11,6 @@ constexpr int kTokensPerBlock = kThreads / kWarpSize;
 
 using SumStorage = BlockReduceStorage<double, kThreads>;
 
-struct Add {
-  __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
-};
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernels
 // ---------------------------------------------------------------------------------------------------------------------

@@ -133,14 +133,22 @@ def run_ipo_loss_from_hidden(
     dtype: torch.dtype, arguments: IPOLossFromHiddenArguments
 ) -> tuple[torch.Tensor, ...]:
     """Loss, log-probabilities, entropy, means, sums, extremes; differentiates as the inputs ask."""
-    values = as_operands("ipo_loss_from_hidden", flatten(arguments))
-    function: Any
+    functions = (IPOLossFromHiddenFunction, IPOLossFromHiddenInForwardMode)
+    return _run_loss("ipo_loss_from_hidden", dtype, arguments, *functions)
+
+
+def _run_loss(
+    name: str,
+    dtype: torch.dtype,
+    arguments: IPOLossFromHiddenArguments | IPOLossFromHiddenShardedArguments,
+    function: Any,
+    in_forward_mode_function: Any,
+) -> tuple[torch.Tensor, ...]:
+    values = as_operands(name, flatten(arguments))
     if in_forward_mode():
-        function = IPOLossFromHiddenInForwardMode
+        function = in_forward_mode_function
     elif not any(arguments.needs_grad):
-        return tuple(operator("ipo_loss_from_hidden", values)(*_cast(dtype, values)))[:6]
-    else:
-        function = IPOLossFromHiddenFunction
+        return tuple(operator(name, values)(*_cast(dtype, values)))[:6]
     leaves = [leaf for leaf in arguments.head.leaves if leaf is not None]
     return tuple(function.apply(anchor(*leaves), dtype, *values))[:6]
 
@@ -297,15 +305,23 @@ def run_linear_token_logprobs(
     dtype: torch.dtype, arguments: LinearTokenLogprobsArguments
 ) -> tuple[torch.Tensor, ...]:
     """Log-probabilities, entropy and what the backward pass needs."""
+    functions = (LinearTokenLogprobsFunction, LinearTokenLogprobsInForwardMode)
+    return _run_logprobs("linear_token_logprobs", dtype, arguments, *functions)
+
+
+def _run_logprobs(
+    name: str,
+    dtype: torch.dtype,
+    arguments: LinearTokenLogprobsArguments | LinearTokenLogprobsShardedArguments,
+    function: Any,
+    in_forward_mode_function: Any,
+) -> tuple[torch.Tensor, ...]:
     needs_grad = any(leaf is not None and leaf.requires_grad for leaf in arguments.head.leaves)
-    values = as_operands("linear_token_logprobs", flatten(arguments))
-    function: Any
+    values = as_operands(name, flatten(arguments))
     if in_forward_mode():
-        function = LinearTokenLogprobsInForwardMode
+        function = in_forward_mode_function
     elif not (torch.is_grad_enabled() and needs_grad):
-        return tuple(operator("linear_token_logprobs", values)(*_cast(dtype, values)))
-    else:
-        function = LinearTokenLogprobsFunction
+        return tuple(operator(name, values)(*_cast(dtype, values)))
     return tuple(function.apply(dtype, *values))
 
 
@@ -338,17 +354,8 @@ def run_ipo_loss_from_hidden_sharded(
     dtype: torch.dtype, arguments: IPOLossFromHiddenShardedArguments
 ) -> tuple[torch.Tensor, ...]:
     """As ``run_ipo_loss_from_hidden``."""
-    values = as_operands("ipo_loss_from_hidden_sharded", flatten(arguments))
-    function: Any
-    if in_forward_mode():
-        function = IPOLossFromHiddenShardedInForwardMode
-    elif not any(arguments.needs_grad):
-        run = operator("ipo_loss_from_hidden_sharded", values)
-        return tuple(run(*_cast(dtype, values)))[:6]
-    else:
-        function = IPOLossFromHiddenShardedFunction
-    leaves = [leaf for leaf in arguments.head.leaves if leaf is not None]
-    return tuple(function.apply(anchor(*leaves), dtype, *values))[:6]
+    functions = (IPOLossFromHiddenShardedFunction, IPOLossFromHiddenShardedInForwardMode)
+    return _run_loss("ipo_loss_from_hidden_sharded", dtype, arguments, *functions)
 
 
 @with_signature
@@ -459,17 +466,8 @@ def run_linear_token_logprobs_sharded(
     dtype: torch.dtype, arguments: LinearTokenLogprobsShardedArguments
 ) -> tuple[torch.Tensor, ...]:
     """Log-probabilities, entropy and what the backward pass needs."""
-    needs_grad = any(leaf is not None and leaf.requires_grad for leaf in arguments.head.leaves)
-    values = as_operands("linear_token_logprobs_sharded", flatten(arguments))
-    function: Any
-    if in_forward_mode():
-        function = LinearTokenLogprobsShardedInForwardMode
-    elif not (torch.is_grad_enabled() and needs_grad):
-        run = operator("linear_token_logprobs_sharded", values)
-        return tuple(run(*_cast(dtype, values)))
-    else:
-        function = LinearTokenLogprobsShardedFunction
-    return tuple(function.apply(dtype, *values))
+    functions = (LinearTokenLogprobsShardedFunction, LinearTokenLogprobsShardedInForwardMode)
+    return _run_logprobs("linear_token_logprobs_sharded", dtype, arguments, *functions)
 
 
 # Operator to its formula for whoever calls it through torch.ops: backward, setup_context.

@@ -164,14 +164,24 @@ IPOLossFromLogitsInForwardMode = refusing_tangents(IPOLossFromLogitsFunction)
 
 def run_token_logprobs(arguments: TokenLogprobsArguments) -> tuple[torch.Tensor, ...]:
     """Log-probabilities, entropy and what the backward pass needs; as ``run_ipo_loss``."""
+    functions = (TokenLogprobsFunction, TokenLogprobsInForwardMode)
+    return _run_logprobs("token_logprobs", arguments, *functions)
+
+
+def _run_logprobs(
+    name: str,
+    arguments: TokenLogprobsArguments | TokenLogprobsShardedArguments,
+    function: Any,
+    in_forward_mode_function: Any,
+) -> tuple[torch.Tensor, ...]:
     run: Any
-    values = as_operands("token_logprobs", flatten(arguments))
+    values = as_operands(name, flatten(arguments))
     if in_forward_mode():
-        run = TokenLogprobsInForwardMode.apply
+        run = in_forward_mode_function.apply
     elif arguments.logits.requires_grad and torch.is_grad_enabled():
-        run = TokenLogprobsFunction.apply
+        run = function.apply
     else:
-        run = operator("token_logprobs", values)
+        run = operator(name, values)
     return cast("tuple[torch.Tensor, ...]", run(*values))
 
 
@@ -289,15 +299,8 @@ def run_token_logprobs_sharded(
     arguments: TokenLogprobsShardedArguments,
 ) -> tuple[torch.Tensor, ...]:
     """Log-probabilities, entropy and what the backward pass needs."""
-    values = as_operands("token_logprobs_sharded", flatten(arguments))
-    run: Any
-    if in_forward_mode():
-        run = TokenLogprobsShardedInForwardMode.apply
-    elif arguments.logits.requires_grad and torch.is_grad_enabled():
-        run = TokenLogprobsShardedFunction.apply
-    else:
-        run = operator("token_logprobs_sharded", values)
-    return cast("tuple[torch.Tensor, ...]", run(*values))
+    functions = (TokenLogprobsShardedFunction, TokenLogprobsShardedInForwardMode)
+    return _run_logprobs("token_logprobs_sharded", arguments, *functions)
 
 
 @with_signature

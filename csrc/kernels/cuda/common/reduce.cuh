@@ -59,6 +59,10 @@ __device__ __forceinline__ S warp_all_reduce(S value, Merge merge) {
   return value;
 }
 
+struct Add {
+  __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
+};
+
 template <typename S, int kThreads>
 struct BlockReduceStorage {
   S warps[kThreads / kWarpSize];

@@ -23,10 +23,6 @@ struct MergeSegments {
   }
 };
 
-struct Add {
-  __device__ __forceinline__ double operator()(double a, double b) const { return a + b; }
-};
-
 struct LossStorage {
   BlockReduceStorage<double, kThreads> loss;
   BlockReduceStorage<ComponentTotals, kThreads> components;
