@@ -523,10 +523,10 @@ MUTATIONS = (
         components("test_all_together_are_the_sum_of_each"),
     ),
     Mutation(
-        "components-before-the-loss-is-written",
+        "components-instead-of-the-loss",
         COMPONENT_TILES,
-        "  __syncthreads();  // gradients of other threads",
-        "  // gradients of other threads",
+        "[i] += gradient;",
+        "[i] = gradient;",
         components("test_all_together_are_the_sum_of_each"),
     ),
     Mutation(

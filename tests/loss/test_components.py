@@ -21,6 +21,7 @@ from tests.support.cases import LogprobsCase, same_bits
 from tests.support.closeness import assert_close
 from tests.support.layouts import misaligned
 from tests.support.logprobs import DTYPES, EDGE_SIZES, SEGMENTS, random_case
+from tests.support.schedules import schedules
 
 NONE = sys.float_info.max  # the cap of a distillation without one
 CE = IPOConfig(mask_rule="none", pg_form="reinforce", kl_tau=0.0)
@@ -174,6 +175,21 @@ def test_all_together_are_the_sum_of_each(backend: Backend, dtypes: str, config:
         3000, dtypes=DTYPES[dtypes], weights=True, segments="at-tiles", config=RL[config]
     )
     assert_is_the_sum(case, random_components(case), backend)
+
+
+def test_same_bits_whatever_the_schedule(backend: Backend) -> None:
+    case = random_case(2100, segments="at-tiles")
+    beside = random_components(case)
+    results = []
+    for schedule in schedules(backend):
+        with schedule:
+            results.append(ours(case, beside, backend))
+    first, first_gradient, first_means = results[0]
+    for output, gradient, means in results[1:]:
+        assert same_bits(output.loss, first.loss)
+        assert same_bits(output.metrics.sums, first.metrics.sums)
+        assert same_bits(gradient, first_gradient)
+        assert same_bits(means, first_means)
 
 
 @pytest.mark.parametrize("present", ["ce", "ref_kl"])
