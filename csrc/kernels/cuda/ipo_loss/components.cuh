@@ -14,13 +14,13 @@ struct MergeComponents {
 };
 
 template <typename E>
-struct ComponentStorage {
+union ComponentStorage {
   TileStorage<E> tile;
   BlockReduceStorage<ComponentTotals, kThreads> components;
 };
 
-// Adds the components of the block's tile, whose gradients of the loss the block has written. All
-// threads must call.
+// Adds the components of the block's tile, whose gradients the block has written. All threads must
+// call.
 template <typename E>
 __device__ __forceinline__ void add_components_of_tile(
     const IpoLossArgs& args, BlockReduceStorage<ComponentTotals, kThreads>& storage) {
@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Rules::kAny
     ipo_loss_tiles_with_components(const IpoLossArgs args) {
   auto& storage = shared_storage<ComponentStorage<E>>();
   process_tile<Rules::kAny, E, 1>(args, storage.tile);
+  __syncthreads();  // thread 0 reads storage last, which is used again
   add_components_of_tile<E>(args, storage.components);
 }
 
