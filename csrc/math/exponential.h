@@ -154,6 +154,16 @@ IPO_HOST_DEVICE T power_of_2(T x) {
   return C::power_of_2(f) * bit_cast<T>(bit_cast<Unsigned>(rounded) << C::kMantissaBits);
 }
 
+// power_of_2 for any x that rounding leaves no more than just above 0: 0 below -127, and for -inf.
+IPO_HOST_DEVICE float power_of_2_or_zero(float x) {
+#if defined(__CUDA_ARCH__)
+  return device_exp2(x);
+#else
+  constexpr float kLowest = -static_cast<float>(ExponentialConstants<float>::kBias);
+  return power_of_2(x < kLowest ? kLowest : x);
+#endif
+}
+
 // Computes exp(x) for x from kVanishing to what rounding leaves above 0; NaN for NaN. It is off by
 // 2 + 5/4 |x| ULP, about what rounding x itself has cost.
 template <typename T>

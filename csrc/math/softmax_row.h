@@ -113,6 +113,59 @@ IPO_HOST_DEVICE T exp_x(const RowTerm<T>& term) {
   return term.exp * term.x;
 }
 
+// A term in powers of 2 by one fused multiply-add, for logits of 16 bits: x / log(2) is
+// logit * scale - offset, relative to an offset beside the maximum.
+struct FusedScale {
+  float scale;
+  float offset;
+  bool saturated;  // every logit below the maximum vanishes
+};
+
+// kSignificandBits: of a logit. Where the maximum is far from 0, the next logit of so few bits is
+// more than 127 below it in powers of 2. A scale of 12 bits is enough for such a row, and makes its
+// offset exact; it is as small as the offset needs to be finite.
+template <int kSignificandBits>
+IPO_HOST_DEVICE FusedScale fused_scale(float row_max, float scale) {
+  constexpr float kFar = 128 << kSignificandBits;
+  constexpr float kHighestOffset = 1.329227996e36f;  // 2^120
+  constexpr uint32_t kLowestBits = 0xfff;
+  const float magnitude = row_max < 0 ? -row_max : row_max;
+  if (magnitude * scale < kFar) return {scale, row_max * scale, false};
+  const float highest = kHighestOffset / magnitude;
+  const float short_scale =
+      bit_cast<float>(bit_cast<uint32_t>(scale < highest ? scale : highest) & ~kLowestBits);
+  return {short_scale, row_max * short_scale, true};
+}
+IPO_HOST_DEVICE RowTerm<float> fused_row_term(float logit, const FusedScale& fused) {
+  const float x = fmaf(logit, fused.scale, -fused.offset);
+  return {x, power_of_2_or_zero(x)};
+}
+
+constexpr double kLn2 = 1 / ExponentialConstants<double>::kLog2E;
+
+// Returns how much lower x is relative to the maximum than relative to the offset: at most 0.006.
+IPO_HOST_DEVICE double shift_of(const FusedScale& fused, float row_max) {
+  const double exact = static_cast<double>(row_max) * fused.scale;
+  return (fused.offset - exact) * kLn2;
+}
+
+// Computes exp(shift) to 1e-10 of it, for a shift of shift_of().
+IPO_HOST_DEVICE double small_exponential(double shift) {
+  return 1 + shift * (1 + shift * (0.5 + shift * (1.0 / 6)));
+}
+
+// Takes a row's sums from the offset to the maximum, whose own term is then exactly 1: no rounding
+// of others' exponentials is left in a row where it has all of the probability.
+IPO_HOST_DEVICE RowSums relative_to_max(const RowSums& sums, const FusedScale& fused,
+                                        float row_max) {
+  const RowTerm<float> of_max = fused_row_term(row_max, fused);
+  const double shift = shift_of(fused, row_max);
+  const double factor = small_exponential(shift);
+  const double others = sums.sum_exp - of_max.exp;
+  const double others_x = sums.sum_exp_x - exp_x(of_max) * kLn2;
+  return {1 + factor * others, factor * (others_x + shift * others)};
+}
+
 // What a row says of its token: NaN in both where it holds NaN or +inf, or nothing but -inf.
 template <typename E>
 struct RowResult {

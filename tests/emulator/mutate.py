@@ -42,6 +42,7 @@ rollout_rule = tests_in("loss/test_rollout_rule.py")
 sequence_rules = tests_in("loss/test_sequence_rules.py")
 from_logits = tests_in("loss/test_from_logits.py")
 logits_paths = tests_in("loss/test_logits_paths.py")
+far_logits = tests_in("loss/test_far_logits.py")
 scale = tests_in("loss/test_scale.py")
 components = tests_in("loss/test_components.py")
 replay = tests_in("loss/test_replay.py")
@@ -86,6 +87,8 @@ LOGITS = "kernels/cuda/logits/kernels.cuh"
 PASSES = "kernels/cuda/logits/passes.cuh"
 RESIDENT = "kernels/cuda/logits/resident_row.cuh"
 SUMS = "kernels/cuda/logits/thread_sums.cuh"
+LOGIT_TERMS = "kernels/cuda/logits/terms.cuh"
+ROW_STORAGE = "kernels/cuda/logits/storage.cuh"
 ROWS = "kernels/logits.h"
 SLICE = "kernels/cuda/logits/slice.cuh"
 CLUSTER = "kernels/cuda/common/cluster.cuh"
@@ -611,9 +614,51 @@ MUTATIONS = (
     Mutation(
         "entropy-in-bits",
         SUMS,
-        "sum_exp_x_ * kUnit",
-        "sum_exp_x_ * (kUnit > 0)",
+        "sum_exp_x_ * terms_.kUnit",
+        "sum_exp_x_ * (terms_.kUnit > 0)",
         logits_paths("test_rows_of_every_length"),
+    ),
+    Mutation(
+        "offset-left-in-the-sums",
+        SOFTMAX,
+        "return {1 + factor * others, factor * (others_x + shift * others)};",
+        "return sums;",
+        far_logits("test_an_offset_costs_no_digits"),
+    ),
+    Mutation(
+        "offset-left-in-the-gradient",
+        ROW_STORAGE,
+        "derivative.factor() * terms.unit()",
+        "derivative.factor()",
+        far_logits("test_an_offset_costs_no_digits"),
+    ),
+    Mutation(
+        "maximum-among-the-others",
+        SOFTMAX,
+        "return {1 + factor * others,",
+        "return {factor * sums.sum_exp,",
+        far_logits("test_the_largest_alone_has_all"),
+    ),
+    Mutation(
+        "saturated-row-like-others",
+        SOFTMAX,
+        "if (magnitude * scale < kFar)",
+        "if (magnitude > 0)",
+        far_logits("test_an_offset_costs_no_digits"),
+    ),
+    Mutation(
+        "all-raised-to-the-maximum",
+        LOGIT_TERMS,
+        "fused_.saturated ? kNothing : lowest_pair()",
+        "lowest_pair()",
+        far_logits("test_an_offset_costs_no_digits"),
+    ),
+    Mutation(
+        "infinity-times-zero",
+        LOGIT_TERMS,
+        "return kCanBound ? max_of_each_or_nan(word, lowest_pair_) : word;",
+        "return word;",
+        far_logits("test_at_any_temperature"),
     ),
     Mutation(
         "scale-without-its-rest",

@@ -37,3 +37,10 @@ inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
   const float2 left = __bfloat1622float2(a), right = __bfloat1622float2(b);
   return __floats2bfloat162_rn(max(left.x, right.x), max(left.y, right.y));
 }
+
+// The larger of each; a NaN stays, as the canonical one.
+inline __nv_bfloat162 __hmax2_nan(__nv_bfloat162 a, __nv_bfloat162 b) {
+  const float2 left = __bfloat1622float2(a), right = __bfloat1622float2(b);
+  const auto larger = [](float x, float y) { return x != x || y != y ? x + y : max(x, y); };
+  return __floats2bfloat162_rn(larger(left.x, right.x), larger(left.y, right.y));
+}

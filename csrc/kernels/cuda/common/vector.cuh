@@ -119,6 +119,19 @@ __device__ __forceinline__ uint4 max_of_each(const uint4& a, const uint4& b) {
   return word;
 }
 
+// Returns the larger of each bf16 element and its counterpart in a pair; a NaN stays.
+__device__ __forceinline__ uint4 max_of_each_or_nan(const uint4& word, uint32_t pair) {
+  constexpr int kPairs = sizeof(uint4) / sizeof(__nv_bfloat162);
+  __nv_bfloat162 elements[kPairs], other;
+  memcpy(elements, &word, sizeof(word));
+  memcpy(&other, &pair, sizeof(pair));
+#pragma unroll
+  for (__nv_bfloat162& element : elements) element = __hmax2_nan(element, other);
+  uint4 raised;
+  memcpy(&raised, elements, sizeof(raised));
+  return raised;
+}
+
 template <typename E, typename Stored, int kCount>
 __device__ __forceinline__ void narrow_all(const E (&from)[kCount], Stored (&to)[kCount]) {
 #pragma unroll

@@ -95,10 +95,13 @@ __global__ void __launch_bounds__(kSplitThreads, blocks_per_multiprocessor(kSpli
                                         static_cast<int>(args.logits.columns),
                                         blockIdx.x % rows.plan.splits, rows.plan.splits);
   const Cluster alone = {0, 1};
-  ResidentRow<Stored, kSplitThreads, kCapped> row(rows, slice, storage);
+  using Row = ResidentRow<Stored, kSplitThreads, kCapped>;
+  Row row(rows, slice, storage);
   const RowStats<E> stats = reduce_row<kCapped, kSplitThreads>(
       args, index, label_column(args, index), alone, 0, row, storage, [] {});
-  if (threadIdx.x == 0) static_cast<RowStats<E>*>(args.workspace)[blockIdx.x] = stats;
+  if (threadIdx.x == 0)
+    static_cast<RowStats<E>*>(args.workspace)[blockIdx.x] =
+        relative_to_max<Row>(stats, storage.scale);
 }
 
 // RowPath::kSplit, second launch, and RowPath::kStreamed: rows whose sums are known, with
@@ -127,9 +130,9 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
     if (threadIdx.x == 0) {
       const RowDerivative<E> derivative =
           restore_row<Gradient>(args, index, split == 0, upstream_grads<E>(args, index));
-      storage.terms = gradient_terms<kCapped>(derivative, scale_of<E>(args, index),
-                                              saved_row_max<E>(args, index),
-                                              owned ? storage.label_logit : E(0));
+      storage.terms = gradient_terms<Stored, kCapped>(derivative, scale_of<E>(args, index),
+                                                      saved_row_max<E>(args, index),
+                                                      owned ? storage.label_logit : E(0));
     }
   } else {
     const RowStats<E>* splits =

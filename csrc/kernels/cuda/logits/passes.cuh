@@ -58,14 +58,23 @@ __device__ __forceinline__ void finish_row(const LogitsArgs& args, int64_t index
                                                  storage.result.entropy, scale.inverse_temperature);
   const RowDerivative<E> derivative = row_derivative<E>(
       grads, storage.stats.sums.sum_exp, storage.result.entropy, scale.inverse_temperature);
-  storage.terms =
-      gradient_terms<kCapped>(derivative, scale, storage.stats.row_max, storage.stats.label_logit);
+  storage.terms = gradient_terms<typename Storage::Logit, kCapped>(
+      derivative, scale, storage.stats.row_max, storage.stats.label_logit);
+}
+
+// Takes a row's sums from what its terms are relative to, to its maximum.
+template <typename Row, typename E>
+__device__ __forceinline__ RowStats<E> relative_to_max(const RowStats<E>& stats,
+                                                       const LogitScale<E>& scale) {
+  const typename Row::Terms terms(scale, finite_or_zero(stats.row_max));
+  return {stats.row_max, stats.label_logit, terms.relative_to_max(stats.sums)};
 }
 
 // The first two passes: reduces a row over the blocks of its cluster, which exchange its maximum
-// and then its sums. It leaves the label, its logit and the scale in `storage`; the maximum is
-// valid in every thread, the sums in the first warp. `phase` counts the cluster's rows before this
-// one; `before_sending` is called before anything is sent to another block.
+// and then its sums, which relative_to_max() is left to take there. It leaves the label, its logit
+// and the scale in `storage`; the maximum is valid in every thread, the sums in the first warp.
+// `phase` counts the cluster's rows before this one; `before_sending` is called before anything is
+// sent to another block.
 template <bool kCapped, int kThreads, typename Row, typename Storage, typename BeforeSending>
 __device__ __forceinline__ auto reduce_row(const LogitsArgs& args, int64_t index, int label,
                                            const Cluster& cluster, unsigned phase, Row& row,
@@ -106,7 +115,8 @@ __device__ __forceinline__ void process_row(const RowKernelArgs& rows, int64_t i
   if (threadIdx.x < kWarpSize) {
     row.spill_to_shared();
     if (threadIdx.x == 0) {
-      finish_row<Gradient, kCapped>(args, index, stats, cluster.rank == 0, storage);
+      finish_row<Gradient, kCapped>(args, index, relative_to_max<Row>(stats, storage.scale),
+                                    cluster.rank == 0, storage);
       storage.gradient = gradient_of_row<Gradient>(args, index);
     }
     row.restore_from_shared();

@@ -20,6 +20,7 @@ class PipelinedRow {
   using Slice = RowSlice<Stored, kPipelinedThreads>;
   using Storage = RowStorage<Stored, kPipelinedThreads, kVectors>;
   using E = typename Slice::E;
+  using Terms = LogitTerms<Stored, false>;
   static constexpr int kColumns = Slice::kColumns;
   static constexpr bool kKeepsExponentials = sizeof(Stored) == sizeof(E);
 
@@ -62,14 +63,14 @@ class PipelinedRow {
 
   // Returns the thread's sums.
   __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E row_max) {
-    ThreadSums<E, false> sums(scale, row_max);
+    ThreadSums<Stored, false> sums(scale, row_max);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (!slice_.has_vector(i)) continue;
       hide_from_compiler(words_[i]);
       E values[kColumns];
-      Slice::widen(words_[i], values);
-      sums.add(values);
+      Slice::widen(sums.terms().bounded(words_[i]), values);
+      sums.template add<Terms::kCanBound>(values);
       if constexpr (kKeepsExponentials) memcpy(&words_[i], values, sizeof(uint4));
     }
     if (has_extra()) sums.add_one(extra());
@@ -81,7 +82,7 @@ class PipelinedRow {
   __device__ __forceinline__ void write_gradient(const GradientTerms<E>& terms,
                                                  Gradient* gradient) {
     const bool aligned = slice_.is_aligned(gradient);
-    const ThreadSums<E, false> exponentials(terms.scale, finite_or_zero(terms.row_max));
+    const Terms exponentials(terms.scale, finite_or_zero(terms.row_max));
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (!slice_.has_vector(i)) continue;
@@ -90,7 +91,7 @@ class PipelinedRow {
       Slice::widen(words_[i], values);
 #pragma unroll
       for (E& value : values) {
-        if constexpr (!kKeepsExponentials) value = exponentials.term(value).exp;
+        if constexpr (!kKeepsExponentials) value = exponentials.of_bounded(value).exp;
         value *= terms.factor;
       }
       slice_.store(gradient, aligned, i, values);

@@ -18,6 +18,7 @@ class ResidentRow {
   using Slice = RowSlice<Stored, kThreads>;
   using Storage = RowStorage<Stored, kThreads>;
   using E = typename Slice::E;
+  using Terms = LogitTerms<Stored, kCapped>;
   static constexpr int kColumns = Slice::kColumns;
   static constexpr int kInRegisters = kCapped ? 0 : kRegisterVectors<Stored>;
 
@@ -63,7 +64,7 @@ class ResidentRow {
 
   // Returns the thread's sums, and makes exponentials of what is kept where there is no softcap.
   __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E row_max) {
-    ThreadSums<E, kCapped> sums(scale, row_max);
+    ThreadSums<Stored, kCapped> sums(scale, row_max);
 #pragma unroll
     for (int i = 0; i < kInRegisters; ++i)
       if (slice_.has_vector(i)) sums.add(registers_[i]);

@@ -6,6 +6,7 @@
 #include "kernels/cuda/common/cluster.cuh"
 #include "kernels/cuda/logits/plan.h"
 #include "kernels/cuda/logits/slice.cuh"
+#include "kernels/cuda/logits/terms.cuh"
 #include "kernels/logits.h"
 
 namespace ipo_ext::cuda {
@@ -32,12 +33,6 @@ struct MergeRowSums {
   }
 };
 
-// Returns cap_logit(), whose work is left out of kernels that are compiled for no softcap.
-template <bool kCapped, typename E>
-__device__ __forceinline__ CappedLogit<E> cap(E logit, const LogitScale<E>& scale) {
-  return cap_logit(logit, kCapped ? scale.softcap : E(0));
-}
-
 constexpr int kMostVectorElements = kVectorElements<BFloat16>;
 
 // What every thread must know to write its columns of a row's gradient.
@@ -46,7 +41,7 @@ struct GradientTerms {
   LogitScale<E> scale;
   E row_max;
   RowDerivative<E> derivative;
-  E factor;  // derivative.factor()
+  E factor;  // makes it of an exponential that LogitTerms has made, where nothing is capped
   E label;   // the derivative by the label's logit
 
   // Returns the derivative by a logit that is not the label.
@@ -58,13 +53,14 @@ struct GradientTerms {
   }
 };
 
-template <bool kCapped, typename E>
+template <typename Stored, bool kCapped, typename E>
 __device__ __forceinline__ GradientTerms<E> gradient_terms(const RowDerivative<E>& derivative,
                                                            const LogitScale<E>& scale, E row_max,
                                                            E label_logit) {
   const CappedLogit<E> label = cap<kCapped>(label_logit, scale);
   const RowTerm<E> term = row_term(label.value, row_max, scale.inverse_temperature);
-  return {scale, row_max, derivative, derivative.factor(),
+  const LogitTerms<Stored, kCapped> terms(scale, finite_or_zero(row_max));
+  return {scale, row_max, derivative, derivative.factor() * terms.unit(),
           derivative.label(term, label.derivative)};
 }
 
@@ -75,6 +71,7 @@ constexpr int kVectorWords = kVectorElements<Stored> * sizeof(Compute<Stored>) /
 template <typename Stored, int kThreads,
           int kSpilled = kRegisterVectors<Stored> * kVectorWords<Stored>>
 struct RowStorage {
+  using Logit = Stored;
   using E = Compute<Stored>;
   ClusterReduceStorage<E, kThreads> row_max;
   ClusterReduceStorage<RowSums, kThreads> sums;

@@ -10,37 +10,27 @@
 namespace ipo_ext::cuda {
 
 // A thread's sums. Each vector is added up before it joins them, which rounds large numbers less
-// often. In fp32 and without a softcap they are made of powers of 2: a multiplication less for each
-// logit.
-template <typename E, bool kCapped>
+// often. Where LogitTerms says so, x counts from an offset beside the maximum, and the sums of the
+// whole row are taken from there by relative_to_max().
+template <typename Stored, bool kCapped>
 class ThreadSums {
  public:
-  static constexpr bool kBinary = !kCapped && std::is_same_v<E, float>;
+  using E = Compute<Stored>;
 
-  // `row_max` is capped, and finite.
   __device__ __forceinline__ ThreadSums(const LogitScale<E>& scale, E row_max)
-      : scale_(scale),
-        row_max_(row_max),
-        x_scale_(kBinary ? binary_scale(scale.inverse_temperature) : scale.inverse_temperature) {}
+      : terms_(scale, row_max) {}
 
-  __device__ __forceinline__ RowTerm<E> term(E logit) const {
-    if constexpr (kBinary) {
-      return binary_row_term(logit, row_max_, x_scale_);
-    } else {
-      return row_term(cap<kCapped>(logit, scale_).value, row_max_, x_scale_);
-    }
-  }
-
-  // Turns logits into their exponentials, but leaves them as they are under a softcap.
-  template <int kCount>
+  // Turns logits, which LogitTerms has bounded or not, into their exponentials, but leaves them as
+  // they are under a softcap.
+  template <bool kBounded = false, int kCount>
   __device__ __forceinline__ void add(E (&logits)[kCount]) {
-    E vector_sum_exp = 0, vector_sum_exp_x = 0;
+    E vector_sum_exp, vector_sum_exp_x;
 #pragma unroll
-    for (E& logit : logits) {
-      const RowTerm<E> of_logit = term(logit);
-      vector_sum_exp += of_logit.exp;
-      vector_sum_exp_x += exp_x(of_logit);
-      if (!kCapped) logit = of_logit.exp;
+    for (int i = 0; i < kCount; ++i) {
+      const RowTerm<E> term = kBounded ? terms_.of_bounded(logits[i]) : terms_.of(logits[i]);
+      vector_sum_exp = i == 0 ? term.exp : vector_sum_exp + term.exp;
+      vector_sum_exp_x = i == 0 ? exp_x(term) : vector_sum_exp_x + exp_x(term);
+      if (!kCapped) logits[i] = term.exp;
     }
     sum_exp_ += vector_sum_exp;
     sum_exp_x_ += vector_sum_exp_x;
@@ -52,15 +42,14 @@ class ThreadSums {
     logit = logits[0];
   }
 
+  __device__ __forceinline__ const LogitTerms<Stored, kCapped>& terms() const { return terms_; }
+
   __device__ __forceinline__ RowSums total() const {
-    constexpr double kUnit = kBinary ? 1 / ExponentialConstants<double>::kLog2E : 1;
-    return {sum_exp_, sum_exp_x_ * kUnit};
+    return {sum_exp_, terms_.has_distances() ? sum_exp_x_ * terms_.kUnit : 0};
   }
 
  private:
-  LogitScale<E> scale_;
-  E row_max_;
-  E x_scale_;  // makes x of a difference to the maximum
+  LogitTerms<Stored, kCapped> terms_;
   E sum_exp_ = 0;
   E sum_exp_x_ = 0;
 };
