@@ -58,6 +58,12 @@ HOSTS = {
         "ChunkedLossWrapper, an embedding and a head",
         over_verl=("torchtitan", "spmd_types==0.2.3", "tyro", "docstring_parser"),
     ),
+    "megatron": Host(
+        "GPTModel of one layer, under tensor and sequence parallelism",
+        distribution="megatron-core",
+        as_they_are=("megatron-core>=0.19",),
+        over_verl=("megatron-core>=0.19", "triton"),
+    ),
     "openrlhf": Host(
         "the example's loss, log-probabilities",
         extra=False,

@@ -28,6 +28,7 @@ HOSTS = (
     "deepspeed",
     "engine_loop",
     "lightning",
+    "megatron",
     "mlflow",
     "openrlhf",
     "skyrl",
