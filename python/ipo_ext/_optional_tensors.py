@@ -28,6 +28,9 @@ class OptionalTensors(TypedDict, total=False):
     sequence_ids: torch.Tensor | None  # [segments] int32
     num_sequences: int | None
     cp_group: torch.distributed.ProcessGroup | torch.distributed.device_mesh.DeviceMesh | None
+    # Over what metrics are wanted besides.
+    groups: torch.Tensor | None  # [segments], [...] of rows or [...] of tokens; int32
+    num_groups: int | None
 
 
 # As they are written above, which is how the modules hold those of the other arguments.

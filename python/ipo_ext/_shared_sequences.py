@@ -75,6 +75,11 @@ def poisoned_by_ids(inputs: LossInputs, shared: SharedSequences) -> LossInputs:
     ids, count, _ = shared
     if ids.device.type == "cpu":
         return inputs
-    factor = torch.where(((ids < 0) | (ids >= count)).any(), torch.nan, 1.0)
+    return poisoned(inputs, (ids < 0) | (ids >= count))
+
+
+def poisoned(inputs: LossInputs, is_wrong: torch.Tensor) -> LossInputs:
+    """With a normalizer that is none where anything is wrong."""
+    factor = torch.where(is_wrong.any(), torch.nan, 1.0)
     normalizer = factor if inputs.normalizer is None else inputs.normalizer * factor
     return inputs._replace(normalizer=normalizer)

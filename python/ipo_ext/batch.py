@@ -37,6 +37,7 @@ class LossBatch:
         temperature: as for ``ipo_loss_from_hidden``; not for ``IPOLoss``.
         teacher_logprobs, loss_weights, cu_seqlens, normalizer: as for ``ipo_loss``.
         inference_mask_logprobs, sequence_ids, num_sequences, cp_group: likewise.
+        groups, num_groups: likewise.
 
     Example:
         >>> batch = LossBatch(inference, advantages, mask, normalizer=num_tokens).to(device)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
 from ipo_ext._groups import Group
+from ipo_ext._metric_groups import (
+    MetricGroups,
+    Policy,
+    in_order,
+    metric_groups,
+    metrics_of_tokens,
+    poisoned_by_groups,
+    replayed_of,
+    valid_groups,
+)
 from ipo_ext._number_arguments import count, logit_scaling, scalar
 from ipo_ext._ops import checks, library, torch_internals
 from ipo_ext._ops.arguments import (
@@ -60,7 +70,7 @@ from ipo_ext._optional_tensors import (
 )
 from ipo_ext._shards import OwnColumns, own_columns, own_copy, own_part
 from ipo_ext._shared_sequences import poisoned_by_ids, shared_sequences
-from ipo_ext.config import IPOConfig
+from ipo_ext.config import IPOConfig, LossSettings
 from ipo_ext.metrics import IPOMetrics
 from ipo_ext.output import IPOOutput
 
@@ -119,6 +129,13 @@ def ipo_loss(
         cp_group: the ranks that share the sequences, a process group or a device mesh of one
             dimension. Needed with ``sequence_ids`` where ``config`` judges whole sequences: before
             the loss the ranks then exchange what the rules look at, so all of them must call.
+        groups: int32, over which ``metrics.by_group`` is wanted: ``[segments]`` with
+            ``cu_seqlens``, or one for each row of ``[..., T]`` without, the group of each sequence
+            (its environment, its policy version); or the tokens' shape, the group of each token
+            (its position), for one more pass over the log-probabilities, not where ``config``
+            judges whole sequences or has score centering. Not read of tokens that the loss mask
+            leaves out. ``metrics`` themselves stay as without.
+        num_groups: how many groups there are, 1 to 1,024; ids are below it. With ``groups``.
         normalizer: what the sum is divided by, usually the global number of loss tokens: a float
             > 0, or a 0-dim tensor (on the inputs' device or on the CPU; 0 gives loss 0 and zero
             gradients). Default 1.
@@ -138,8 +155,10 @@ def ipo_loss(
         ValueError: a shape, a device or a float is not as above, or a constant requires grad.
         RuntimeError: on CPU, ``cu_seqlens`` is no partition of the tokens, or a tensor normalizer
             is negative or NaN. On CUDA these make the loss and every gradient NaN instead.
-        IndexError: on CPU, an id of ``sequence_ids`` is not below ``num_sequences``; on CUDA as
-            above. What values show before an exchange, all CPU ranks of ``cp_group`` raise.
+        IndexError: on CPU, an id of ``sequence_ids`` is not below ``num_sequences``, or one of
+            ``groups`` not below ``num_groups`` (a RuntimeError in a compiled graph); on CUDA as
+            above. What values show before an exchange, all CPU ranks of ``cp_group`` raise; not an
+            id of ``groups``, which is looked at behind the loss.
 
     Example:
         >>> out = ipo_loss(trainer, inference, advantages, mask, normalizer=mask.sum())
@@ -147,7 +166,7 @@ def ipo_loss(
         >>> out.metrics["is_masked"]
     """
     refuse_unknown_names(ipo_loss, tensors)
-    arguments, shared = _loss_arguments(
+    arguments, shared, groups = _loss_arguments(
         trainer_logprobs,
         inference_logprobs,
         advantages,
@@ -160,8 +179,9 @@ def ipo_loss(
     loss, *rows = with_torch_errors(run_ipo_loss, arguments)
     of_ids = (trainer_mask_logprobs, tensors.get("inference_mask_logprobs"))
     loss, metrics = _centered(loss, MetricRows(*rows), arguments, *of_ids)
-    counted = trainer_logprobs if _is_wanted(histogram) else None
-    return IPOOutput(loss, _metrics(metrics, tensors, arguments.inputs, config, shared, counted))
+    call = _Call(tensors, arguments.inputs, config, arguments.settings, shared, groups)
+    counted = _is_wanted(histogram)
+    return IPOOutput(loss, _metrics(metrics, call, Policy(trainer_logprobs), counted))
 
 
 def component_loss(
@@ -182,7 +202,7 @@ def component_loss(
         The output, whose loss is the sum of all components, and the means of those beside the
         loss, ``[len(_C.COMPONENT_MEAN_ROWS)]``.
     """
-    arguments, shared = _loss_arguments(
+    arguments, shared, groups = _loss_arguments(
         trainer_logprobs,
         inference_logprobs,
         advantages,
@@ -200,7 +220,8 @@ def component_loss(
     )
     of_ids = (trainer_mask_logprobs, tensors.get("inference_mask_logprobs"))
     loss, metrics = _centered(loss, MetricRows(*rows), arguments, *of_ids)
-    return IPOOutput(loss, _metrics(metrics, tensors, arguments.inputs, config, shared)), means
+    call = _Call(tensors, arguments.inputs, config, arguments.settings, shared, groups)
+    return IPOOutput(loss, _metrics(metrics, call, Policy(trainer_logprobs), False)), means
 
 
 @spells_out_tensors
@@ -254,7 +275,7 @@ def ipo_loss_from_logits(
         inference_mask_logprobs: ``[..., K]``, any floating dtype, with ``config.score_centering``:
             the sampler's log-probabilities of the ids in ``sampling_mask``. Rows that do not replay
             these are not centered.
-        sequence_ids, num_sequences, cp_group: as for ``ipo_loss``.
+        sequence_ids, num_sequences, cp_group, groups, num_groups: as for ``ipo_loss``.
         inplace: writes the gradient over the logits, which saves as much memory as they take. They
             hold no logits afterwards, so they must come from an operation whose backward pass does
             not need them: a matrix product, not a softmax or tanh, whose backward pass then raises.
@@ -316,7 +337,7 @@ def ipo_loss_from_logits(
         _check_may_be_overwritten(logits)
     scaling = logit_scaling(scaling, softcap, logit_scale, logits)
     settings = settings_of(config, compute)
-    inputs, shared = _with_sequences(inputs, tensors, config)
+    inputs, shared, groups = _with_sequences(inputs, tensors, config)
     counted = _is_wanted(histogram)
     if own.shard is not None:
         _refuse_with_shard(sampling_mask=sampling_mask, inplace=inplace or None)
@@ -327,9 +348,9 @@ def ipo_loss_from_logits(
         results = with_torch_errors(run_ipo_loss_from_logits_sharded, arguments)
     else:
         if shared is not None and config.judges_sequences:
-            policy = (logits.detach(), labels, scaling)
+            rows_of = (logits.detach(), labels, scaling)
             inputs = with_totals(
-                inputs, SequenceTotalsFromLogitsArguments(*policy, inputs, settings, shared)
+                inputs, SequenceTotalsFromLogitsArguments(*rows_of, inputs, settings, shared)
             )
         results = with_torch_errors(
             functools.partial(run_ipo_loss_from_logits, inplace=inplace),
@@ -338,9 +359,9 @@ def ipo_loss_from_logits(
             ),
         )
     loss, logprobs, entropies, *rows = results
-    metrics = _metrics(
-        MetricRows(*rows), tensors, inputs, config, shared, logprobs if counted else None, scaling
-    )
+    call = _Call(tensors, inputs, config, settings, shared, groups)
+    policy = Policy(logprobs, entropies if entropy else None, scaling, labels, logits.shape[-1])
+    metrics = _metrics(MetricRows(*rows), call, policy, counted)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
@@ -456,7 +477,7 @@ def ipo_loss_from_hidden(
         inference_mask_logprobs: ``[..., K]``, any floating dtype, with ``config.score_centering``:
             the sampler's log-probabilities of the ids in ``sampling_mask``. Rows that do not replay
             these are not centered.
-        sequence_ids, num_sequences, cp_group: as for ``ipo_loss``.
+        sequence_ids, num_sequences, cp_group, groups, num_groups: as for ``ipo_loss``.
         chunk_size: rows of a chunk, at least 1. Default: the largest multiple of 128 whose logits
             take no more than 1.25 GB on a GPU (2048 rows of 151,936), 48 MiB on a CPU; at
             least 128.
@@ -512,7 +533,7 @@ def ipo_loss_from_hidden(
     settings = settings_of(config, compute)
     product = checks.product_dtype(hidden, weight, bias)
     work = _chunk_size(chunk_size, hidden, own), count("num_active", num_active, 0)
-    inputs, shared = _with_sequences(inputs, tensors, config)
+    inputs, shared, groups = _with_sequences(inputs, tensors, config)
     counted = _is_wanted(histogram)
     grads = NeedsGrad(*needs_grad)
     if own.shard is not None:
@@ -524,9 +545,9 @@ def ipo_loss_from_hidden(
         results = with_torch_errors(run_ipo_loss_from_hidden_sharded, product, arguments)
     else:
         if shared is not None and config.judges_sequences:
-            policy = head.detached(product)
+            of_head = head.detached(product)
             inputs = with_totals(
-                inputs, SequenceTotalsFromHiddenArguments(policy, inputs, settings, *work, shared)
+                inputs, SequenceTotalsFromHiddenArguments(of_head, inputs, settings, *work, shared)
             )
         results = with_torch_errors(
             run_ipo_loss_from_hidden,
@@ -534,9 +555,9 @@ def ipo_loss_from_hidden(
             IPOLossFromHiddenArguments(head, inputs, settings, of_ids, *work, grads),
         )
     loss, logprobs, entropies, *rows = results
-    metrics = _metrics(
-        MetricRows(*rows), tensors, inputs, config, shared, logprobs if counted else None, scaling
-    )
+    call = _Call(tensors, inputs, config, settings, shared, groups)
+    policy = Policy(logprobs, entropies if entropy else None, scaling, labels, weight.shape[0])
+    metrics = _metrics(MetricRows(*rows), call, policy, counted)
     return IPOOutput(loss, metrics, logprobs, entropies if entropy else None)
 
 
@@ -733,7 +754,7 @@ def _loss_arguments(
     config: IPOConfig,
     tensors: OptionalTensors,
     trainer_mask_logprobs: torch.Tensor | None,
-) -> tuple[IPOLossArguments, SharedSequences | None]:
+) -> tuple[IPOLossArguments, SharedSequences | None, MetricGroups | None]:
     """Of a call of the loss from log-probabilities, checked."""
     _check_config(config)
     inference_mask_logprobs = _of_ids(tensors, config)
@@ -748,11 +769,11 @@ def _loss_arguments(
     with_gradient = trainer_logprobs.requires_grad and torch.is_grad_enabled()
     compute = checks.compute_dtype(trainer_logprobs, inference_logprobs)
     settings = settings_of(config, compute)
-    inputs, shared = _with_sequences(inputs, tensors, config)
+    inputs, shared, groups = _with_sequences(inputs, tensors, config)
     if shared is not None and config.judges_sequences:
         policy = trainer_logprobs.detach()
         inputs = with_totals(inputs, SequenceTotalsArguments(policy, inputs, settings, shared))
-    return IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient), shared
+    return IPOLossArguments(trainer_logprobs, inputs, settings, with_gradient), shared, groups
 
 
 def _of_ids(tensors: OptionalTensors, config: IPOConfig) -> torch.Tensor | None:
@@ -839,16 +860,20 @@ def _inputs(
 
 def _with_sequences(
     inputs: LossInputs, tensors: OptionalTensors, config: IPOConfig
-) -> tuple[LossInputs, SharedSequences | None]:
-    """What the segments are: sequences, or pieces of those that ranks share."""
+) -> tuple[LossInputs, SharedSequences | None, MetricGroups | None]:
+    """What the segments are: sequences, or pieces of those that ranks share; and the groups."""
     shared = shared_sequences(tensors, config)
+    groups = metric_groups(tensors, inputs.loss_mask, config)
+    if groups is not None:
+        inputs = poisoned_by_groups(inputs, groups)
     if shared is not None:
-        return poisoned_by_ids(inputs, shared), shared
-    return _with_rows(inputs) if config.judges_sequences else inputs, None
+        return poisoned_by_ids(inputs, shared), shared, groups
+    by_row = config.judges_sequences or (groups is not None and not groups.of_tokens)
+    return _with_rows(inputs) if by_row else inputs, None, groups
 
 
 def _with_rows(inputs: LossInputs) -> LossInputs:
-    """What rules on sequences take for them without ``cu_seqlens``: the rows of ``[..., T]``."""
+    """What counts as sequences without ``cu_seqlens``: the rows of ``[..., T]``."""
     mask = inputs.loss_mask
     if inputs.cu_seqlens is not None or mask.dim() < 2:
         return inputs
@@ -856,25 +881,62 @@ def _with_rows(inputs: LossInputs) -> LossInputs:
     return inputs._replace(cu_seqlens=rows * mask.shape[-1])
 
 
-def _metrics(
-    rows: MetricRows,
-    tensors: OptionalTensors,
-    inputs: LossInputs,
-    config: IPOConfig,
-    shared: SharedSequences | None,
-    counted: torch.Tensor | None = None,
-    scaling: LogitScaling | None = None,
-) -> IPOMetrics:
+class _Call(NamedTuple):
+    """What of a call's arguments its metrics are made with."""
+
+    tensors: OptionalTensors
+    inputs: LossInputs
+    config: IPOConfig
+    settings: LossSettings
+    shared: SharedSequences | None
+    groups: MetricGroups | None
+
+
+def _metrics(rows: MetricRows, call: _Call, policy: Policy, counted: bool) -> IPOMetrics:
     """Of the operator's means, sums and extremes, for what the caller has named: the segments, or
-    the sequences that they are pieces of. ``counted``: log-probabilities for a histogram."""
-    histogram = None
-    if counted is not None:
-        of_loss = (inputs.inference_logprobs, inputs.loss_mask, inputs.cu_seqlens)
-        histogram = library.operators().log_ratio_histogram(counted.detach(), *of_loss)
-    metrics = IPOMetrics(
+    the sequences that they are pieces of; and by groups. ``counted``: with a histogram."""
+    tensors, inputs, _, _, shared, groups = call
+    metrics = _named(rows, call, policy, _histogram(inputs, policy) if counted else None)
+    by_group = None
+    if groups is not None:
+        groups = valid_groups(groups, inputs)
+        if groups.of_tokens:
+            by_group = _metrics_of_tokens(groups, call, policy, counted)
+        else:
+            by_group = metrics._folded(groups.ids.flatten(), groups.num_groups)
+    if shared is not None:
+        metrics = metrics._folded(shared.sequence_ids, shared.num_sequences)
+    elif inputs.cu_seqlens is not tensors.get("cu_seqlens"):
+        metrics = metrics.total()
+    metrics.by_group = by_group
+    return metrics
+
+
+def _metrics_of_tokens(
+    groups: MetricGroups, call: _Call, policy: Policy, counted: bool
+) -> IPOMetrics:
+    replayed = replayed_of(policy, call.inputs)
+    inputs, policy, order = in_order(groups, call.inputs, policy)
+    if replayed is not None:
+        replayed = replayed.index_select(0, order)
+    rows = metrics_of_tokens(inputs, call.settings, policy, replayed)
+    return _named(rows, call, policy, _histogram(inputs, policy) if counted else None)
+
+
+def _histogram(inputs: LossInputs, policy: Policy) -> torch.Tensor:
+    of_loss = (inputs.inference_logprobs, inputs.loss_mask, inputs.cu_seqlens)
+    counts = library.operators().log_ratio_histogram(policy.logprobs.detach(), *of_loss)
+    return cast(torch.Tensor, counts)
+
+
+def _named(
+    rows: MetricRows, call: _Call, policy: Policy, histogram: torch.Tensor | None
+) -> IPOMetrics:
+    config, scaling = call.config, policy.scaling
+    return IPOMetrics(
         *rows,
         histogram,
-        has_teacher=inputs.teacher_logprobs is not None,
+        has_teacher=call.inputs.teacher_logprobs is not None,
         has_entropy=scaling is not None and scaling.with_entropy,
         has_rollout_rule=config.has_rollout_rule,
         has_sequence_rule=config.has_sequence_rule,
@@ -883,9 +945,6 @@ def _metrics(
         has_replay=scaling is not None and scaling.sampling_mask is not None,
         has_centering=config.score_centering,
     )
-    if shared is not None:
-        return metrics._folded(shared.sequence_ids, shared.num_sequences)
-    return metrics if inputs.cu_seqlens is tensors.get("cu_seqlens") else metrics.total()
 
 
 def _chunk_size(chunk_size: int | None, hidden: torch.Tensor, own: OwnColumns) -> int:

@@ -1,7 +1,8 @@
 """Metrics written where runs are watched: TensorBoard, Weights & Biases, MLflow, lines of JSON.
 
 Each function is one call at the end of a step, and reads the device once, with one transfer; with
-one more where the metrics have a histogram. What is written to is the caller's.
+one more where the metrics have a histogram, and one more where they have groups. What is written to
+is the caller's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import math
 import os
 from typing import Any
+
+import torch
 
 from ipo_ext._histogram import HISTOGRAM_EDGES
 from ipo_ext._numbers import is_number
@@ -31,6 +34,9 @@ def scalars(metrics: IPOMetrics, *, prefix: str = PREFIX) -> dict[str, float]:
     metrics are added before (``a + b``), as those of ranks are (``metrics.all_reduce()``). Packed
     segments are totalled.
 
+    Of metrics with groups, those of a group follow as ``<prefix>group_<id>/<name>``, of each group
+    that has active tokens.
+
     Args:
         metrics: ``out.metrics`` or a sum of them.
         prefix: what stands before each metric's name.
@@ -41,7 +47,23 @@ def scalars(metrics: IPOMetrics, *, prefix: str = PREFIX) -> dict[str, float]:
     if not isinstance(metrics, IPOMetrics):
         kind = type(metrics).__name__
         raise TypeError(f"metrics: expected IPOMetrics, as out.metrics are, got {kind}")
-    return {prefix + name: value for name, value in metrics.total().tolist().items()}
+    values = {prefix + name: value for name, value in metrics.total().tolist().items()}
+    return values | _by_group(metrics, prefix)
+
+
+def _by_group(metrics: IPOMetrics, prefix: str) -> dict[str, float]:
+    """Without the groups that have no active tokens, whose means of nothing would look like 0."""
+    groups = metrics.by_group
+    if groups is None:
+        return {}
+    active = groups.sums[IPOMetrics.SUM_ROWS.index("active")]
+    counts, *rows = torch.stack([active, *map(torch.Tensor.double, groups.values())]).tolist()
+    return {
+        f"{prefix}group_{group}/{name}": row[group]
+        for group, count in enumerate(counts)
+        if count > 0
+        for name, row in zip(groups.keys(), rows, strict=True)
+    }
 
 
 def _counts(metrics: IPOMetrics) -> list[int] | None:

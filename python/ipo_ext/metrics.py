@@ -34,6 +34,8 @@ class IPOMetrics:
             between two of ``ipo_ext.HISTOGRAM_EDGES``; of a call with ``histogram=True``, else
             None. One on an edge belongs to the bin farther from 0, an infinite one to an
             outermost bin, NaN to none.
+        by_group: the same metrics of each group, ``[num_groups]``, of a call with ``groups``, else
+            None. Added and reduced with the metrics.
     """
 
     SUM_ROWS: tuple[str, ...] = _C.SUM_ROWS
@@ -47,6 +49,7 @@ class IPOMetrics:
         sums: torch.Tensor,
         extremes: torch.Tensor,
         histogram: torch.Tensor | None = None,
+        by_group: IPOMetrics | None = None,
         *,
         has_teacher: bool = False,
         has_entropy: bool = False,
@@ -61,6 +64,7 @@ class IPOMetrics:
         self.sums = sums
         self.extremes = extremes
         self.histogram = histogram
+        self.by_group = by_group
         self.has_teacher = has_teacher
         self.has_entropy = has_entropy
         self.has_rollout_rule = has_rollout_rule
@@ -171,7 +175,7 @@ class IPOMetrics:
             lowest, highest = self.extremes.unbind(0)
             extremes = torch.stack([lowest.amin(), highest.amax()])
         histogram = None if self.histogram is None else self.histogram.sum(1)
-        return self._made_of(self.sums.sum(1), extremes, histogram)
+        return self._made_of(self.sums.sum(1), extremes, histogram, self.by_group)
 
     def __add__(self, other: IPOMetrics) -> IPOMetrics:
         if not isinstance(other, IPOMetrics):
@@ -192,6 +196,7 @@ class IPOMetrics:
                 f"metrics: expected both or neither to have a histogram, got one in {with_one} "
                 "alone; pass histogram=True to all calls whose metrics are combined, or to none"
             )
+        by_group = self._sum_by_group(other)
         self._check_sums()
         other._check_sums()
         (low, high), (other_low, other_high) = self.extremes.unbind(0), other.extremes.unbind(0)
@@ -199,7 +204,25 @@ class IPOMetrics:
         histogram = None
         if self.histogram is not None and other.histogram is not None:
             histogram = self.histogram + other.histogram
-        return self._made_of(self.sums + other.sums, extremes, histogram)
+        return self._made_of(self.sums + other.sums, extremes, histogram, by_group)
+
+    def _sum_by_group(self, other: IPOMetrics) -> IPOMetrics | None:
+        ours, theirs = self.by_group, other.by_group
+        if ours is None and theirs is None:
+            return None
+        if ours is None or theirs is None:
+            with_them = "the first" if ours is not None else "the second"
+            raise ValueError(
+                f"metrics: expected both or neither to have groups, got them in {with_them} alone; "
+                "pass groups to all calls whose metrics are combined, or to none"
+            )
+        numbers = ours.sums.shape[1], theirs.sums.shape[1]
+        if numbers[0] != numbers[1]:
+            raise ValueError(
+                f"metrics: expected equally many groups to add, got {numbers[0]} and {numbers[1]}; "
+                "pass the same num_groups to all calls whose metrics are combined"
+            )
+        return ours + theirs
 
     def __radd__(self, other: object) -> IPOMetrics:
         """So that ``sum(metrics_of_micro_batches)`` works."""
@@ -212,8 +235,8 @@ class IPOMetrics:
         leaves them apart, for ranks that share sequences: ``[num_sequences]``, by the ids of
         ``sequence_ids``, the same number on every rank. ``group`` must hold ranks with different
         tokens alone: under tensor parallelism the data- and context-parallel ones. Two
-        collectives, with a histogram three, which all ranks or none must have; every rank of the
-        group must call it.
+        collectives, with a histogram three, with groups twice as many. All ranks or none must have
+        a histogram, and groups, the same number of them; every rank of the group must call it.
 
         Raises:
             ValueError: ``by_sequence`` of metrics without segments.
@@ -234,10 +257,14 @@ class IPOMetrics:
         if histogram is not None:
             histogram = histogram.clone()
             torch.distributed.all_reduce(histogram, group=group)
-        return self._made_of(sums, torch.stack([negated[0], -negated[1]]), histogram)
+        by_group = self.by_group
+        if by_group is not None:
+            by_group = by_group.all_reduce(group, by_sequence=True)
+        extremes = torch.stack([negated[0], -negated[1]])
+        return self._made_of(sums, extremes, histogram, by_group)
 
     def _folded(self, sequence_ids: torch.Tensor, num_sequences: int) -> IPOMetrics:
-        """Of the sequences that the segments are pieces of, by their ids."""
+        """Of the sequences that the segments are pieces of, by their ids; or of their groups."""
         fold = library.operators().fold_segments
         sums, extremes = with_torch_errors(
             fold, self.sums, self.extremes, sequence_ids, num_sequences
@@ -247,7 +274,7 @@ class IPOMetrics:
             ids = sequence_ids.long().clamp(0, max(num_sequences - 1, 0))  # others are faults
             folded = histogram.new_zeros((len(histogram), num_sequences))
             histogram = folded.index_add_(1, ids, histogram)
-        return self._made_of(sums, extremes, histogram)
+        return self._made_of(sums, extremes, histogram, self.by_group)
 
     def _check_sums(self) -> None:
         """A cast loses what sums are for: bfloat16 counts to 256."""
@@ -260,12 +287,16 @@ class IPOMetrics:
                 )
 
     def _made_of(
-        self, sums: torch.Tensor, extremes: torch.Tensor, histogram: torch.Tensor | None
+        self,
+        sums: torch.Tensor,
+        extremes: torch.Tensor,
+        histogram: torch.Tensor | None,
+        by_group: IPOMetrics | None,
     ) -> IPOMetrics:
         float64 = self.means.dtype == torch.float64
         means = library.operators().metric_means(sums, extremes, float64)
-        counts = () if histogram is None else (histogram,)
-        return _unflatten((means, sums, extremes, *counts), _optional(self))
+        present = {name: getattr(self, name) for name in _ATTRIBUTES}
+        return IPOMetrics(means, sums, extremes, histogram, by_group, **present)
 
 
 # Metrics that are there only where the loss has what they measure, and the attributes that say so,
@@ -308,15 +339,22 @@ def _present(metrics: IPOMetrics) -> str:
     return ", ".join(name for name in _OPTIONAL_ROWS if name in metrics) or "none"
 
 
-# A pytree node: metrics pass through torch.compile and torch.export as an output.
-def _flatten(metrics: IPOMetrics) -> tuple[list[torch.Tensor], tuple[bool, ...]]:
-    counts = [] if metrics.histogram is None else [metrics.histogram]
-    return [metrics.means, metrics.sums, metrics.extremes, *counts], _optional(metrics)
+# A pytree node: metrics pass through torch.compile and torch.export as an output. Those by group
+# are a node within.
+def _flatten(metrics: IPOMetrics) -> tuple[list[Any], tuple[bool, ...]]:
+    beside = metrics.histogram, metrics.by_group
+    leaves: list[Any] = [metrics.means, metrics.sums, metrics.extremes]
+    leaves += [part for part in beside if part is not None]
+    return leaves, (*_optional(metrics), *[part is not None for part in beside])
 
 
 def _unflatten(leaves: Any, context: tuple[bool, ...]) -> IPOMetrics:
-    present: dict[str, Any] = dict(zip(_ATTRIBUTES, context, strict=True))
-    return IPOMetrics(*leaves, **present)
+    *optional, has_histogram, has_groups = context
+    present: dict[str, Any] = dict(zip(_ATTRIBUTES, optional, strict=True))
+    means, sums, extremes, *beside = leaves
+    by_group = beside.pop() if has_groups else None
+    histogram = beside.pop() if has_histogram else None
+    return IPOMetrics(means, sums, extremes, histogram, by_group, **present)
 
 
 torch_internals.register_pytree(IPOMetrics, _flatten, _unflatten, name="ipo_ext.IPOMetrics")

@@ -79,6 +79,32 @@ def test_every_metric_arrives_under_its_name_and_step(logger: str) -> None:
     assert memory.kept == {7: {f"policy/{name}": value for name, value in metrics.tolist().items()}}
 
 
+@pytest.mark.parametrize("histogram", [False, True])
+def test_groups_cost_one_transfer_more(histogram: bool, tmp_path: Path) -> None:
+    metrics = with_groups(histogram)
+    with Reads() as reads:
+        write("to_jsonl", metrics, 3, tmp_path)
+    assert reads.names == ["tolist"] * (3 if histogram else 2)
+
+
+def with_groups(histogram: bool) -> IPOMetrics:
+    trainer, inference = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(16, dtype=torch.int32) % 2 * 2  # groups 0 and 2
+    named = {"groups": ids, "num_groups": 4, "histogram": histogram}
+    every = torch.ones(16, dtype=torch.bool)
+    return ipo_loss(trainer, inference, trainer, every, **named).metrics
+
+
+def test_a_group_has_names_of_its_own_if_it_has_tokens() -> None:
+    metrics = with_groups(histogram=False)
+    values = loggers.scalars(metrics, prefix="policy/")
+    by_group = metrics.by_group.tolist()
+    expected = {f"policy/{name}": value for name, value in metrics.tolist().items()}
+    for group in (0, 2):
+        expected |= {f"policy/group_{group}/{name}": by_group[name][group] for name in by_group}
+    assert values == expected
+
+
 def test_segments_are_totalled() -> None:
     packed = metrics_of(0, segments=True)
     assert loggers.scalars(packed) == loggers.scalars(packed.total())

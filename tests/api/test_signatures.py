@@ -22,7 +22,8 @@ from ipo_ext.batch import FIELDS
 # What takes the optional tensors, with the arguments that users see.
 TENSORS = "teacher_logprobs=None, loss_weights=None, cu_seqlens=None"
 SHARED = "sequence_ids=None, num_sequences=None, cp_group=None"
-REST = f"inference_mask_logprobs=None, {SHARED}"
+GROUPS = "groups=None, num_groups=None"
+REST = f"inference_mask_logprobs=None, {SHARED}, {GROUPS}"
 SHARD = "tp_group=None, vocab_size=None, vocab_start=None"
 SPELLED_OUT: dict[Callable[..., Any], str] = {
     ipo_ext.ipo_loss: (
@@ -145,7 +146,8 @@ def test_every_keyword_stands_in_the_signature(function: Callable[..., Any]) -> 
     kinds = get_type_hints(OptionalTensors)
     assert {name: hints[name] for name in NAMES} == kinds
     tensors = [name for name in NAMES if kinds[name] == torch.Tensor | None]
-    assert tensors == [name for name in NAMES if name not in ("num_sequences", "cp_group")]
+    others = ("num_sequences", "cp_group", "num_groups")
+    assert tensors == [name for name in NAMES if name not in others]
 
 
 @pytest.mark.parametrize(
@@ -159,9 +161,10 @@ def test_the_docstring_tells_of_every_argument(thing: Callable[..., Any]) -> Non
 
 
 def test_they_are_the_operators_own() -> None:
-    """But for the normalizer, which may be a float, for what not every operator takes, and for what
-    says how ranks share sequences, of which the operators are given the totals."""
-    *own, of_ids = (name for name in NAMES if name not in SHARED)
+    """But for the normalizer, which may be a float, for what not every operator takes, for what
+    says how ranks share sequences, of which the operators are given the totals, and for groups,
+    into which metrics are put behind the operators."""
+    *own, of_ids = (name for name in NAMES if name not in (SHARED + GROUPS))
     assert (*own, "normalizer", "sequence_totals") == tuple(LossInputs._field_defaults)
     given, kinds = get_type_hints(OptionalTensors), get_type_hints(LossInputs)
     assert {name: given[name] for name in own} == {name: kinds[name] for name in own}

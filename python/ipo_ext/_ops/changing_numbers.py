@@ -30,6 +30,7 @@ NUMBERS = {
         "ipo_loss",
         "component_loss",
         "score_centering",
+        "loss_and_metrics",
         "ipo_loss_from_logits",
         "ipo_loss_from_logits_",
         "token_logprobs",

@@ -43,6 +43,11 @@ def is_eager() -> bool:
     )
 
 
+def assert_on_cpu(holds: torch.Tensor, words: str) -> None:
+    """Raises a RuntimeError where a graph that a compiler has made runs, of a tensor on the CPU."""
+    torch._assert_async(holds, words)
+
+
 def is_batched_by_autograd(tensor: torch.Tensor) -> bool:
     """Whether ``is_grads_batched=True`` has made it: a whole batch that looks like one tensor."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
