@@ -107,7 +107,7 @@ def test_long_and_short_segments_matches_the_reference_around_tiles(backend, sho
             assert_matches_reference(case, backend.device)
 
 
-CPU_GROUP = 4 * TILES[1]  # tokens that one thread of the CPU takes together
+CPU_GROUP = 4 * TILES[-1]  # tokens that one thread of the CPU takes together
 
 
 @pytest.mark.parametrize("before", [0, 1, 5])

@@ -69,7 +69,7 @@ DTYPES = {
     ),
 }
 
-TILES = (1024, 2048)  # tokens of a tile: the CUDA kernel's smallest, and the CPU's
+TILES = (128, 1024, 2048)  # tokens of a tile: the smallest of a warp, of a block, the CPU's
 SMALL_SIZES = tuple(range(1, 41))
 EDGE_SIZES = tuple(sorted({tile * n + d for tile in TILES for n in (1, 2) for d in (-1, 0, 1)}))
 

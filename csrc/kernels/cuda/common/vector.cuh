@@ -204,9 +204,9 @@ __device__ __forceinline__ void store_aligned(Stored* to, const Stored (&values)
   }
 }
 
-// Returns whether kCount tokens of `input` can be loaded at every multiple of kCount.
-inline bool is_aligned(const TokenInput& input) {
-  return reinterpret_cast<uintptr_t>(input.data) % 16 == 0;
+// Returns whether vectors of 16 bytes can be loaded from an array; true of none.
+IPO_HOST_DEVICE bool is_aligned(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
 }  // namespace ipo_ext::cuda

@@ -9,8 +9,6 @@ namespace ipo_ext::cuda {
 
 using namespace ipo_ext::math;
 
-constexpr int kWarpsOfBlock = kThreads / kWarpSize;
-
 // A warp sums a tile on its own, without a barrier. The tiles depend on the number of tokens alone,
 // and there are so few that a warp can merge all of them.
 IPO_HOST_DEVICE Segments judged_segments(Segments segments) {

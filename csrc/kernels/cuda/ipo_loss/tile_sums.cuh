@@ -147,10 +147,10 @@ __device__ __forceinline__ void store_each(T sum, T (&to)[kRows]) {
 }
 
 // Stores the merged sums of the warp to `tile`, which its lanes fill together: valid for other
-// threads after a barrier. All lanes must call.
+// threads after a barrier. Returns to all lanes what they add to the loss. All lanes must call.
 template <typename E>
-__device__ __forceinline__ void warp_reduce_to(const math::TileSums<E>& sums,
-                                               math::TileSums<E>& tile) {
+__device__ __forceinline__ double warp_reduce_to(const math::TileSums<E>& sums,
+                                                 math::TileSums<E>& tile) {
   const E extremes[] = {sums.log_ratio_min, -sums.log_ratio_max};
   const double sum = warp_sum_each(sums.sums);
   const uint32_t count = warp_sum_each(sums.counts);
@@ -160,6 +160,9 @@ __device__ __forceinline__ void warp_reduce_to(const math::TileSums<E>& sums,
   const int lane = threadIdx.x % kWarpSize;
   if (lane == 0) tile.log_ratio_min = smallest;
   if (lane == kWarpSize / 2) tile.log_ratio_max = -smallest;
+  constexpr int kLanes = kLanesOfRow<math::sum::kNumRows>;
+  return __shfl_sync(kFullWarp, sum, math::sum::pg_loss * kLanes) +
+         __shfl_sync(kFullWarp, sum, math::sum::kl_loss * kLanes);
 }
 
 struct MergeBoundCounts {

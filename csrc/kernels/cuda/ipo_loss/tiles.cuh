@@ -41,10 +41,11 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
   E gradients[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    Token<E> token = vector.token(i, args);
+    Token<E> token = vector.token(i);
     token.active &= span.has(index + i);
     const TokenLoss<E> loss = token_loss<kRules>(token, params);
-    add_token(sums, token, loss, extras_of(args));
+    add_token(sums, token, loss);
+    add_extras(sums, token, loss.active & loss.finite, extras_of(args));
     if constexpr (kRules == Rules::kAny) add_token(bounded, loss);
     gradients[i] = loss.gradient;
   }
