@@ -38,7 +38,7 @@ struct IpoLossArgs {
   const uint8_t* loss_mask;                             // [tokens] booleans: any byte but 0 is true
   ScalarInput normalizer;
   math::LossParams<double> params;  // inv_normalizer is the kernels' to fill
-  Segments segments;                // tile_size is the launchers' to fill
+  Segments segments;                // tile_log2 is the launchers' to fill
   const int32_t* fault = nullptr;   // [1], CUDA: not 0 poisons the loss; null: nothing is wrong
 
   void* loss;        // [] compute

@@ -58,6 +58,7 @@ AROUND_TILES = from_logprobs(
     "test_long_and_short_segments_matches_the_reference_around_tiles",
     "test_every_memory_case_matches_the_reference",
 )
+LONG_SEGMENTS = from_logprobs("test_long_and_short_segments_matches_the_reference_around_tiles")
 ANOTHER_TOKEN = tame_tokens("test_a_round_with_another_token_is_what_its_tokens_are")
 
 
@@ -152,14 +153,14 @@ MUTATIONS = (
     Mutation(
         "wrong-stride-of-tiles",
         FINISH,
-        "< segments.num_tiles(); tile += kThreads)",
-        "< segments.num_tiles(); tile += 2 * kThreads)",
+        "< segments.num_tiles(); tile += kFinishThreads)",
+        "< segments.num_tiles(); tile += 2 * kFinishThreads)",
     ),
     Mutation(
         "wrong-stride-of-slots",
         FINISH,
-        "slot += kThreads) {",
-        "slot += 2 * kThreads) {",
+        "slot += stride * kSlotsAtOnce",
+        "slot += 2 * stride * kSlotsAtOnce",
     ),
     Mutation(
         "wrong-search",
@@ -356,7 +357,7 @@ MUTATIONS = (
         LOSS_LAUNCH,
         "form == PolicyForm::kForm)",
         "form != PolicyForm::kForm)",
-        tame_tokens("test_tame_tokens_have_the_bits_of_one_by_one"),
+        policy_forms("test_equals_the_reference", "test_any_tokens_around_the_bounds"),
     ),
     Mutation(
         "tame-ratio-of-half-the-exponent",
@@ -375,7 +376,28 @@ MUTATIONS = (
         FINISH,
         "if (slots.are_many())",
         "if (!slots.are_many())",
-        from_logprobs("test_long_and_short_segments_matches_the_reference_around_tiles"),
+        LONG_SEGMENTS,
+    ),
+    Mutation(
+        "rows-of-the-last-warp",
+        FINISH,
+        "other < kFinishWarps; ++other",
+        "other < kFinishWarps - 1; ++other",
+        LONG_SEGMENTS,
+    ),
+    Mutation(
+        "rows-before-the-barrier",
+        FINISH,
+        "kFinishWarps);\n  __syncthreads();",
+        "kFinishWarps);",
+        LONG_SEGMENTS,
+    ),
+    Mutation(
+        "rows-of-the-next-segment",
+        FINISH,
+        "  __syncthreads();  // before the next use of rows\n",
+        "",
+        LONG_SEGMENTS,
     ),
     Mutation(
         "half-of-the-lanes",

@@ -167,7 +167,7 @@ __global__ void last_sequence_tiles(const IpoLossArgs args) {
 IpoLossArgs with_large_tiles(IpoLossArgs args) {
   IpoLossArgs large = args;
   large.segments.tokens = kBase + kTail;
-  args.segments.tile_size = cuda::with_tiles(large).tile_size;
+  args.segments.tile_log2 = cuda::with_tiles(large).tile_log2;
   return args;
 }
 
@@ -182,8 +182,8 @@ struct OnCuda {
       cuda::launch(cuda::ipo_loss_judge_sequences<E>, 1, cuda::kThreads, 0, nullptr, args);
     }
     (judged ? launch_last_tile<math::Rules::kAny> : launch_last_tile<math::Rules::kDefault>)(args);
-    cuda::launch(cuda::ipo_loss_finish<E, false>, 2, cuda::kThreads, sizeof(cuda::FinishStorage),
-                 nullptr, args);
+    cuda::launch(cuda::ipo_loss_finish<E, false>, 2, cuda::kFinishThreads,
+                 sizeof(cuda::FinishStorage), nullptr, args);
   }
 };
 

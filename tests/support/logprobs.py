@@ -79,8 +79,8 @@ def cu_seqlens(lengths: Sequence[int]) -> torch.Tensor:
 
 
 def _at_tiles(tokens: int) -> list[int]:
-    """Segments that end at, one before and one after each tile's end."""
-    ends = {end + d for end in range(0, tokens, TILES[0]) for d in (-1, 0, 1)}
+    """Segments that end at, one before and one after the end of each tile of a block."""
+    ends = {end + d for end in range(0, tokens, TILES[1]) for d in (-1, 0, 1)}
     ends = [0, *sorted(end for end in ends if 0 < end < tokens), tokens]
     return [b - a for a, b in itertools.pairwise(ends)]
 

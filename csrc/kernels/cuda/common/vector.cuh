@@ -185,8 +185,12 @@ __device__ __forceinline__ void widen_bits(To (&values)[kCount]) {
 }
 template <typename To, int kCount>
 __device__ __forceinline__ void widen_tokens(DType dtype, To (&values)[kCount]) {
-  if (dtype == DType::kFloat16) widen_bits<Float16>(values);
-  if (dtype == DType::kBFloat16) widen_bits<BFloat16>(values);
+  if (!is_half(dtype)) return;  // one test for most inputs
+  if (dtype == DType::kFloat16) {
+    widen_bits<Float16>(values);
+  } else {
+    widen_bits<BFloat16>(values);
+  }
 }
 
 // Stores kCount neighbours to `to`, which is aligned to their bytes: one element, or a word of at

@@ -48,8 +48,8 @@ Segments with_tiles(const IpoLossArgs& args) {
   const bool by_warps = has_warp_tiles(args);
   const int64_t most_tiles = by_warps ? 8192 : 2048;
   Segments segments = args.segments;
-  segments.tile_size = by_warps ? kTokensPerRound : kThreads * kTokensPerVector<float>;
-  while (segments.tile_size * most_tiles < segments.tokens) segments.tile_size *= 2;
+  segments.tile_log2 = by_warps ? kRoundLog2 : kBlockTileLog2;
+  while (segments.tile_size() * most_tiles < segments.tokens) ++segments.tile_log2;
   return segments;
 }
 
@@ -153,11 +153,12 @@ cudaError_t launch_statistics(const SequenceStatisticsArgs& args, cudaStream_t s
 template <typename E, bool kHasComponents>
 cudaError_t launch_finish(const IpoLossArgs& args, bool may_overlap, cudaStream_t stream) {
   static const bool can_overlap = supports_pdl(ipo_loss_finish<E, kHasComponents>);
-  const int64_t per_block = segments_per_block(args.segments.count);
-  const int64_t blocks = 1 + (args.segments.count + per_block - 1) / per_block;
+  const int64_t count = args.segments.count;
+  const int64_t per_block = segments_per_block(count);
+  const int64_t blocks = 1 + (count > 0 ? (count + per_block - 1) / per_block : 0);
   // Nothing but the tiles may still be under way.
-  return launch_pdl(ipo_loss_finish<E, kHasComponents>, blocks, kThreads, sizeof(FinishStorage),
-                    stream, args, can_overlap && may_overlap);
+  return launch_pdl(ipo_loss_finish<E, kHasComponents>, blocks, kFinishThreads,
+                    sizeof(FinishStorage), stream, args, can_overlap && may_overlap);
 }
 
 template <typename E>

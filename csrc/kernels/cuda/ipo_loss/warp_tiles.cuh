@@ -10,7 +10,9 @@
 namespace ipo_ext::cuda {
 
 constexpr int kTokensPerLane = kTokensPerVector<float>;
-constexpr int kTokensPerRound = kWarpSize * kTokensPerLane;
+constexpr int kRoundLog2 = 7;
+constexpr int kTokensPerRound = 1 << kRoundLog2;
+static_assert(kTokensPerRound == kWarpSize * kTokensPerLane, "a vector for each lane");
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Device helpers
@@ -148,10 +150,10 @@ __global__ void __launch_bounds__(kThreads, kWarpTileBlocks<kRules, kInputs>)
   const Segments& segments = all.loss.segments;
   pdl_trigger();
   const int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarpSize;
-  const int64_t tile_begin = tile * segments.tile_size;
+  const int64_t tile_begin = tile * segments.tile_size();
   if (tile_begin >= segments.tokens) return;
   const int64_t left = segments.tokens - tile_begin;
-  const int size = static_cast<int>(left < segments.tile_size ? left : segments.tile_size);
+  const int size = static_cast<int>(left < segments.tile_size() ? left : segments.tile_size());
 
   LossParams<float> params = all.params;
   params.inv_normalizer = inverse_normalizer_of_tokens<float>(all.loss);
