@@ -105,6 +105,6 @@ def nvdisasm() -> str:
 def demangled(symbol: str) -> str:
     """A kernel's name and template arguments, without our namespaces and its parameters."""
     text = subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip()
-    text = re.sub(r"\(anonymous namespace\)::|\(ipo_ext::math::Rules\)", "", text)
+    text = re.sub(r"\(anonymous namespace\)::|\(ipo_ext::\w+::\w+\)(?=\d)", "", text)
     text = re.sub(r"ipo_ext::(cuda::)?|^void ", "", text)
     return re.sub(r"\(.*\)$", "", text)

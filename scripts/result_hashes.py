@@ -175,7 +175,7 @@ class Call:
     def sampling_mask(self) -> None:
         return None
 
-    candidates = grad_candidates = sampling_mask
+    candidates = grad_candidates = sequence_totals = sampling_mask
 
     def with_entropy(self) -> bool:
         return True

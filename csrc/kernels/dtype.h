@@ -30,6 +30,11 @@ IPO_HOST_DEVICE constexpr bool is_half(DType dtype) {
   return dtype == DType::kFloat16 || dtype == DType::kBFloat16;
 }
 
+IPO_HOST_DEVICE constexpr int bytes_of(DType dtype) {
+  if (is_half(dtype)) return 2;
+  return dtype == DType::kFloat32 || dtype == DType::kInt32 ? 4 : 8;
+}
+
 // Names a C++ type to a generic lambda, which reads it as TypeOf<decltype(tag)>.
 template <typename T>
 struct TypeTag {

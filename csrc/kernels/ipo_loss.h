@@ -38,7 +38,7 @@ struct IpoLossArgs {
   const uint8_t* loss_mask;                             // [tokens] booleans: any byte but 0 is true
   ScalarInput normalizer;
   math::LossParams<double> params;  // inv_normalizer is the kernels' to fill
-  Segments segments;                // tile_size is the launchers' to fill
+  Segments segments;                // tile_log2 is the launchers' to fill
   const int32_t* fault = nullptr;   // [1], CUDA: not 0 poisons the loss; null: nothing is wrong
 
   void* loss;        // [] compute
@@ -151,17 +151,29 @@ IPO_HOST_DEVICE FoldedRow folded_row(const FoldArgs& args, int i) {
           i < args.num_extremes / 2 ? FoldedRow::kSmallest : FoldedRow::kLargest};
 }
 
+// The settings in the compute dtype, without the normalizer, which the host may not be able to
+// read.
+template <typename E>
+IPO_HOST_DEVICE math::LossParams<E> settings_for(const math::LossParams<double>& params) {
+  using math::MaskRule;
+  using math::PolicyForm;
+#define IPO_EXT_CAST(schema, Type, name) static_cast<Type>(params.name),
+  return {IPO_EXT_LOSS_NUMBERS(IPO_EXT_CAST) E(0),
+          IPO_EXT_LOSS_RULES(IPO_EXT_CAST) params.sequence};
+#undef IPO_EXT_CAST
+}
+
+template <typename E>
+IPO_HOST_DEVICE E inverse_normalizer_of_tokens(const IpoLossArgs& args) {
+  return static_cast<E>(math::inverse_normalizer<E>(load_scalar(args.normalizer)));
+}
+
 // The settings in the compute dtype.
 template <typename E>
 IPO_HOST_DEVICE math::LossParams<E> params_for(const IpoLossArgs& args) {
-  using math::MaskRule;
-  using math::PolicyForm;
-  const math::LossParams<double>& params = args.params;
-#define IPO_EXT_CAST(schema, Type, name) static_cast<Type>(params.name),
-  return {IPO_EXT_LOSS_NUMBERS(IPO_EXT_CAST) static_cast<E>(
-              math::inverse_normalizer<E>(load_scalar(args.normalizer))),
-          IPO_EXT_LOSS_RULES(IPO_EXT_CAST) params.sequence};
-#undef IPO_EXT_CAST
+  math::LossParams<E> params = settings_for<E>(args.params);
+  params.inv_normalizer = inverse_normalizer_of_tokens<E>(args);
+  return params;
 }
 
 IPO_HOST_DEVICE math::TokenExtras extras_of(const IpoLossArgs& args) {

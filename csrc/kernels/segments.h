@@ -14,9 +14,11 @@ struct Segments {
                               // null: one segment
   int64_t count;
   int64_t tokens;
-  int64_t tile_size;
+  int tile_log2;  // of the tokens of a tile: a GPU has no division
 
-  IPO_HOST_DEVICE int64_t num_tiles() const { return (tokens + tile_size - 1) / tile_size; }
+  IPO_HOST_DEVICE int64_t tile_size() const { return int64_t{1} << tile_log2; }
+  IPO_HOST_DEVICE int64_t tile_of(int64_t token) const { return token >> tile_log2; }
+  IPO_HOST_DEVICE int64_t num_tiles() const { return tile_of(tokens + tile_size() - 1); }
 
   // Returns the first token of segment s, s in [0, count]. It is clamped: whatever cu_seqlens
   // holds, no access leaves the batch.
@@ -53,9 +55,9 @@ struct Segments {
   IPO_HOST_DEVICE int64_t num_slots() const { return num_tiles() + count; }
 
   // The slots of segment s are [first_slot(s), end_slot(s)); they are written where it has tokens.
-  IPO_HOST_DEVICE int64_t first_slot(int64_t s) const { return slot(begin(s) / tile_size, s); }
+  IPO_HOST_DEVICE int64_t first_slot(int64_t s) const { return slot(tile_of(begin(s)), s); }
   IPO_HOST_DEVICE int64_t end_slot(int64_t s) const {
-    return begin(s + 1) > begin(s) ? slot((begin(s + 1) - 1) / tile_size, s) + 1 : first_slot(s);
+    return begin(s + 1) > begin(s) ? slot(tile_of(begin(s + 1) - 1), s) + 1 : first_slot(s);
   }
 
   // Returns whether entry s keeps cu_seqlens a partition, which starts at 0, never decreases and

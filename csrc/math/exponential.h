@@ -27,11 +27,11 @@ struct ExponentialConstants<float> {
   // (exp(f) - 1 - f) / f^2 for |f| <= ln(2) / 2: Cephes' minimax polynomial.
   template <typename T>
   static IPO_HOST_DEVICE T tail(T f) {
-    T q = 1.9875691500e-4f * f + 1.3981999507e-3f;
-    q = q * f + 8.3334519073e-3f;
-    q = q * f + 4.1665795894e-2f;
-    q = q * f + 1.6666665459e-1f;
-    return q * f + 5.0000001201e-1f;
+    T q = multiply_add(1.9875691500e-4f, f, 1.3981999507e-3f);
+    q = multiply_add(q, f, 8.3334519073e-3f);
+    q = multiply_add(q, f, 4.1665795894e-2f);
+    q = multiply_add(q, f, 1.6666665459e-1f);
+    return multiply_add(q, f, 5.0000001201e-1f);
   }
 
   // 2^f for |f| <= 1/2 within 9.2e-8, relative: the minimax polynomial whose constant is 1.
@@ -60,17 +60,17 @@ struct ExponentialConstants<double> {
   // The Taylor series of the function above; its first term that is left out is below 2^-57.
   template <typename T>
   static IPO_HOST_DEVICE T tail(T f) {
-    T q = 1.0 / 6227020800.0 * f + 1.0 / 479001600.0;
-    q = q * f + 1.0 / 39916800.0;
-    q = q * f + 1.0 / 3628800.0;
-    q = q * f + 1.0 / 362880.0;
-    q = q * f + 1.0 / 40320.0;
-    q = q * f + 1.0 / 5040.0;
-    q = q * f + 1.0 / 720.0;
-    q = q * f + 1.0 / 120.0;
-    q = q * f + 1.0 / 24.0;
-    q = q * f + 1.0 / 6.0;
-    return q * f + 0.5;
+    T q = multiply_add(1.0 / 6227020800.0, f, 1.0 / 479001600.0);
+    q = multiply_add(q, f, 1.0 / 39916800.0);
+    q = multiply_add(q, f, 1.0 / 3628800.0);
+    q = multiply_add(q, f, 1.0 / 362880.0);
+    q = multiply_add(q, f, 1.0 / 40320.0);
+    q = multiply_add(q, f, 1.0 / 5040.0);
+    q = multiply_add(q, f, 1.0 / 720.0);
+    q = multiply_add(q, f, 1.0 / 120.0);
+    q = multiply_add(q, f, 1.0 / 24.0);
+    q = multiply_add(q, f, 1.0 / 6.0);
+    return multiply_add(q, f, 0.5);
   }
   template <typename T>
   static IPO_HOST_DEVICE T power_of_2(T f) {
@@ -88,13 +88,40 @@ constexpr E kMaxLog = ExponentialConstants<E>::kHighest;
 constexpr double kMeasureClamp = 80;
 constexpr double kExpAtMeasureClamp = 5.54062238439351e34;  // the same double as exp(80) - 1 - 80
 
+// Log-ratios up to this size are tame: their exponential needs no care, and no measure clamps them.
+constexpr double kTame = 64;
+
 template <typename T>
 struct Exponential {
   T exp;                  // exp(x), x clamped to kMaxLog; NaN for NaN
   T exp_minus_1_minus_x;  // finite for -max <= x <= kMeasureClamp; within 12 epsilons, relative
 };
 
-// Splits x = n ln(2) + f, so that exp(x) = 2^n (1 + f + f^2 tail(f)).
+// x = n ln(2) + f, with |f| <= ln(2) / 2.
+template <typename T>
+struct SplitArgument {
+  T rounded;  // holds n in its last bits
+  T f;
+  T tail;  // exp(f) - 1 - f
+};
+
+template <typename T>
+IPO_HOST_DEVICE SplitArgument<T> split_argument(T x) {
+  using C = ExponentialConstants<Element<T>>;
+  const T rounded = multiply_add(C::kLog2E, x, C::kRoundMagic);
+  const T n = rounded - C::kRoundMagic;
+  const T f = multiply_add(-C::kLn2Low, n, multiply_add(-C::kLn2High, n, x));
+  return {rounded, f, rounded_product(f * f, C::tail(f))};
+}
+
+// For n = 0 the last bracket is exactly 0: near x = 0 the tail's full relative accuracy remains.
+template <typename T>
+IPO_HOST_DEVICE T exp_minus_1_minus_x(const SplitArgument<T>& split, T scale, T x) {
+  using E = Element<T>;
+  return multiply_add(scale, split.tail, multiply_add(scale, split.f, -x) + (scale - E(1)));
+}
+
+// Computes exp(x) = 2^n (1 + f + f^2 tail(f)).
 template <typename T>
 IPO_HOST_DEVICE Exponential<T> exponential(T x) {
   using E = Element<T>;
@@ -103,23 +130,29 @@ IPO_HOST_DEVICE Exponential<T> exponential(T x) {
   using Unsigned = typename Lanes<T>::Unsigned;
 
   const T bounded = smaller(splat<T>(C::kHighest), larger(splat<T>(C::kLowest), x));  // keeps NaN
-  const T rounded = bounded * C::kLog2E + C::kRoundMagic;
-  const T n = rounded - C::kRoundMagic;
-  const T f = (bounded - n * C::kLn2High) - n * C::kLn2Low;
-  const T tail = f * f * C::tail(f);
+  const SplitArgument<T> split = split_argument(bounded);
 
   // 2^n is taken as two factors: n alone can leave the exponent's range where exp(x) does not. The
   // integers are unsigned, because a NaN's n is anything.
   const Unsigned exponent =
-      bit_cast<Unsigned>(rounded) - bit_cast<Unsigned>(splat<T>(C::kRoundMagic));
+      bit_cast<Unsigned>(split.rounded) - bit_cast<Unsigned>(splat<T>(C::kRoundMagic));
   const Unsigned half = bit_cast<Unsigned>(bit_cast<Int>(exponent) >> 1);
   const T scale_a = bit_cast<T>((half + C::kBias) << C::kMantissaBits);
   const T scale_b = bit_cast<T>((exponent - half + C::kBias) << C::kMantissaBits);
-  const T scale = scale_a * scale_b;
+  return {((split.f + split.tail) + E(1)) * scale_a * scale_b,
+          exp_minus_1_minus_x(split, scale_a * scale_b, x)};
+}
 
-  // For n = 0 the bracket is exactly 0: near x = 0 the tail's full relative accuracy remains.
-  return {((f + tail) + E(1)) * scale_a * scale_b,
-          scale * tail + ((scale * f - x) + (scale - E(1)))};
+// Computes the same bits for |x| <= kTame, with one factor and no bound.
+template <typename T>
+IPO_HOST_DEVICE Exponential<T> exponential_of_tame(T x) {
+  using C = ExponentialConstants<Element<T>>;
+  using Unsigned = typename Lanes<T>::Unsigned;
+  const SplitArgument<T> split = split_argument(x);
+  // The shift leaves nothing of the magic number but zeros.
+  const T scale = bit_cast<T>((bit_cast<Unsigned>(split.rounded) << C::kMantissaBits) +
+                              (C::kBias << C::kMantissaBits));
+  return {multiply_add(split.f + split.tail, scale, scale), exp_minus_1_minus_x(split, scale, x)};
 }
 
 // From this argument down exponential_of_nonpositive is exactly 0, and so are the softmax's terms.

@@ -75,14 +75,26 @@ IPO_HOST_DEVICE T select(Mask<T> mask, T yes, T no) {
 }
 
 // Returns a * b, rounded on its own. The device fuses other products with the sums that take them,
-// and what should cancel to 0 would leave the product's rounding error.
-template <typename T>
-IPO_HOST_DEVICE T rounded_product(Element<T> a, T b) {
+// and what should cancel to 0 would leave the product's rounding error. A is T or its element.
+template <typename T, typename A>
+IPO_HOST_DEVICE T rounded_product(A a, T b) {
 #if defined(__CUDA_ARCH__)
   if constexpr (std::is_same_v<T, float>) return __fmul_rn(a, b);
   if constexpr (std::is_same_v<T, double>) return __dmul_rn(a, b);
 #endif
   return a * b;
+}
+
+// Returns a * b + c, fused on the device, where the compiler would otherwise choose what to fuse
+// by the code around it, and two kernels would differ in the last bit. The host rounds twice, as
+// its oldest instruction sets must. A and C are T or its element.
+template <typename T, typename A, typename C>
+IPO_HOST_DEVICE T multiply_add(A a, T b, C c) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, float>) return __fmaf_rn(a, b, c);
+  if constexpr (std::is_same_v<T, double>) return __fma_rn(a, b, c);
+#endif
+  return a * b + c;
 }
 
 // `smaller` and `larger` choose one of two numbers, and b where either is NaN: on x86 one
@@ -95,6 +107,38 @@ IPO_HOST_DEVICE T smaller(T a, T b) {
 template <typename T>
 IPO_HOST_DEVICE T larger(T a, T b) {
   return select<T>(a > b, a, b);
+}
+
+// Adds 1 to the counts of the lanes in which `mask` holds.
+template <typename T>
+IPO_HOST_DEVICE void count_where(typename Lanes<T>::Count& count, Mask<T> mask) {
+#if defined(__CUDA_ARCH__)
+  // One predicated addition; of the plain one the compiler makes a selection and an addition.
+  asm("{.reg .pred q; setp.ne.u32 q, %1, 0; @q add.u32 %0, %0, 1;}"
+      : "+r"(count)
+      : "r"(static_cast<uint32_t>(mask)));
+#else
+  count += Lanes<T>::ones(mask);
+#endif
+}
+
+// Lowers `smallest` to `value`, or raises `largest` to it, in the lanes in which `where` holds, and
+// where `value` is a number.
+template <typename T>
+IPO_HOST_DEVICE void lower_where(T& smallest, Mask<T> where, T value) {
+#if defined(__CUDA_ARCH__)
+  if (where) smallest = min(smallest, value);  // one instruction
+#else
+  smallest = smaller(select<T>(where, value, smallest), smallest);
+#endif
+}
+template <typename T>
+IPO_HOST_DEVICE void raise_where(T& largest, Mask<T> where, T value) {
+#if defined(__CUDA_ARCH__)
+  if (where) largest = max(largest, value);
+#else
+  largest = larger(select<T>(where, value, largest), largest);
+#endif
 }
 
 }  // namespace ipo_ext::math

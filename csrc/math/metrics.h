@@ -103,50 +103,64 @@ IPO_HOST_DEVICE TileSums<T> empty_tile_sums() {
   return empty;
 }
 
+// Adds a token to the sums. A ratio that overflows counts in `nonfinite` (and in the band's sides)
+// and adds 0 to everything else.
+template <Tokens kTokens = Tokens::kAny, typename T>
+IPO_HOST_DEVICE void add_token(TileSums<T>& tile, const Token<T>& token, const TokenLoss<T>& loss) {
+  using E = Element<T>;
+  using L = Lanes<T>;
+  const Mask<T> counted = loss.active & loss.finite;
+  const Mask<T> masked = L::and_not(counted, loss.kept);
+
+  constexpr bool kIsTame = kTokens == Tokens::kTame;
+  count_where<T>(tile.counts[count::active], loss.active);
+  count_where<T>(tile.counts[count::kept], loss.kept);
+  count_where<T>(tile.counts[count::masked_low], loss.masked_low);
+  count_where<T>(tile.counts[count::masked_high], loss.masked_high);
+  if constexpr (!kIsTame) {
+    count_where<T>(tile.counts[count::nonfinite], L::and_not(loss.active, loss.finite));
+  }
+  count_where<T>(tile.counts[count::masked_advantage_positive], masked & (token.advantage > E(0)));
+  count_where<T>(tile.counts[count::masked_advantage_negative], masked & (token.advantage < E(0)));
+
+  const Wide<T> ratio = L::widen(loss.ratio);
+  const T kept_mismatch = select<T>(loss.kept, loss.mismatch_kl, T{});
+  // Of tame tokens the inactive have a mismatch of 0.
+  const T masked_mismatch =
+      kIsTame ? loss.mismatch_kl - kept_mismatch : select<T>(masked, loss.mismatch_kl, T{});
+  tile.sums[sum::mismatch_kl_kept] += L::widen(kept_mismatch);
+  tile.sums[sum::mismatch_kl_masked] += L::widen(masked_mismatch);
+  tile.sums[sum::pg_loss] += L::widen(loss.pg_loss);
+  tile.sums[sum::kl_loss] += L::widen(loss.kl_loss);
+  tile.sums[sum::ratio] += ratio;
+  tile.sums[sum::ratio_squared] += ratio * ratio;
+
+  // A finite x counts even where its ratio overflows.
+  Mask<T> measurable = loss.active;
+  if constexpr (!kIsTame) {
+    measurable = loss.active & (loss.log_ratio >= -std::numeric_limits<E>::max()) &
+                 (loss.log_ratio <= std::numeric_limits<E>::max());
+  }
+  lower_where<T>(tile.log_ratio_min, measurable, loss.log_ratio);
+  raise_where<T>(tile.log_ratio_max, measurable, loss.log_ratio);
+}
+
 // Says which optional inputs of a token are there.
 struct TokenExtras {
   bool teacher;
   bool entropy;
 };
 
-// Adds a token to the sums. A ratio that overflows counts in `nonfinite` (and in the band's sides)
-// and adds 0 to everything else.
+// Adds the optional inputs of a token that is `counted`: active, with a finite ratio.
 template <typename T>
-IPO_HOST_DEVICE void add_token(TileSums<T>& tile, const Token<T>& token, const TokenLoss<T>& loss,
-                               const TokenExtras& has) {
-  using E = Element<T>;
+IPO_HOST_DEVICE void add_extras(TileSums<T>& tile, const Token<T>& token, Mask<T> counted,
+                                const TokenExtras& has) {
   using L = Lanes<T>;
-  const Mask<T> counted = loss.active & loss.finite;
-  const Mask<T> masked = L::and_not(counted, loss.kept);
-
-  tile.counts[count::active] += L::ones(loss.active);
-  tile.counts[count::kept] += L::ones(loss.kept);
-  tile.counts[count::masked_low] += L::ones(loss.masked_low);
-  tile.counts[count::masked_high] += L::ones(loss.masked_high);
-  tile.counts[count::nonfinite] += L::ones(L::and_not(loss.active, loss.finite));
-  tile.counts[count::masked_advantage_positive] += L::ones(masked & (token.advantage > E(0)));
-  tile.counts[count::masked_advantage_negative] += L::ones(masked & (token.advantage < E(0)));
-
-  const Wide<T> ratio = L::widen(select<T>(loss.kept, loss.ratio, T{}));
-  tile.sums[sum::mismatch_kl_kept] += L::widen(select<T>(loss.kept, loss.mismatch_kl, T{}));
-  tile.sums[sum::mismatch_kl_masked] += L::widen(select<T>(masked, loss.mismatch_kl, T{}));
-  tile.sums[sum::pg_loss] += L::widen(loss.pg_loss);
-  tile.sums[sum::kl_loss] += L::widen(loss.kl_loss);
-  tile.sums[sum::ratio] += ratio;
-  tile.sums[sum::ratio_squared] += ratio * ratio;
   if (has.teacher) {
     tile.sums[sum::teacher_kl] +=
         L::widen(select<T>(counted, token.teacher_logprob - token.trainer_logprob, T{}));
   }
   if (has.entropy) tile.sums[sum::entropy] += L::widen(select<T>(counted, token.entropy, T{}));
-
-  // A finite x counts even where its ratio overflows.
-  const Mask<T> measurable = loss.active & (loss.log_ratio >= -std::numeric_limits<E>::max()) &
-                             (loss.log_ratio <= std::numeric_limits<E>::max());
-  tile.log_ratio_min =
-      smaller(select<T>(measurable, loss.log_ratio, tile.log_ratio_min), tile.log_ratio_min);
-  tile.log_ratio_max =
-      larger(select<T>(measurable, loss.log_ratio, tile.log_ratio_max), tile.log_ratio_max);
 }
 
 // Sums over a whole segment, all in fp64, as the operator returns them.
@@ -191,8 +205,8 @@ struct BoundCounts {
 
 template <typename T>
 IPO_HOST_DEVICE void add_token(BoundCounts<T>& counts, const TokenLoss<T>& loss) {
-  counts.clipped += Lanes<T>::ones(loss.clipped);
-  counts.capped += Lanes<T>::ones(loss.capped);
+  count_where<T>(counts.clipped, loss.clipped);
+  count_where<T>(counts.capped, loss.capped);
 }
 
 template <typename E>

@@ -51,7 +51,7 @@ struct PolicyTerm {
 
 template <typename T>
 IPO_HOST_DEVICE PolicyTerm<T> ratio_term(const PolicyInput<T>& token) {
-  const T loss = -token.advantage * token.ratio;
+  const T loss = rounded_product(-token.advantage, token.ratio);
   return {loss, loss, token.ratio};
 }
 
@@ -60,7 +60,7 @@ template <typename T>
 IPO_HOST_DEVICE PolicyTerm<T> capped_term(const PolicyInput<T>& token,
                                           const PolicyBounds<Element<T>>& bounds) {
   const T ratio = smaller(token.ratio, splat<T>(bounds.ratio_cap));
-  const T loss = -token.advantage * ratio;
+  const T loss = rounded_product(-token.advantage, ratio);
   return {loss, loss, ratio, Mask<T>{}, token.log_ratio > bounds.log_ratio_cap};
 }
 
@@ -85,7 +85,7 @@ IPO_HOST_DEVICE PolicyTerm<T> cispo_term(const PolicyInput<T>& token,
                                          const PolicyBounds<Element<T>>& bounds) {
   const T least = splat<T>(bounds.clip_low);
   const T ratio = smaller(larger(token.ratio, least), splat<T>(bounds.clip_high));
-  const T derivative = -token.advantage * ratio;
+  const T derivative = rounded_product(-token.advantage, ratio);
   const Mask<T> clipped =
       (token.log_ratio > bounds.log_clip_high) | (token.log_ratio < bounds.log_clip_low);
   return {derivative * token.trainer_logprob, derivative, ratio, clipped};

@@ -67,7 +67,8 @@ struct TokenLoss {
                         // ratio too
   Mask<T> masked_low;   // active and dropped on the low side
   T log_ratio;
-  T ratio;          // what it counts as: capped or clipped where the policy form does that
+  T ratio;          // what it counts as: capped or clipped where the policy form does that; 0
+                    // unless kept
   T mismatch_kl;    // r - 1 - x, with x clamped to kMeasureClamp
   T pg_loss;        // exactly 0 unless kept
   T kl_loss;        // exactly 0 unless kept or, where the KL's scope is wider, active and finite
@@ -76,21 +77,35 @@ struct TokenLoss {
   Mask<T> capped;   // likewise, where it caps it
 };
 
-template <typename T>
+// What a caller knows of its tokens and settings. Tame ones give the same bits with fewer
+// instructions: log-ratios of active tokens are within kTame of 0, so that no ratio overflows and
+// nothing that is compared is NaN, and neither adv_tau nor the normalizer is 0.
+enum class Tokens { kAny, kTame };
+
+// An inactive one of the tame tokens has a log-ratio of 0.
+template <Tokens kTokens = Tokens::kAny, typename T>
 IPO_HOST_DEVICE T log_ratio(const Token<T>& token) {
-  return token.trainer_logprob - token.inference_logprob;
+  const T x = token.trainer_logprob - token.inference_logprob;
+  if constexpr (kTokens == Tokens::kTame) return select<T>(token.active, x, T{});
+  return x;
 }
 
 // The argument exponential_x is exponential(log_ratio(token)), which a caller may have made
 // earlier.
-template <Rules kRules, typename T>
+template <Rules kRules, typename T, Tokens kTokens = Tokens::kAny>
 IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential<T>& exponential_x,
                                         const LossParams<Element<T>>& params) {
   using E = Element<T>;
-  const T x = log_ratio(token);
+  constexpr bool kIsTame = kTokens == Tokens::kTame;
+  const T x = log_ratio<kTokens>(token);
 
   const E largest = kRules == Rules::kAny ? params.largest_log_ratio : kMaxLog<E>;
-  const Mask<T> finite = (x >= -std::numeric_limits<E>::max()) & (x <= largest);
+  Mask<T> finite;
+  if constexpr (kIsTame) {
+    finite = true;
+  } else {
+    finite = (x >= -std::numeric_limits<E>::max()) & (x <= largest);
+  }
   const MaskDecision<T> decision = mask_decision<kRules, T>(
       {token.trainer_logprob, token.inference_logprob, x, token.advantage, token.active, finite},
       params.mask_rule, params.low, params.high);
@@ -104,35 +119,42 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
       pays_kl = Lanes<T>::and_not(pays_kl, token.advantage < E(0));
     }
   }
-  const T mismatch_kl = select<T>(x > E(kMeasureClamp), splat<T>(E(kExpAtMeasureClamp)),
-                                  exponential_x.exp_minus_1_minus_x);
+  T mismatch_kl = exponential_x.exp_minus_1_minus_x;
+  if constexpr (!kIsTame) {
+    mismatch_kl = select<T>(x > E(kMeasureClamp), splat<T>(E(kExpAtMeasureClamp)), mismatch_kl);
+  }
 
   // A term whose tau is 0 is not evaluated: whatever its input holds is harmless.
-  const T own = params.adv_tau != 0 ? params.adv_tau * token.advantage : T{};
-  const T distilled = params.teacher_tau != 0
-                          ? params.teacher_tau * (token.teacher_logprob - token.trainer_logprob)
-                          : T{};
-  // A token of weight 0 pays nothing: where a product overflows, 0 times it would be NaN.
-  const T weight = kRules == Rules::kAny ? token.weight * E(params.sequence.weight) : token.weight;
+  T push = kIsTame || params.adv_tau != 0 ? rounded_product(params.adv_tau, token.advantage) : T{};
+  if (params.teacher_tau != 0) {
+    push =
+        push + rounded_product(params.teacher_tau, token.teacher_logprob - token.trainer_logprob);
+  }
+
+  // What a token that pays nothing holds is replaced before it is used. A token of weight 0 pays
+  // nothing: where a product overflows, 0 times it would be NaN.
+  T weight = kRules == Rules::kAny ? token.weight * E(params.sequence.weight) : token.weight;
+  weight = select<T>(pays_kl, weight, splat<T>(E(1)));
   const Mask<T> weighs = weight != E(0);
-  const T push = own + distilled;
-  const T advantage = select<T>(weighs, push, T{});
-  const T tau_x = select<T>(weighs, splat<T>(params.kl_tau), T{}) * x;
+  const T advantage = select<T>(kept & weighs, push, T{});
+  const T ratio = select<T>(kept, exponential_x.exp, T{});
+  const T kl_x = select<T>(pays_kl, x, T{});
+  const T tau_x = rounded_product(select<T>(weighs, splat<T>(params.kl_tau), T{}), kl_x);
 
   // The formula and its derivative (docs/math.md): d(-A r)/dx = -A r, d(tau x^2)/dx = 2 tau x.
-  const PolicyInput<T> policy = {token.trainer_logprob, x, exponential_x.exp, advantage, push};
+  const PolicyInput<T> policy = {token.trainer_logprob, x, ratio, advantage, push};
   PolicyTerm<T> pg = ratio_term(policy);
+  T pg_loss = weight * pg.loss;
   if constexpr (kRules == Rules::kAny) {
     pg = policy_term(policy, params.pg_form, params.policy_bounds());
+    pg_loss = select<T>(kept, weight * pg.loss, T{});
     pg.derivative = select<T>(kept, pg.derivative, T{});
+    pg.ratio = select<T>(kept, pg.ratio, T{});
   }
-  const T pg_loss = weight * pg.loss;
-  const T kl_loss = weight * (tau_x * x);
-  const T derivative = weight * (pg.derivative + E(2) * tau_x);
-
-  const T poison = splat<T>(params.inv_normalizer * E(0));  // 0, or NaN
-  const T gradient = params.inv_normalizer != 0
-                         ? select<T>(pays_kl, derivative * params.inv_normalizer, poison)
+  const T kl_loss = weight * rounded_product(tau_x, kl_x);
+  const T derivative = weight * multiply_add(E(2), tau_x, pg.derivative);
+  const T gradient = kIsTame || params.inv_normalizer != 0
+                         ? rounded_product(derivative, splat<T>(params.inv_normalizer))
                          : T{};
 
   const Mask<T> counted = token.active & finite;
@@ -146,17 +168,19 @@ IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token, const Exponential
           x,
           pg.ratio,
           mismatch_kl,
-          select<T>(kept, pg_loss, T{}),
-          select<T>(pays_kl, kl_loss, T{}),
+          pg_loss,
+          kl_loss,
           gradient,
           clipped,
           capped};
 }
 
-template <Rules kRules, typename T>
+template <Rules kRules, Tokens kTokens = Tokens::kAny, typename T>
 IPO_HOST_DEVICE TokenLoss<T> token_loss(const Token<T>& token,
                                         const LossParams<Element<T>>& params) {
-  return token_loss<kRules>(token, exponential(log_ratio(token)), params);
+  const T x = log_ratio<kTokens>(token);
+  const auto exponential_x = kTokens == Tokens::kTame ? exponential_of_tame(x) : exponential(x);
+  return token_loss<kRules, T, kTokens>(token, exponential_x, params);
 }
 
 }  // namespace ipo_ext::math

@@ -35,6 +35,7 @@ def tests_in(file: str) -> Callable[..., tuple[str, ...]]:
 
 
 from_logprobs = tests_in("loss/test_from_logprobs.py")
+tame_tokens = tests_in("loss/test_tame_tokens.py")
 properties = tests_in("loss/test_properties.py")
 mask_rules = tests_in("loss/test_mask_rules.py")
 policy_forms = tests_in("loss/test_policy_forms.py")
@@ -57,6 +58,8 @@ AROUND_TILES = from_logprobs(
     "test_long_and_short_segments_matches_the_reference_around_tiles",
     "test_every_memory_case_matches_the_reference",
 )
+LONG_SEGMENTS = from_logprobs("test_long_and_short_segments_matches_the_reference_around_tiles")
+ANOTHER_TOKEN = tame_tokens("test_a_round_with_another_token_is_what_its_tokens_are")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +74,14 @@ class Mutation:
 LOSS_ARGS = "kernels/ipo_loss.h"
 LOSS_LAUNCH = "kernels/cuda/ipo_loss/ipo_loss.cu"
 TILES = "kernels/cuda/ipo_loss/tiles.cuh"
+WARP_TILES = "kernels/cuda/ipo_loss/warp_tiles.cuh"
 TOKENS = "kernels/cuda/ipo_loss/tokens.cuh"
 LOSS_SEGMENTS = "kernels/cuda/ipo_loss/segments.cuh"
 FINISH = "kernels/cuda/ipo_loss/finish.cuh"
 SEQUENCES = "kernels/cuda/ipo_loss/sequences.cuh"
 REDUCE = "kernels/cuda/common/reduce.cuh"
 SEGMENTS = "kernels/segments.h"
+EXPONENTIAL = "math/exponential.h"
 LOSS = "math/token_loss.h"
 RULES = "math/mask_rules.h"
 SEQUENCE_RULES = "math/sequence_rules.h"
@@ -148,14 +153,14 @@ MUTATIONS = (
     Mutation(
         "wrong-stride-of-tiles",
         FINISH,
-        "< segments.num_tiles(); tile += kThreads)",
-        "< segments.num_tiles(); tile += 2 * kThreads)",
+        "< segments.num_tiles(); tile += kFinishThreads)",
+        "< segments.num_tiles(); tile += 2 * kFinishThreads)",
     ),
     Mutation(
         "wrong-stride-of-slots",
         FINISH,
-        "slot += kThreads) {",
-        "slot += 2 * kThreads) {",
+        "slot += stride * kSlotsAtOnce",
+        "slot += 2 * stride * kSlotsAtOnce",
     ),
     Mutation(
         "wrong-search",
@@ -262,6 +267,105 @@ MUTATIONS = (
         "loaded = true;",
     ),
     Mutation(
+        "vote-of-one-lane",
+        WARP_TILES,
+        "__all_sync(kFullWarp, tame)",
+        "__any_sync(kFullWarp, tame)",
+        ANOTHER_TOKEN,
+    ),
+    Mutation(
+        "vote-of-some-tokens",
+        WARP_TILES,
+        "tame &= fabsf",
+        "tame = fabsf",
+        ANOTHER_TOKEN,
+    ),
+    Mutation(
+        "tame-whatever-the-adv-tau",
+        WARP_TILES,
+        "params.adv_tau != 0 &&",
+        "",
+        tame_tokens("test_an_infinite_advantage_is_harmless_where_its_tau_is_zero"),
+    ),
+    Mutation(
+        "tame-whatever-the-normalizer",
+        WARP_TILES,
+        "&& params.inv_normalizer != 0",
+        "",
+        tame_tokens("test_an_infinite_advantage_is_harmless_where_the_normalizer_is_zero"),
+    ),
+    Mutation(
+        "tame-whatever-the-alignment",
+        WARP_TILES,
+        "vectorizable<kInputs>(all.loss) &&",
+        "",
+        from_logprobs(
+            "test_one_misaligned_input_changes_no_gradient",
+            "test_every_memory_case_matches_the_reference",
+        ),
+    ),
+    Mutation(
+        "tame-though-inactive",
+        LOSS,
+        "return select<T>(token.active, x, T{});",
+        "return x;",
+    ),
+    Mutation(
+        "round-before-the-span",
+        WARP_TILES,
+        "round >= begin && round_end <= tame_end",
+        "round_end <= tame_end",
+    ),
+    Mutation(
+        "round-beyond-the-span",
+        WARP_TILES,
+        "round >= begin && round_end <= tame_end",
+        "round >= begin && round <= tame_end",
+    ),
+    Mutation(
+        "tokens-beyond-the-span",
+        WARP_TILES,
+        "round_end < end ? round_end : end",
+        "round_end",
+    ),
+    Mutation(
+        "slot-of-another-warp",
+        WARP_TILES,
+        "store_span<kRules>(sums, workspace, Segments::slot(tile, segment))",
+        "store_span<kRules>(sums, workspace, Segments::slot(tile, 0))",
+    ),
+    Mutation(
+        "wrong-search-of-a-warp",
+        LOSS_SEGMENTS,
+        "const int64_t probe = lane * stride;",
+        "const int64_t probe = lane;",
+    ),
+    Mutation(
+        "loss-of-another-row",
+        TILE_SUMS,
+        "math::sum::kl_loss * kLanes",
+        "math::sum::ratio * kLanes",
+    ),
+    Mutation(
+        "plain-whatever-the-dtype",
+        LOSS_LAUNCH,
+        "&&args.tensor.dtype == DType::kFloat32",
+        "",
+    ),
+    Mutation(
+        "kernel-of-another-form",
+        LOSS_LAUNCH,
+        "form == PolicyForm::kForm)",
+        "form != PolicyForm::kForm)",
+        policy_forms("test_equals_the_reference", "test_any_tokens_around_the_bounds"),
+    ),
+    Mutation(
+        "tame-ratio-of-half-the-exponent",
+        EXPONENTIAL,
+        "(C::kBias << C::kMantissaBits)",
+        "((C::kBias - 1) << C::kMantissaBits)",
+    ),
+    Mutation(
         "slots-beyond-the-segment",
         FINISH,
         "slot + i < slots.end",
@@ -272,7 +376,28 @@ MUTATIONS = (
         FINISH,
         "if (slots.are_many())",
         "if (!slots.are_many())",
-        from_logprobs("test_long_and_short_segments_matches_the_reference_around_tiles"),
+        LONG_SEGMENTS,
+    ),
+    Mutation(
+        "rows-of-the-last-warp",
+        FINISH,
+        "other < kFinishWarps; ++other",
+        "other < kFinishWarps - 1; ++other",
+        LONG_SEGMENTS,
+    ),
+    Mutation(
+        "rows-before-the-barrier",
+        FINISH,
+        "kFinishWarps);\n  __syncthreads();",
+        "kFinishWarps);",
+        LONG_SEGMENTS,
+    ),
+    Mutation(
+        "rows-of-the-next-segment",
+        FINISH,
+        "  __syncthreads();  // before the next use of rows\n",
+        "",
+        LONG_SEGMENTS,
     ),
     Mutation(
         "half-of-the-lanes",

@@ -124,16 +124,36 @@ struct Batch {
 // workspace's zeros.
 struct OnCpu {
   static size_t workspace_bytes(const IpoLossArgs& args) { return cpu::workspace_bytes(args); }
-  template <typename E, int>
+  template <typename E>
   static void run(const IpoLossArgs& args) {
     cpu::ipo_loss(args, [](int64_t tiles, int64_t, const auto& body) { body(tiles - 1, tiles); });
   }
 };
 
-template <math::Rules kRules, typename E, int kCount>
-__global__ void last_tile(const IpoLossArgs args) {
+template <math::Rules kRules, int kCount>
+__global__ void last_block_tile(const IpoLossArgs args) {
   blockIdx.x = static_cast<unsigned>(args.segments.num_tiles() - 1);
-  cuda::ipo_loss_tiles<kRules, E, kCount>(args);
+  cuda::ipo_loss_tiles<kRules, double, kCount>(args);
+}
+
+template <math::Rules kRules, cuda::Inputs kInputs>
+__global__ void last_warp_tiles(const cuda::WarpTilesArgs args) {
+  blockIdx.x = static_cast<unsigned>(cuda::blocks_of_warps(args.loss.segments.num_tiles()) - 1);
+  cuda::ipo_loss_warp_tiles<kRules, kInputs>(args);
+}
+
+template <math::Rules kRules>
+void launch_last_tile(const IpoLossArgs& args) {
+  constexpr size_t kBlockTile = sizeof(cuda::TileStorage<double>);
+  if (!cuda::has_warp_tiles(args)) {
+    cuda::launch(cuda::vectorizable(args) ? last_block_tile<kRules, 2> : last_block_tile<kRules, 1>,
+                 1, cuda::kThreads, kBlockTile, nullptr, args);
+    return;
+  }
+  const cuda::WarpTilesArgs all = {args, settings_for<float>(args.params)};
+  cuda::launch(kRules == math::Rules::kDefault ? last_warp_tiles<kRules, cuda::Inputs::kPlain>
+                                               : last_warp_tiles<kRules, cuda::Inputs::kAny>,
+               1, cuda::kThreads, 0, nullptr, all);
 }
 
 template <typename E>
@@ -143,29 +163,35 @@ __global__ void last_sequence_tiles(const IpoLossArgs args) {
   cuda::ipo_loss_sum_sequences<E>(args);
 }
 
+// The arguments with as large a tile as the large batch has, so that both sum in the same order.
+IpoLossArgs with_large_tiles(IpoLossArgs args) {
+  IpoLossArgs large = args;
+  large.segments.tokens = kBase + kTail;
+  args.segments.tile_log2 = cuda::with_tiles(large).tile_log2;
+  return args;
+}
+
 struct OnCuda {
   static size_t workspace_bytes(const IpoLossArgs& args) { return cuda::workspace_bytes(args); }
-  template <typename E, int kCount>
+  template <typename E>
   static void run(IpoLossArgs args) {
-    args.segments = cuda::with_tiles(args.segments);
+    args = with_large_tiles(args);
     const bool judged = args.params.judges_sequences;
     if (judged) {
       cuda::launch(last_sequence_tiles<E>, 1, cuda::kThreads, 0, nullptr, args);
       cuda::launch(cuda::ipo_loss_judge_sequences<E>, 1, cuda::kThreads, 0, nullptr, args);
     }
-    cuda::launch(judged ? last_tile<math::Rules::kAny, E, kCount>
-                        : last_tile<math::Rules::kDefault, E, kCount>,
-                 1, cuda::kThreads, sizeof(cuda::TileStorage<E>), nullptr, args);
-    cuda::launch(cuda::ipo_loss_finish<E, false>, 2, cuda::kThreads, sizeof(cuda::FinishStorage),
-                 nullptr, args);
+    (judged ? launch_last_tile<math::Rules::kAny> : launch_last_tile<math::Rules::kDefault>)(args);
+    cuda::launch(cuda::ipo_loss_finish<E, false>, 2, cuda::kFinishThreads,
+                 sizeof(cuda::FinishStorage), nullptr, args);
   }
 };
 
-template <typename Backend, typename E, int kCount>
+template <typename Backend, typename E>
 void run(Batch<E>& batch) {
   const Sparse workspace(Backend::workspace_bytes(batch.args));
   batch.args.workspace = workspace.as<void>();
-  Backend::template run<E, kCount>(batch.args);
+  Backend::template run<E>(batch.args);
 }
 
 bool check(bool condition, const char* name, const char* what) {
@@ -174,11 +200,11 @@ bool check(bool condition, const char* name, const char* what) {
 }
 
 // The batch must give what its last tokens alone give.
-template <typename Backend, typename E, int kCount>
+template <typename Backend, typename E>
 bool same_as_alone(const char* name, int shift, bool weighed = false) {
   Batch<E> large(kBase, shift, weighed), alone(0, shift, weighed);
-  run<Backend, E, kCount>(large);
-  run<Backend, E, kCount>(alone);
+  run<Backend, E>(large);
+  run<Backend, E>(alone);
   bool ok = check(std::memcmp(large.tail(), alone.tail(), kTail * sizeof(E)) == 0, name,
                   "the gradients past 2^31 are not those of the same tokens alone");
   ok &= check(large.tail()[1] != 0, name, "no gradient was written past 2^31");
@@ -205,13 +231,13 @@ size_t most_resident_bytes() {
 }  // namespace
 
 int main() {
-  bool ok = same_as_alone<OnCpu, float, 0>("cpu float", 0);
-  ok &= same_as_alone<OnCpu, double, 0>("cpu double", 1);
-  ok &= same_as_alone<OnCuda, float, 4>("cuda float, vectors", 0);
-  ok &= same_as_alone<OnCuda, float, 1>("cuda float", 1);
-  ok &= same_as_alone<OnCuda, double, 2>("cuda double, vectors", 0);
-  ok &= same_as_alone<OnCpu, float, 0>("cpu float, weighed", 0, true);
-  ok &= same_as_alone<OnCuda, float, 4>("cuda float, vectors, weighed", 0, true);
+  bool ok = same_as_alone<OnCpu, float>("cpu float", 0);
+  ok &= same_as_alone<OnCpu, double>("cpu double", 1);
+  ok &= same_as_alone<OnCuda, float>("cuda float, vectors", 0);
+  ok &= same_as_alone<OnCuda, float>("cuda float", 1);
+  ok &= same_as_alone<OnCuda, double>("cuda double, vectors", 0);
+  ok &= same_as_alone<OnCpu, float>("cpu float, weighed", 0, true);
+  ok &= same_as_alone<OnCuda, float>("cuda float, vectors, weighed", 0, true);
   ok &= check(most_resident_bytes() < kMostResident, "memory", "the sparse tensors were touched");
   std::printf("%zu MiB resident at most\n", most_resident_bytes() >> 20);
   return ok ? 0 : 1;

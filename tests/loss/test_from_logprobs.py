@@ -96,18 +96,19 @@ def test_matches_the_reference_around_tiles(backend, tokens):
     assert_matches_reference(random_case(tokens, teacher=True), backend.device)
 
 
-@pytest.mark.parametrize("short_ones", [3, 1032])
+@pytest.mark.parametrize("short_ones", [3, 1035])
 def test_long_and_short_segments_matches_the_reference_around_tiles(backend, short_ones):
     """A warp of the CUDA kernels finishes a short segment, a block one of more than 64 tiles: two
     of them one after the other, where there are many segments."""
-    lengths = [5] * short_ones + [64 * 1024 + 1, 0, 63 * 1024, 1, 66 * 1024, 7]
+    tile = TILES[0]
+    lengths = [5] * short_ones + [64 * tile + 1, 0, 63 * tile, 1, 700 * tile, 7]
     case = random_case(sum(lengths), teacher=True).with_(cu_seqlens=cu_seqlens(lengths))
     for schedule in schedules(backend)[:3]:
         with schedule:
             assert_matches_reference(case, backend.device)
 
 
-CPU_GROUP = 4 * TILES[1]  # tokens that one thread of the CPU takes together
+CPU_GROUP = 4 * TILES[-1]  # tokens that one thread of the CPU takes together
 
 
 @pytest.mark.parametrize("before", [0, 1, 5])

@@ -69,7 +69,7 @@ DTYPES = {
     ),
 }
 
-TILES = (1024, 2048)  # tokens of a tile: the CUDA kernel's smallest, and the CPU's
+TILES = (128, 1024, 2048)  # tokens of a tile: the smallest of a warp, of a block, the CPU's
 SMALL_SIZES = tuple(range(1, 41))
 EDGE_SIZES = tuple(sorted({tile * n + d for tile in TILES for n in (1, 2) for d in (-1, 0, 1)}))
 
@@ -79,8 +79,8 @@ def cu_seqlens(lengths: Sequence[int]) -> torch.Tensor:
 
 
 def _at_tiles(tokens: int) -> list[int]:
-    """Segments that end at, one before and one after each tile's end."""
-    ends = {end + d for end in range(0, tokens, TILES[0]) for d in (-1, 0, 1)}
+    """Segments that end at, one before and one after the end of each tile of a block."""
+    ends = {end + d for end in range(0, tokens, TILES[1]) for d in (-1, 0, 1)}
     ends = [0, *sorted(end for end in ends if 0 < end < tokens), tokens]
     return [b - a for a, b in itertools.pairwise(ends)]
 

@@ -8,7 +8,7 @@
 namespace ipo_ext::cpu {
 namespace {
 
-constexpr int64_t kTileSize = 8192;
+constexpr int kTileLog2 = 13;
 
 using CountBins = void (*)(const HistogramArgs&, int64_t begin, int64_t end, BinTables& tables);
 
@@ -32,7 +32,7 @@ void add_tables(const HistogramArgs& args, int64_t segment, const BinTables& tab
 }  // namespace
 
 void histogram(HistogramArgs args, const ParallelFor& parallel_for) {
-  args.segments.tile_size = kTileSize;
+  args.segments.tile_log2 = kTileLog2;
   const CountBins count_bins = best_count_bins(args.compute_dtype);
   parallel_for(args.segments.num_tiles(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {

@@ -15,7 +15,8 @@ namespace {
 using math::SegmentSums;
 using math::TileSums;
 
-constexpr int64_t kTileSize = 2048;
+constexpr int kTileLog2 = 11;
+constexpr int64_t kTileSize = int64_t{1} << kTileLog2;
 constexpr int64_t kTilesPerGroup = 4;  // fewer do not pay for waking a thread
 constexpr int64_t kGroupSize = kTilesPerGroup * kTileSize;
 
@@ -194,20 +195,20 @@ void run(const IpoLossArgs& args, const ParallelFor& parallel_for) {
 
 size_t workspace_bytes(const IpoLossArgs& args) {
   Segments segments = args.segments;
-  segments.tile_size = kTileSize;
+  segments.tile_log2 = kTileLog2;
   return dispatch_compute(args.compute_dtype, [&](auto compute) {
     return Workspace<TypeOf<decltype(compute)>>::bytes(args, segments, segments);
   });
 }
 
 void ipo_loss(IpoLossArgs args, const ParallelFor& parallel_for) {
-  args.segments.tile_size = kTileSize;
+  args.segments.tile_log2 = kTileLog2;
   dispatch_compute(args.compute_dtype,
                    [&](auto compute) { run<TypeOf<decltype(compute)>>(args, parallel_for); });
 }
 
 void sequence_statistics(SequenceStatisticsArgs args, const ParallelFor& parallel_for) {
-  args.loss.segments.tile_size = kTileSize;
+  args.loss.segments.tile_log2 = kTileLog2;
   dispatch_compute(args.loss.compute_dtype, [&](auto compute) {
     using E = TypeOf<decltype(compute)>;
     sum_sequences<E>(args.loss, parallel_for);

@@ -88,7 +88,8 @@ inline __attribute__((always_inline)) void add_chunk(const Chunk<E>& chunk, int6
     const TokenLoss<T> loss =
         token_loss<kRules, T>(token, {load<T>(ratios + i), load<T>(mismatches + i)}, params);
     store(chunk.gradient + i, loss.gradient);
-    add_token(sums, token, loss, has);
+    add_token(sums, token, loss);
+    add_extras(sums, token, loss.active & loss.finite, has);
     if constexpr (kRules == Rules::kAny) add_token(bounded, loss);
   }
   copy_sums(sums, tile);

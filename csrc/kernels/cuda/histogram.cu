@@ -129,9 +129,8 @@ cudaError_t launch_histogram(const HistogramArgs& args, CUstream_st* stream) {
   constexpr int kCount = 16 / sizeof(E);
   const int64_t tiles = (args.segments.tokens + kTileSize - 1) / kTileSize;
   if (tiles == 0 || args.segments.count == 0) return cudaSuccess;
-  const bool by_vectors = is_aligned(args.trainer_logprobs) &&
-                          is_aligned(args.inference_logprobs) &&
-                          is_aligned({args.loss_mask, DType::kFloat32});
+  const bool by_vectors = is_aligned(args.trainer_logprobs.data) &&
+                          is_aligned(args.inference_logprobs.data) && is_aligned(args.loss_mask);
   return launch(by_vectors ? log_ratio_histogram<E, kCount> : log_ratio_histogram<E, 1>, tiles,
                 kThreads, sizeof(BinStorage), stream, args);
 }

@@ -30,6 +30,9 @@ __device__ __forceinline__ void hide_from_compiler(uint4& word) {
   asm volatile("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
 }
 
+// Makes the compiler keep a number in a register, instead of computing it again in every round.
+__device__ __forceinline__ void keep_in_register(int& value) { asm volatile("" : "+r"(value)); }
+
 // Programmatic dependent launch (PDL), for kernels that launch_pdl() launches: pdl_trigger() lets
 // the next launch's blocks start once all of this one's have called it, and pdl_wait() holds a
 // block until what the last launch writes is there. Before sm_90 launches never overlap.

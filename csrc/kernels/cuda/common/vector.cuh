@@ -185,8 +185,12 @@ __device__ __forceinline__ void widen_bits(To (&values)[kCount]) {
 }
 template <typename To, int kCount>
 __device__ __forceinline__ void widen_tokens(DType dtype, To (&values)[kCount]) {
-  if (dtype == DType::kFloat16) widen_bits<Float16>(values);
-  if (dtype == DType::kBFloat16) widen_bits<BFloat16>(values);
+  if (!is_half(dtype)) return;  // one test for most inputs
+  if (dtype == DType::kFloat16) {
+    widen_bits<Float16>(values);
+  } else {
+    widen_bits<BFloat16>(values);
+  }
 }
 
 // Stores kCount neighbours to `to`, which is aligned to their bytes: one element, or a word of at
@@ -204,9 +208,9 @@ __device__ __forceinline__ void store_aligned(Stored* to, const Stored (&values)
   }
 }
 
-// Returns whether kCount tokens of `input` can be loaded at every multiple of kCount.
-inline bool is_aligned(const TokenInput& input) {
-  return reinterpret_cast<uintptr_t>(input.data) % 16 == 0;
+// Returns whether vectors of 16 bytes can be loaded from an array; true of none.
+IPO_HOST_DEVICE bool is_aligned(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
 
 }  // namespace ipo_ext::cuda

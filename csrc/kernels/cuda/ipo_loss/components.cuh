@@ -26,9 +26,9 @@ __device__ __forceinline__ void add_components_of_tile(
     const IpoLossArgs& args, BlockReduceStorage<ComponentTotals, kThreads>& storage) {
   const ComponentParams<E> params = component_params_for<E>(args.components);
   const int64_t tile = blockIdx.x;
-  const int64_t begin = tile * args.segments.tile_size;
+  const int64_t begin = tile * args.segments.tile_size();
   const int64_t left = args.segments.tokens - begin;
-  const int64_t end = begin + (left < args.segments.tile_size ? left : args.segments.tile_size);
+  const int64_t end = begin + (left < args.segments.tile_size() ? left : args.segments.tile_size());
   ComponentSums<E> sums = {};
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const E gradient = add_components<E>(sums, component_token<E>(args, i), params);

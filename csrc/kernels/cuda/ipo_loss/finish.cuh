@@ -12,32 +12,29 @@ namespace ipo_ext::cuda {
 
 using namespace ipo_ext::math;
 
+// Of a block, as many as there can be: the loads of a long segment's slots are what is waited for.
+constexpr int kFinishThreads = 1024;
+constexpr int kFinishWarps = kFinishThreads / kWarpSize;
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Device helpers
 // ---------------------------------------------------------------------------------------------------------------------
 
-struct MergeSegments {
-  __device__ __forceinline__ SegmentSums operator()(const SegmentSums& a,
-                                                    const SegmentSums& b) const {
-    return merge(a, b);
-  }
-};
-
 struct LossStorage {
-  BlockReduceStorage<double, kThreads> loss;
-  BlockReduceStorage<ComponentTotals, kThreads> components;
+  BlockReduceStorage<double, kFinishThreads> loss;
+  BlockReduceStorage<ComponentTotals, kFinishThreads> components;
 };
 
 // Stores the components' metrics and returns what they add to the loss, valid in thread 0. All
 // threads must call.
 template <typename E>
 __device__ __forceinline__ double finish_components(
-    const IpoLossArgs& args, BlockReduceStorage<ComponentTotals, kThreads>& storage) {
+    const IpoLossArgs& args, BlockReduceStorage<ComponentTotals, kFinishThreads>& storage) {
   const Workspace<E> workspace(args);
   ComponentTotals totals = {};
-  for (int64_t tile = threadIdx.x; tile < args.segments.num_tiles(); tile += kThreads)
+  for (int64_t tile = threadIdx.x; tile < args.segments.num_tiles(); tile += kFinishThreads)
     totals = merge(totals, workspace.components[tile]);
-  totals = block_reduce<kThreads>(totals, MergeComponents(), storage);
+  totals = block_reduce<kFinishThreads>(totals, MergeComponents(), storage);
   if (threadIdx.x == 0) store_component_means<E>(args.components, totals);
   return loss_of_components<E>(args.components, totals);
 }
@@ -51,7 +48,7 @@ __device__ void finish_loss(const IpoLossArgs& args, LossStorage& storage) {
 
   bool invalid = args.fault != nullptr && *args.fault != 0;
   if (segments.cu_seqlens != nullptr) {
-    for (int64_t s = threadIdx.x; s <= segments.count; s += kThreads)
+    for (int64_t s = threadIdx.x; s <= segments.count; s += kFinishThreads)
       invalid |= !segments.entry_is_valid(s);
   }
   const bool poisoned = __syncthreads_count(invalid) > 0;
@@ -59,15 +56,15 @@ __device__ void finish_loss(const IpoLossArgs& args, LossStorage& storage) {
 
   pdl_wait();
   double loss = 0;
-  for (int64_t tile = threadIdx.x; tile < segments.num_tiles(); tile += kThreads)
+  for (int64_t tile = threadIdx.x; tile < segments.num_tiles(); tile += kFinishThreads)
     loss += workspace.tile_losses[tile];
-  loss = normalized_loss(block_reduce<kThreads>(loss, Add(), storage.loss), inverse);
+  loss = normalized_loss(block_reduce<kFinishThreads>(loss, Add(), storage.loss), inverse);
   if constexpr (kHasComponents) loss += finish_components<E>(args, storage.components);
 
   const E nan = std::numeric_limits<E>::quiet_NaN();
   if (threadIdx.x == 0) *static_cast<E*>(args.loss) = poisoned ? nan : static_cast<E>(loss);
   if (poisoned && args.gradient != nullptr) {
-    for (int64_t i = threadIdx.x; i < segments.tokens; i += kThreads)
+    for (int64_t i = threadIdx.x; i < segments.tokens; i += kFinishThreads)
       static_cast<E*>(args.gradient)[i] = nan;
   }
 }
@@ -130,51 +127,68 @@ __device__ __forceinline__ void store_by_lanes(const IpoLossArgs& args, const Se
   }
 }
 
-// Finishes a segment of few slots, with a lane for each row of them. All lanes of one warp must
-// call.
+// Merges every stride-th group of kSlotsAtOnce slots of a segment, from the group that begins at
+// `first` on. A lane has a row of them, so that all loads of a group are under way together.
+template <typename E>
+__device__ __forceinline__ double merge_slots(const IpoLossArgs& args, const SegmentSlots& slots,
+                                              int64_t first, int stride) {
+  constexpr int kSlotsAtOnce = 8;
+  const Workspace<E> workspace(args);
+  const int lane = threadIdx.x % kWarpSize;
+  double merged = empty_row(lane);
+  for (int64_t slot = slots.begin + first * kSlotsAtOnce; slot < slots.end;
+       slot += stride * kSlotsAtOnce) {
+    merged = merge_tiles<kSlotsAtOnce>(merged, workspace.slots + slot, lane,
+                                       [&](int i) { return slot + i < slots.end; });
+  }
+  return merged;
+}
+
+// Finishes a segment of few slots. All lanes of one warp must call.
 template <typename E>
 __device__ __forceinline__ void finish_short_segment(const IpoLossArgs& args,
                                                      const SegmentSlots& slots,
                                                      SegmentStorage& storage) {
-  constexpr int kAtOnce = 4;
-  const Workspace<E> workspace(args);
-  const int lane = threadIdx.x % kWarpSize;
-  double merged = empty_row(lane);
-  for (int64_t slot = slots.begin; slot < slots.end; slot += kAtOnce) {
-    merged = merge_tiles<kAtOnce>(merged, workspace.slots + slot, lane,
-                                  [&](int i) { return slot + i < slots.end; });
-  }
-  store_row(merged, lane, storage.sums);
+  store_row(merge_slots<E>(args, slots, 0, 1), threadIdx.x % kWarpSize, storage.sums);
   store_by_lanes<E>(args, slots, storage);
 }
 
-// Finishes a segment of many slots. All threads of the block must call.
+// The rows of what each warp has merged of a long segment.
+using WarpRows = double[kFinishWarps][kWarpSize];
+
+// Finishes a segment of many slots. All threads of the block must call; `rows` may be used again at
+// once.
 template <typename E>
-__device__ __forceinline__ void finish_long_segment(
-    const IpoLossArgs& args, const SegmentSlots& slots,
-    BlockReduceStorage<SegmentSums, kThreads>& reduction, SegmentStorage& storage) {
-  const Workspace<E> workspace(args);
-  SegmentSums sums = empty_segment_sums();
-  for (int64_t slot = slots.begin + threadIdx.x; slot < slots.end; slot += kThreads) {
-    sums = merge(sums, to_segment_sums(workspace.slots[slot]));
+__device__ __forceinline__ void finish_long_segment(const IpoLossArgs& args,
+                                                    const SegmentSlots& slots, WarpRows& rows,
+                                                    SegmentStorage& storage) {
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  rows[warp][lane] = merge_slots<E>(args, slots, warp, kFinishWarps);
+  __syncthreads();
+  if (warp == 0) {
+    double merged = empty_row(lane);
+    for (int other = 0; other < kFinishWarps; ++other)
+      merged = merge_rows(merged, rows[other][lane], lane);
+    store_row(merged, lane, storage.sums);
+    store_by_lanes<E>(args, slots, storage);
   }
-  sums = block_reduce<kThreads>(sums, MergeSegments(), reduction);
-  if (threadIdx.x == 0) storage.sums = sums;
-  if (threadIdx.x < kWarpSize) store_by_lanes<E>(args, slots, storage);
+  __syncthreads();  // before the next use of rows
 }
 
-// Returns how many segments a block has: one, so that long ones do not wait for each other, until
+// Returns how many segments a block has: few, so that long ones do not wait for each other, until
 // there are so many that most must be short.
 IPO_HOST_DEVICE int64_t segments_per_block(int64_t segments) {
-  constexpr int64_t kMany = 1024;
-  return segments > kMany ? kThreads / kWarpSize : 1;
+  constexpr int64_t kBlocks = 128;  // about as many as a device has multiprocessors
+  const int64_t each = (segments + kBlocks - 1) / kBlocks;
+  return each < kFinishWarps ? each : kFinishWarps;
 }
 
 union FinishStorage {
   LossStorage loss;
   struct {
-    SegmentStorage warps[kThreads / kWarpSize];
-    BlockReduceStorage<SegmentSums, kThreads> reduction;
+    SegmentStorage warps[kFinishWarps];
+    WarpRows rows;
   } segments;
 };
 
@@ -193,7 +207,7 @@ __device__ void finish_segments(const IpoLossArgs& args, int64_t block, FinishSt
   for (int64_t segment = first; segment < first + per_block; ++segment) {
     slots = slots_of(args.segments, segment);
     if (slots.are_many())
-      finish_long_segment<E>(args, slots, storage.segments.reduction, storage.segments.warps[0]);
+      finish_long_segment<E>(args, slots, storage.segments.rows, storage.segments.warps[0]);
   }
 }
 
@@ -204,7 +218,7 @@ __device__ void finish_segments(const IpoLossArgs& args, int64_t block, FinishSt
 // Block 0 finishes the loss, the others the segments. They start while the tiles are still summed,
 // with what does not depend on them.
 template <typename E, bool kHasComponents>
-__global__ void __launch_bounds__(kThreads) ipo_loss_finish(const IpoLossArgs args) {
+__global__ void __launch_bounds__(kFinishThreads) ipo_loss_finish(const IpoLossArgs args) {
   FinishStorage& storage = shared_storage<FinishStorage>();
   if (blockIdx.x == 0) {
     finish_loss<E, kHasComponents>(args, storage.loss);

@@ -7,6 +7,7 @@
 #include "kernels/cuda/ipo_loss/finish.cuh"
 #include "kernels/cuda/ipo_loss/sequences.cuh"
 #include "kernels/cuda/ipo_loss/tiles.cuh"
+#include "kernels/cuda/ipo_loss/warp_tiles.cuh"
 #include "kernels/ipo_loss.h"
 
 namespace ipo_ext::cuda {
@@ -35,30 +36,66 @@ __global__ void __launch_bounds__(kThreads) fold_segments_kernel(const FoldArgs 
 // Launchers
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Returns the tokens of a tile. Small batches get one vector for each thread, to spread over the
-// multiprocessors; large ones about 2048 tiles however many tokens, so that the second launch stays
-// small. Counts of a tile fit 32 bits by far.
-int64_t tile_size_for(int64_t tokens) {
-  constexpr int64_t kSmallest = kThreads * kTokensPerVector<float>;
-  constexpr int64_t kTiles = 2048;
-  int64_t size = kSmallest;
-  while (size * kTiles < tokens) size *= 2;
-  return size;
+// Returns whether a warp takes a tile, not a block.
+bool has_warp_tiles(const IpoLossArgs& args) {
+  return args.compute_dtype == DType::kFloat32 && !args.components.are_wanted();
 }
 
-Segments with_tiles(Segments segments) {
-  segments.tile_size = tile_size_for(segments.tokens);
+// Fills in the tokens of a tile. Small batches get one vector for each thread, to spread over the
+// multiprocessors; large ones a number of tiles that does not grow, so that the second launch stays
+// small. Counts of a tile fit 32 bits by far.
+Segments with_tiles(const IpoLossArgs& args) {
+  const bool by_warps = has_warp_tiles(args);
+  const int64_t most_tiles = by_warps ? 8192 : 2048;
+  Segments segments = args.segments;
+  segments.tile_log2 = by_warps ? kRoundLog2 : kBlockTileLog2;
+  while (segments.tile_size() * most_tiles < segments.tokens) ++segments.tile_log2;
   return segments;
 }
 
-// Returns whether neighbouring tokens can be loaded and stored as vectors.
-bool vectorizable(const IpoLossArgs& args) {
-#define IPO_EXT_IS_ALIGNED(member, tensor, ...) is_aligned(args.tensor) &&
-  return is_aligned(args.trainer_logprobs) &&
-         IPO_EXT_TOKEN_INPUTS(IPO_EXT_IS_ALIGNED, IPO_EXT_IS_ALIGNED) is_aligned(args.entropy) &&
-         is_aligned({args.loss_mask, DType::kFloat32}) &&
-         is_aligned({args.gradient, DType::kFloat32});
-#undef IPO_EXT_IS_ALIGNED
+// Returns whether a token has nothing but the required inputs, in fp32.
+bool is_plain(const IpoLossArgs& args) {
+#define IPO_EXT_IS_FP32(member, tensor) &&args.tensor.dtype == DType::kFloat32
+#define IPO_EXT_IS_ABSENT(member, tensor, absent) &&args.tensor.data == nullptr
+  return args.trainer_logprobs.dtype == DType::kFloat32 && args.entropy.data == nullptr &&
+         args.params.teacher_tau == 0 IPO_EXT_TOKEN_INPUTS(IPO_EXT_IS_FP32, IPO_EXT_IS_ABSENT);
+#undef IPO_EXT_IS_ABSENT
+#undef IPO_EXT_IS_FP32
+}
+
+int64_t blocks_of_warps(int64_t warps) { return (warps + kWarpsOfBlock - 1) / kWarpsOfBlock; }
+int64_t blocks_of_threads(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+
+using WarpTilesKernel = void (*)(WarpTilesArgs);
+
+// Returns the kernel of a mask rule and a policy form that presets combine, the one that chooses
+// them at run time for others.
+WarpTilesKernel plain_kernel(MaskRule mask_rule, PolicyForm form) {
+#define IPO_EXT_KERNEL(kMaskRule, kForm)                             \
+  if (mask_rule == MaskRule::kMaskRule && form == PolicyForm::kForm) \
+    return ipo_loss_warp_tiles<Rules::kAny, Inputs::kPlain, MaskRule::kMaskRule, PolicyForm::kForm>;
+  IPO_EXT_KERNEL(kRatio, kRatio)
+  IPO_EXT_KERNEL(kProbDiff, kCapped)
+  IPO_EXT_KERNEL(kNone, kPpoClip)
+  IPO_EXT_KERNEL(kNone, kCispo)
+#undef IPO_EXT_KERNEL
+  return ipo_loss_warp_tiles<Rules::kAny, Inputs::kAny>;
+}
+
+WarpTilesKernel warp_tiles_kernel(const IpoLossArgs& args) {
+  const bool plain = is_plain(args);
+  if (args.params.rules() == Rules::kDefault) {
+    return plain ? ipo_loss_warp_tiles<Rules::kDefault, Inputs::kPlain>
+                 : ipo_loss_warp_tiles<Rules::kDefault, Inputs::kAny>;
+  }
+  return plain ? plain_kernel(args.params.mask_rule, args.params.pg_form)
+               : ipo_loss_warp_tiles<Rules::kAny, Inputs::kAny>;
+}
+
+cudaError_t launch_warp_tiles(const IpoLossArgs& args, cudaStream_t stream) {
+  const WarpTilesArgs all = {args, settings_for<float>(args.params)};
+  return launch(warp_tiles_kernel(args), blocks_of_warps(args.segments.num_tiles()), kThreads, 0,
+                stream, all);
 }
 
 template <Rules kRules, typename E>
@@ -67,21 +104,22 @@ auto tiles_kernel(const IpoLossArgs& args) {
                             : ipo_loss_tiles<kRules, E, 1>;
 }
 
-template <typename E>
-cudaError_t launch_tiles(const IpoLossArgs& args, cudaStream_t stream) {
-  const int64_t tiles = args.segments.num_tiles();
-  if (args.components.are_wanted()) {
-    return launch(ipo_loss_tiles_with_components<E>, tiles, kThreads, sizeof(ComponentStorage<E>),
-                  stream, args);
-  }
+cudaError_t launch_block_tiles(const IpoLossArgs& args, cudaStream_t stream) {
   const auto kernel = args.params.rules() == Rules::kDefault
-                          ? tiles_kernel<Rules::kDefault, E>(args)
-                          : tiles_kernel<Rules::kAny, E>(args);
-  return launch(kernel, tiles, kThreads, sizeof(TileStorage<E>), stream, args);
+                          ? tiles_kernel<Rules::kDefault, double>(args)
+                          : tiles_kernel<Rules::kAny, double>(args);
+  return launch(kernel, args.segments.num_tiles(), kThreads, sizeof(TileStorage<double>), stream,
+                args);
 }
 
-int64_t blocks_of_warps(int64_t warps) { return (warps + kWarpsOfBlock - 1) / kWarpsOfBlock; }
-int64_t blocks_of_threads(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+template <typename E>
+cudaError_t launch_tiles(const IpoLossArgs& args, cudaStream_t stream) {
+  if (args.components.are_wanted()) {
+    return launch(ipo_loss_tiles_with_components<E>, args.segments.num_tiles(), kThreads,
+                  sizeof(ComponentStorage<E>), stream, args);
+  }
+  return has_warp_tiles(args) ? launch_warp_tiles(args, stream) : launch_block_tiles(args, stream);
+}
 
 template <typename E>
 cudaError_t launch_sum_sequences(const IpoLossArgs& args, cudaStream_t stream) {
@@ -115,11 +153,12 @@ cudaError_t launch_statistics(const SequenceStatisticsArgs& args, cudaStream_t s
 template <typename E, bool kHasComponents>
 cudaError_t launch_finish(const IpoLossArgs& args, bool may_overlap, cudaStream_t stream) {
   static const bool can_overlap = supports_pdl(ipo_loss_finish<E, kHasComponents>);
-  const int64_t per_block = segments_per_block(args.segments.count);
-  const int64_t blocks = 1 + (args.segments.count + per_block - 1) / per_block;
+  const int64_t count = args.segments.count;
+  const int64_t per_block = segments_per_block(count);
+  const int64_t blocks = 1 + (count > 0 ? (count + per_block - 1) / per_block : 0);
   // Nothing but the tiles may still be under way.
-  return launch_pdl(ipo_loss_finish<E, kHasComponents>, blocks, kThreads, sizeof(FinishStorage),
-                    stream, args, can_overlap && may_overlap);
+  return launch_pdl(ipo_loss_finish<E, kHasComponents>, blocks, kFinishThreads,
+                    sizeof(FinishStorage), stream, args, can_overlap && may_overlap);
 }
 
 template <typename E>
@@ -142,21 +181,21 @@ cudaError_t launch_ipo_loss(const IpoLossArgs& args, cudaStream_t stream) {
 }  // namespace
 
 size_t workspace_bytes(const IpoLossArgs& args) {
-  const Segments segments = with_tiles(args.segments);
+  const Segments segments = with_tiles(args);
   return dispatch_compute(args.compute_dtype, [&](auto compute) {
     return Workspace<TypeOf<decltype(compute)>>::bytes(args, segments, judged_segments(segments));
   });
 }
 
 const char* ipo_loss(IpoLossArgs args, CUstream_st* stream) {
-  args.segments = with_tiles(args.segments);
+  args.segments = with_tiles(args);
   return error_text(dispatch_compute(args.compute_dtype, [&](auto compute) {
     return launch_ipo_loss<TypeOf<decltype(compute)>>(args, stream);
   }));
 }
 
 const char* sequence_statistics(SequenceStatisticsArgs args, CUstream_st* stream) {
-  args.loss.segments = with_tiles(args.loss.segments);
+  args.loss.segments = with_tiles(args.loss);
   return error_text(dispatch_compute(args.loss.compute_dtype, [&](auto compute) {
     return launch_statistics<TypeOf<decltype(compute)>>(args, stream);
   }));

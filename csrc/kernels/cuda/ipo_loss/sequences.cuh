@@ -9,15 +9,13 @@ namespace ipo_ext::cuda {
 
 using namespace ipo_ext::math;
 
-constexpr int kWarpsOfBlock = kThreads / kWarpSize;
-
 // A warp sums a tile on its own, without a barrier. The tiles depend on the number of tokens alone,
 // and there are so few that a warp can merge all of them.
 IPO_HOST_DEVICE Segments judged_segments(Segments segments) {
-  constexpr int64_t kSmallest = 512;
+  constexpr int kSmallestLog2 = 9;
   constexpr int64_t kTiles = 8192;
-  segments.tile_size = kSmallest;
-  while (segments.tile_size * kTiles < segments.tokens) segments.tile_size *= 2;
+  segments.tile_log2 = kSmallestLog2;
+  while (segments.tile_size() * kTiles < segments.tokens) ++segments.tile_log2;
   return segments;
 }
 
@@ -67,9 +65,9 @@ __global__ void __launch_bounds__(kThreads, 2) ipo_loss_sum_sequences(const IpoL
   const Workspace<E> workspace(args);
   const int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarpsOfBlock + threadIdx.x / kWarpSize;
   if (tile >= segments.num_tiles()) return;
-  int64_t begin = tile * segments.tile_size;
+  int64_t begin = tile * segments.tile_size();
   const int64_t left = segments.tokens - begin;
-  const int64_t tile_end = begin + (left < segments.tile_size ? left : segments.tile_size);
+  const int64_t tile_end = begin + (left < segments.tile_size() ? left : segments.tile_size());
   for (int64_t segment = segments.containing(begin); begin < tile_end && segment < segments.count;
        ++segment) {
     const int64_t segment_end = segments.begin(segment + 1);

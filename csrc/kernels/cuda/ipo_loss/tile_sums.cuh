@@ -16,24 +16,29 @@ static_assert(kTileRows + math::of_segment::kNumRows <= kWarpSize &&
                   math::mean::kNumRows <= kWarpSize,
               "a warp has a lane for each row of the metrics");
 
-// A row as it is stored: rows of several tiles are loaded before the first is waited for, as a
-// conversion would.
+// A row as it is stored, in as few registers: rows of several tiles are loaded before the first is
+// waited for, as a conversion would.
 template <typename E>
 struct StoredRow {
-  double sum = 0;
-  uint32_t count = 0;
-  E extreme = 0;
+  using Bits = typename math::Lanes<E>::Unsigned;
+  uint64_t bits = 0;
 
   // Loads nothing for a lane without a row.
   __device__ __forceinline__ void load(const math::TileSums<E>& tile, int row) {
-    if (row < kFirstCountRow) sum = tile.sums[row];
-    if (row >= kFirstCountRow && row < kFirstExtremeRow) count = tile.counts[row - kFirstCountRow];
-    const E* from = row == kFirstExtremeRow ? &tile.log_ratio_min : &tile.log_ratio_max;
-    if (row >= kFirstExtremeRow && row < kTileRows) extreme = *from;
+    if (row < kFirstCountRow) {
+      const double sum = tile.sums[row];  // copied: of memory bit_cast would load bytes
+      bits = math::bit_cast<uint64_t>(sum);
+    } else if (row < kFirstExtremeRow) {
+      bits = tile.counts[row - kFirstCountRow];
+    } else if (row < kTileRows) {
+      const E extreme = row == kFirstExtremeRow ? tile.log_ratio_min : tile.log_ratio_max;
+      bits = math::bit_cast<Bits>(extreme);
+    }
   }
   __device__ __forceinline__ double value(int row) const {
-    if (row < kFirstCountRow) return sum;
-    return row < kFirstExtremeRow ? static_cast<double>(count) : static_cast<double>(extreme);
+    if (row < kFirstCountRow) return math::bit_cast<double>(bits);
+    if (row < kFirstExtremeRow) return static_cast<double>(static_cast<uint32_t>(bits));
+    return static_cast<double>(math::bit_cast<E>(static_cast<Bits>(bits)));
   }
 };
 
@@ -147,10 +152,10 @@ __device__ __forceinline__ void store_each(T sum, T (&to)[kRows]) {
 }
 
 // Stores the merged sums of the warp to `tile`, which its lanes fill together: valid for other
-// threads after a barrier. All lanes must call.
+// threads after a barrier. Returns to all lanes what they add to the loss. All lanes must call.
 template <typename E>
-__device__ __forceinline__ void warp_reduce_to(const math::TileSums<E>& sums,
-                                               math::TileSums<E>& tile) {
+__device__ __forceinline__ double warp_reduce_to(const math::TileSums<E>& sums,
+                                                 math::TileSums<E>& tile) {
   const E extremes[] = {sums.log_ratio_min, -sums.log_ratio_max};
   const double sum = warp_sum_each(sums.sums);
   const uint32_t count = warp_sum_each(sums.counts);
@@ -160,6 +165,9 @@ __device__ __forceinline__ void warp_reduce_to(const math::TileSums<E>& sums,
   const int lane = threadIdx.x % kWarpSize;
   if (lane == 0) tile.log_ratio_min = smallest;
   if (lane == kWarpSize / 2) tile.log_ratio_max = -smallest;
+  constexpr int kLanes = kLanesOfRow<math::sum::kNumRows>;
+  return __shfl_sync(kFullWarp, sum, math::sum::pg_loss * kLanes) +
+         __shfl_sync(kFullWarp, sum, math::sum::kl_loss * kLanes);
 }
 
 struct MergeBoundCounts {

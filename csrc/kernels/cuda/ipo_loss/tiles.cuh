@@ -12,6 +12,8 @@ namespace ipo_ext::cuda {
 // Device helpers
 // ---------------------------------------------------------------------------------------------------------------------
 
+constexpr int kBlockTileLog2 = 10;  // the smallest tile of a block
+
 // The shared memory of a block that works on a tile.
 template <typename E>
 struct TileStorage {
@@ -41,10 +43,11 @@ __device__ __forceinline__ void process_tokens(const IpoLossArgs& args, const Lo
   E gradients[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    Token<E> token = vector.token(i, args);
+    Token<E> token = vector.token(i);
     token.active &= span.has(index + i);
     const TokenLoss<E> loss = token_loss<kRules>(token, params);
-    add_token(sums, token, loss, extras_of(args));
+    add_token(sums, token, loss);
+    add_extras(sums, token, loss.active & loss.finite, extras_of(args));
     if constexpr (kRules == Rules::kAny) add_token(bounded, loss);
     gradients[i] = loss.gradient;
   }
@@ -120,9 +123,9 @@ __device__ __forceinline__ void process_tile(const IpoLossArgs& args, TileStorag
   pdl_trigger();
 
   const int64_t tile = blockIdx.x;
-  const int64_t tile_begin = tile * segments.tile_size;
+  const int64_t tile_begin = tile * segments.tile_size();
   const int64_t left = segments.tokens - tile_begin;
-  const int size = static_cast<int>(left < segments.tile_size ? left : segments.tile_size);
+  const int size = static_cast<int>(left < segments.tile_size() ? left : segments.tile_size());
   const int thread_index = threadIdx.x * kCount;
 
   // Loads that wait for nothing are started here, all before the first that does.
