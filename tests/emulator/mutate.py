@@ -182,8 +182,8 @@ MUTATIONS = (
     ),
     Mutation(
         "unchecked-alignment",
-        LOSS_LAUNCH,
-        "is_aligned({args.loss_mask, DType::kFloat32}) &&",
+        TOKENS,
+        "is_aligned(args.loss_mask) &",
         "",
         from_logprobs(
             "test_one_misaligned_input_changes_no_gradient",
