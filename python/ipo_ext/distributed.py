@@ -153,7 +153,7 @@ def normalizer(
         loss is then 0.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above, or there is no process group yet.
 
     Example:
         >>> count = normalizer(batch.loss_mask.sum(), mesh["dp_cp"].get_group())
@@ -165,6 +165,12 @@ def normalizer(
         raise ValueError(
             f"num_tokens: expected an int or a 0-dim tensor of integers, got "
             f"{count.dtype}{list(count.shape)}"
+        )
+    if group is None and not dist.is_initialized():
+        raise ValueError(
+            "group: expected a process group, got None where there is none to default to; call "
+            "torch.distributed.init_process_group first, or, in a process without others, pass "
+            "num_tokens itself as the loss's normalizer"
         )
     ranks = process_group("group", dist.group.WORLD if group is None else group)
     averaged = _number_of("average_over", ranks if average_over is None else average_over)

@@ -12,8 +12,10 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/histogram.h"
 #include "kernels/logits.h"
 #include "kernels/scale.h"
+#include "kernels/score_centering.h"
 
 namespace {
 
@@ -359,6 +361,68 @@ void drive_logits(int64_t count, int64_t columns) {
 }
 
 // -------------------------------------------------------------------------------------------------
+// What is made of a loss's inputs besides
+
+void drive_histogram(int64_t tokens) {
+  const Loss loss(tokens);
+  const Segments& segments = loss.args.segments;
+  agree("histogram of " + std::to_string(tokens) + " tokens",
+        [&](const cpu::ParallelFor& parallel_for, int) {
+          std::vector<Buffer> out;
+          out.emplace_back(math::kBins * segments.count * sizeof(int64_t));
+          cpu::histogram(
+              {loss.args.compute_dtype, loss.args.trainer_logprobs, loss.args.inference_logprobs,
+               loss.args.loss_mask, segments, out[0].as<int64_t>()},
+              parallel_for);
+          return out;
+        });
+}
+
+void drive_centering(int64_t tokens, int64_t width) {
+  const Loss loss(tokens);
+  const int64_t segments = loss.args.segments.count;
+  const DType compute = loss.args.compute_dtype, of_ids = kFloating[below(4)];
+  const Buffer trainer = numbers(tokens * width, of_ids, 1, true);
+  const Buffer inference = numbers(tokens * width, DType::kFloat32, 1, true);
+  const Buffer active = numbers(segments, DType::kFloat64, 9, false), replays = mask(tokens);
+  const bool some = coin(), with_gradient = coin(), with_means = coin();
+  agree("score centering of " + std::to_string(tokens) + " tokens",
+        [&](const cpu::ParallelFor& parallel_for, int fill) {
+          std::vector<Buffer> out;
+          out.reserve(5);
+          const auto output = [&](int64_t bytes) {
+            out.emplace_back(bytes, fill);
+            return out.back().as();
+          };
+          CenteringArgs args = {};
+          args.compute_dtype = compute;
+          args.trainer_mask_logprobs = {trainer.as(), of_ids};
+          args.inference_mask_logprobs = {inference.as(), DType::kFloat32};
+          args.width = width;
+          args.trainer_logprobs = loss.args.trainer_logprobs;
+          args.inference_logprobs = loss.args.inference_logprobs;
+          args.advantages = loss.args.advantages;
+          args.loss_weights = loss.args.loss_weights;
+          args.loss_mask = loss.args.loss_mask;
+          args.replays = some ? replays.as<uint8_t>() : nullptr;
+          args.normalizer = loss.args.normalizer;
+          args.segments = loss.args.segments;
+          args.params.largest_difference = 0.2;
+          args.params.log_ratio_cap = 1;
+          args.params.adv_tau = 1;
+          args.gradient_dtype = of_ids == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+          if (with_gradient) args.gradient = output(tokens * width * size_of(args.gradient_dtype));
+          args.terms = static_cast<double*>(output(tokens * sizeof(double)));
+          args.sums = static_cast<double*>(output(segments * sizeof(double)));
+          if (with_means) args.means = output(segments * size_of(compute));
+          args.active = active.as<double>();
+          args.loss = output(size_of(compute));
+          cpu::score_centering(args, parallel_for);
+          return out;
+        });
+}
+
+// -------------------------------------------------------------------------------------------------
 // A gradient times a factor
 
 void drive_scale(int64_t count) {
@@ -399,6 +463,8 @@ int main(int argc, char** argv) {
          {0,  1,  2,    7,    8,    9,    15,   16,   17,   31,   33,   63,
           64, 65, 1023, 1025, 2047, 2048, 2049, 4097, 8191, 8192, 8193, 20011}) {
       for (int repeat = 0; repeat < 4; ++repeat) drive_loss(tokens);
+      drive_histogram(tokens);
+      drive_centering(tokens, 1 + below(9));
     }
     for (const int64_t columns :
          {1, 2, 3, 7, 8, 15, 16, 17, 33, 63, 64, 65, 127, 129, 511, 512, 513, 1024, 1031}) {

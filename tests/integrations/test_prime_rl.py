@@ -489,7 +489,17 @@ def test_what_is_not_this_loss_is_refused() -> None:
             ref_logprobs=None,
             rl_loss_fn=loss_fn,
         )
+    lists = [[each.tolist()] for each in batch["advantages"]]
     for name in ("trainer_mask_logprobs", "inference_mask_logprobs"):
+        with pytest.raises(TypeError, match=rf"{name}\[0\]: expected a tensor \[tokens, ids\]"):
+            prime_rl.compute_component_loss(
+                **batch,
+                **weights,
+                **scales,
+                ref_logprobs=None,
+                rl_loss_fn=prime_rl.SequenceLoss(CENTERED),
+                **{name: lists},
+            )
         with pytest.raises(ValueError, match=rf"{name}: expected shapes \[tokens, ids\] of one"):
             prime_rl.compute_component_loss(
                 **batch,

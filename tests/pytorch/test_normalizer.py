@@ -196,3 +196,8 @@ def test_refusals_say_what_was_expected(
     count, group, average_over = (*arguments, None, None)[:3]
     with alone(), pytest.raises(error, match=words):
         normalizer(count, group, average_over=average_over)
+
+
+def test_without_a_process_group_it_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match="group: expected a process group, got None"):
+        normalizer(3)

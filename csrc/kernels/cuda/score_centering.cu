@@ -15,9 +15,14 @@ using SumStorage = BlockReduceStorage<double, kThreads>;
 // Kernels
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Returns whether a contract is broken. All threads of the block must call.
+// Returns whether a contract is broken that was looked for before.
+__device__ __forceinline__ bool has_fault(const CenteringArgs& args) {
+  return args.fault != nullptr && *args.fault != 0;
+}
+
+// The same, and of cu_seqlens. All threads of the block must call.
 __device__ __forceinline__ bool is_poisoned(const CenteringArgs& args) {
-  bool invalid = args.fault != nullptr && *args.fault != 0;
+  bool invalid = has_fault(args);
   if (args.segments.cu_seqlens != nullptr) {
     for (int64_t s = threadIdx.x; s <= args.segments.count; s += kThreads)
       invalid |= !args.segments.entry_is_valid(s);
@@ -29,7 +34,7 @@ __device__ __forceinline__ bool is_poisoned(const CenteringArgs& args) {
 template <typename E>
 __global__ void __launch_bounds__(kThreads, 3) centering_tokens(const CenteringArgs args) {
   math::CenteringParams<E> params = centering_params_for<E>(args);
-  if (is_poisoned(args)) params.inv_normalizer = std::numeric_limits<E>::quiet_NaN();
+  if (has_fault(args)) params.inv_normalizer = std::numeric_limits<E>::quiet_NaN();
   const int64_t token = blockIdx.x * int64_t{kTokensPerBlock} + threadIdx.x / kWarpSize;
   if (token < args.segments.tokens) center_token<E>(args, params, token, Warp());
 }
@@ -46,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) centering_segments(const CenteringAr
   if (threadIdx.x == 0) store_centering_sum<E>(args, s, sum);
 }
 
-// One block.
+// One block, which alone looks through cu_seqlens.
 template <typename E>
 __global__ void __launch_bounds__(kThreads) centering_loss(const CenteringArgs args) {
   SumStorage& storage = shared_storage<SumStorage>();
@@ -54,9 +59,15 @@ __global__ void __launch_bounds__(kThreads) centering_loss(const CenteringArgs a
   double sum = 0;
   for (int64_t s = threadIdx.x; s < args.segments.count; s += kThreads) sum += args.sums[s];
   sum = block_reduce<kThreads>(sum, Add(), storage);
+  constexpr E kNaN = std::numeric_limits<E>::quiet_NaN();
+  if (poisoned && args.gradient != nullptr) {
+    const int64_t elements = args.segments.tokens * args.width;
+    for (int64_t i = threadIdx.x; i < elements; i += kThreads)
+      store_centering_gradient(args, i, kNaN);
+  }
   if (threadIdx.x != 0) return;
   store_centering_loss<E>(args, sum);
-  if (poisoned) *static_cast<E*>(args.loss) = std::numeric_limits<E>::quiet_NaN();
+  if (poisoned) *static_cast<E*>(args.loss) = kNaN;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

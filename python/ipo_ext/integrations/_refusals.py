@@ -97,6 +97,10 @@ def refuse_unequal_ids(like: str, expected: Sequences, **others: Sequences | Non
     for name, sequences in others.items():
         if sequences is None:
             continue
+        for i, each in enumerate(sequences):
+            if not isinstance(each, torch.Tensor):
+                kind = type(each).__name__
+                raise TypeError(f"{name}[{i}]: expected a tensor [tokens, ids], got {kind}")
         found = [list(each.shape) for each in sequences]
         width = found[0][-1] if found and found[0] else 0
         if found != [[length, width] for length in lengths]:
