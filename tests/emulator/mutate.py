@@ -88,6 +88,7 @@ SEQUENCE_RULES = "math/sequence_rules.h"
 COMPONENTS = "math/components.h"
 COMPONENT_TILES = "kernels/cuda/ipo_loss/components.cuh"
 METRICS = "math/metrics.h"
+LANES = "math/lanes.h"
 LOGITS = "kernels/cuda/logits/kernels.cuh"
 PASSES = "kernels/cuda/logits/passes.cuh"
 RESIDENT = "kernels/cuda/logits/resident_row.cuh"
@@ -165,8 +166,9 @@ MUTATIONS = (
     Mutation(
         "wrong-search",
         LOSS_SEGMENTS,
-        "(begun_probes - 1) * stride",
-        "begun_probes * stride",
+        "__syncthreads_count(begun);",
+        "__syncthreads_count(begun) + 1;",
+        from_logprobs("test_matches_the_reference_per_segment"),
     ),
     Mutation(
         "wrong-mask-byte",
@@ -563,8 +565,8 @@ MUTATIONS = (
     Mutation(
         "multiplied-by-the-mask",
         LOSS,
-        "select<T>(kept, pg_loss, T{})",
-        "T(kept) * pg_loss",
+        "select<T>(kept & weighs, push, T{})",
+        "T(kept & weighs) * push",
         properties("test_garbage_in_masked_positions_changes_no_bit"),
     ),
     Mutation(
@@ -576,9 +578,9 @@ MUTATIONS = (
     ),
     Mutation(
         "swapped-extreme",
-        METRICS,
-        "larger(select<T>(measurable",
-        "smaller(select<T>(measurable",
+        LANES,
+        "largest = larger(select",
+        "largest = smaller(select",
     ),
     Mutation(
         "lost-column-after-the-vectors",
