@@ -1,9 +1,9 @@
-"""Saves or compares the bits of seeded random calls of every operator, on the CPU and emulated.
+"""Saves or compares the bits of seeded random calls of operators, on the CPU and emulated.
 
 `python scripts/result_hashes.py --save before.json`, change what must compute the same,
 `python scripts/result_hashes.py --compare before.json`: exits 1 and names the first calls whose
 bits differ. Every argument has a random stream of its own, named after it, so that a schema may
-order its arguments anew.
+order its arguments anew. All operators but those that exchange with other ranks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,18 @@ sys.path.insert(0, str(ROOT))
 
 from ipo_ext import IPOConfig  # noqa: E402
 from ipo_ext._ops.arguments import OPERATORS  # noqa: E402
+
+ALONE = [name for name in OPERATORS if "sharded" not in name and "totals" not in name]
+FROM_LOGPROBS = (
+    "ipo_loss",
+    "component_loss",
+    "loss_and_metrics",
+    "score_centering",
+    "sequence_statistics",
+    "log_ratio_histogram",
+)
+# What may replay a sampling mask, and see candidates; the backward pass of the second likewise.
+REPLAYING = ("ipo_loss_from_logits", "token_logprobs", "token_logprobs_backward")
 
 BLOCK = 50  # calls of a hash
 TOKENS = (0, 1, 2, 3, 7, 15, 16, 31, 32, 33, 64, 100, 257, 1023, 1024, 1025, 2500)
@@ -54,13 +66,15 @@ class Call:
     def __init__(self, operator: str, index: int, ops: Any) -> None:
         self.key, self.ops = f"{operator}/{index}", ops
         self.operator, choose = operator, self.choices("call")
-        self.from_logits = operator not in ("ipo_loss", "component_loss", "loss_and_metrics")
+        self.from_logits = operator not in FROM_LOGPROBS
         self.tokens = choose.choice(ROWS if self.from_logits else TOKENS)
         self.vocabulary = choose.choice(COLUMNS)
         self.width = choose.choice((1, 8, 33))
         self.dtype = choose.choice(DTYPES)
         sees_sequences = operator != "chunk_logprobs_and_gradient"
         configs = [c for c in CONFIGS if sees_sequences or not c.judges_sequences]
+        if operator == "sequence_statistics":
+            configs = [c for c in CONFIGS if c.judges_sequences]
         self.config = choose.choice(configs)
 
     def choices(self, name: str) -> random.Random:
@@ -172,10 +186,62 @@ class Call:
     def softcap(self) -> float:
         return self.choices("softcap").choice((0.0, 0.0, 5.0))
 
-    def sampling_mask(self) -> None:
+    def sampling_mask(self) -> torch.Tensor | None:
+        """Distinct ids, among which a label may be, and -1 behind them."""
+        if self.operator not in REPLAYING:
+            return None
+        choose = self.choices("sampling_mask")
+        width = min(5, self.vocabulary)
+        rows = [choose.sample(range(self.vocabulary), width) for _ in range(self.tokens)]
+        kept = [row[: choose.randint(0, width)] for row in rows]
+        padded = [row + [-1] * (width - len(row)) for row in kept]
+        ids = torch.tensor(padded, dtype=torch.int32).view(self.tokens, width)
+        return self.some("replays", lambda: ids)
+
+    def candidates(self) -> torch.Tensor | None:
+        if not self.operator.startswith("token_logprobs"):
+            return None
+        choose = self.choices("candidates")
+        ids = [[choose.randrange(-1, self.vocabulary) for _ in "abc"] for _ in range(self.tokens)]
+        made = torch.tensor(ids, dtype=torch.int32).view(self.tokens, 3)
+        return self.some("candidates", lambda: made, 0.3)
+
+    def grad_candidates(self) -> torch.Tensor | None:
+        if self.candidates() is None:
+            return None
+        compute = torch.promote_types(self.dtype, torch.float32)
+        return self.normal("grad_candidates", self.tokens, 3, dtype=compute)
+
+    def trainer_mask_logprobs(self) -> torch.Tensor:
+        return self.normal("trainer ids", self.tokens, 4).log_softmax(-1)
+
+    def inference_mask_logprobs(self) -> torch.Tensor | None:
+        width = 4
+        if self.from_logits:
+            ids = self.sampling_mask()
+            if ids is None:
+                return None
+            width = ids.shape[-1]
+        return self.normal("sampler's ids", self.tokens, width).log_softmax(-1)
+
+    def sequence_totals(self) -> None:
         return None
 
-    candidates = grad_candidates = sequence_totals = sampling_mask
+    def sequence_ids(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.choices("pieces").getrandbits(62))
+        ids = torch.randint(self.num_sequences(), (self.tokens,), generator=generator)
+        return ids.to(torch.int32)
+
+    def num_sequences(self) -> int:
+        return 3
+
+    def first_column(self) -> int:
+        return 0
+
+    def packets(self) -> torch.Tensor:
+        schema = self.ops.chunk_packets.default._schema
+        made: torch.Tensor = self.ops.chunk_packets(**arguments_of(self, schema))
+        return made
 
     def with_entropy(self) -> bool:
         return True
@@ -193,7 +259,7 @@ class Call:
 
     def settings(self) -> dict[str, Any]:
         compute = torch.promote_types(self.dtype, torch.float32)
-        if self.operator in ("ipo_loss", "component_loss"):
+        if self.operator in FROM_LOGPROBS and self.operator != "loss_and_metrics":
             compute = torch.promote_types(compute, self.per_token_dtype("inference"))
         return self.config.settings(compute)._asdict()
 
@@ -211,8 +277,9 @@ class Call:
     def normalized(self) -> bool:  # of older commits
         return True
 
-    def row_scales(self) -> None:
-        return None
+    def row_scales(self) -> torch.Tensor | None:
+        of_rows = self.operator == "scale_rows_"
+        return self.normal("scales", self.tokens, dtype=torch.float32) if of_rows else None
 
     def chunk_size(self) -> int:
         return self.choices("chunk_size").choice((1, 2, 128))
@@ -232,6 +299,8 @@ class Call:
         return torch.zeros(1, dtype=torch.int32)
 
     def gradient(self) -> torch.Tensor:
+        if self.operator == "scale_rows_":
+            return self.normal("gradient", self.tokens, self.vocabulary, dtype=torch.float16)
         if self.operator.startswith("scale"):
             return self.normal("gradient", self.tokens, self.vocabulary)
         return torch.zeros(self.tokens, self.vocabulary, dtype=self.dtype)
@@ -244,9 +313,13 @@ class Call:
         return torch.zeros(self.tokens, self.vocabulary, dtype=narrower)
 
     def sums(self) -> torch.Tensor:
+        if self.operator == "fold_segments":
+            return self.normal("sums", 5, self.tokens, dtype=torch.float64)
         return self.of_loss()[3]
 
     def extremes(self) -> torch.Tensor:
+        if self.operator == "fold_segments":
+            return self.normal("extremes", 4, self.tokens, dtype=torch.float64)
         return self.of_loss()[4]
 
     def float64(self) -> bool:
@@ -334,7 +407,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     parser.add_argument("--compare", type=Path)
     parser.add_argument("--calls", type=int, default=2000, help="of each operator and backend")
-    parser.add_argument("--operators", nargs="*", default=list(OPERATORS))
+    parser.add_argument("--operators", nargs="*", default=ALONE)
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = {}

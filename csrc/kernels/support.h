@@ -392,7 +392,8 @@ IPO_HOST_DEVICE void write_support_of_row(const SupportArgs& args, int64_t row,
 
 struct ReplayMetricsArgs {
   DType compute_dtype;
-  const uint8_t* replays;  // [tokens] booleans, or null: the counts are there already
+  bool counts;             // whether tokens are counted; else the sums are there already
+  const uint8_t* replays;  // [tokens] booleans
   TokenInput entropy;      // [tokens] or null
   const uint8_t* active;   // [tokens] booleans
   Segments segments;
@@ -429,7 +430,7 @@ IPO_HOST_DEVICE void store_replay_rows(const ReplayMetricsArgs& args, int64_t s,
   const double active = args.sums[math::count::active * segments + s];
   for (int row = 0; row < math::replay::kNumRows; ++row) {
     double& sum = args.sums[(math::kNumSumRows + row) * segments + s];
-    if (args.replays != nullptr)
+    if (args.counts)
       sum = row < math::replay::kNumCounts ? static_cast<double>(counts.rows[row]) : 0;
     static_cast<E*>(args.means)[(math::mean::kNumRows + row) * segments + s] =
         static_cast<E>(math::ratio_or_zero(sum, active));

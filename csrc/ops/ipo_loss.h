@@ -111,7 +111,7 @@ class __attribute__((visibility("hidden"))) IpoLossCall {
     Backend::ipo_loss(args, like_);
     if (!replayed_.has_value()) return;
     const auto* replays = static_cast<const uint8_t*>(replayed_->const_data_ptr());
-    Backend::replay_metrics({args.compute_dtype, replays, any_entropy_, args.loss_mask,
+    Backend::replay_metrics({args.compute_dtype, true, replays, any_entropy_, args.loss_mask,
                              args.segments, args.sums, args.means},
                             like_);
   }
@@ -343,6 +343,7 @@ Tensor metric_means(const Tensor& sums, const Tensor& extremes, bool float64) {
       sums);
   if (more > 0)
     Backend::replay_metrics({compute,
+                             false,
                              nullptr,
                              {},
                              nullptr,

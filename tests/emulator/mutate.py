@@ -113,6 +113,7 @@ PACKET = "math/row_packet.h"
 SOFTMAX = "math/softmax_row.h"
 SHARDS = "kernels/shards.h"
 REPLAY = "ops/logits.h"
+LOSS_CALL = "ops/ipo_loss.h"
 
 MUTATIONS = (
     Mutation(
@@ -978,6 +979,13 @@ MUTATIONS = (
         "if (token < args.segments.tokens) center_token",
         "if (token + 1 < args.segments.tokens) center_token",
         centering("test_adds_the_formula_of_each_active_token"),
+    ),
+    Mutation(
+        "counts-of-no-tokens-left-unwritten",
+        LOSS_CALL,
+        "{args.compute_dtype, true, replays",
+        "{args.compute_dtype, replays != nullptr, replays",
+        replay("test_the_counts_of_no_tokens_are_0"),
     ),
     Mutation(
         "centering-of-a-broken-partition",

@@ -380,6 +380,18 @@ def test_no_tokens(backend: Backend) -> None:
     assert ours.metrics["replayed"].item() == 0
 
 
+def test_the_counts_of_no_tokens_are_0(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever memory held before: torch fills what is not written with NaN."""
+    case = random_case(0, ids=5).to(backend.device)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        sums = case.call().metrics.sums
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not sums.any()
+
+
 def test_the_operators_are_sound(backend: Backend) -> None:
     case = random_case(6, 11, ids=4).to(backend.device)
     opcheck("ipo_loss_from_logits", case)

@@ -51,7 +51,7 @@ void write_support(const SupportArgs& args, const ParallelFor& parallel_for) {
 void replay_metrics(const ReplayMetricsArgs& args) {
   for (int64_t s = 0; s < args.segments.count; ++s) {
     ReplayCounts counts = {};
-    if (args.replays != nullptr) {
+    if (args.counts) {
       for (int64_t token = args.segments.begin(s); token < args.segments.begin(s + 1); ++token)
         count_token(args, token, counts);
     }

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kMetricThreads) support_metrics(const ReplayMe
   Storage& storage = shared_storage<Storage>();
   const int64_t s = blockIdx.x;
   ReplayCounts counts = {};
-  if (args.replays != nullptr) {
+  if (args.counts) {
     const int64_t end = args.segments.begin(s + 1);
     for (int64_t token = args.segments.begin(s) + threadIdx.x; token < end; token += kMetricThreads)
       count_token(args, token, counts);
