@@ -81,6 +81,57 @@ def _member_of(tp_group: Group) -> tuple[str, int, int]:
 
 
 # -------------------------------------------------------------------------------------------------
+# Sequence parallel: which tokens' hidden states a rank has
+
+
+def wants_parts(
+    hidden: torch.Tensor, tp_group: Group | None, reduces: bool, sequence_parallel: bool
+) -> bool:
+    """Whether the call says that each rank has those of some tokens; a DTensor may say it too."""
+    if not isinstance(sequence_parallel, bool):
+        raise TypeError(
+            f"sequence_parallel: expected True or False, got {type(sequence_parallel).__name__}"
+        )
+    if sequence_parallel and tp_group is None:
+        raise ValueError(
+            "sequence_parallel: expected False without tp_group, got True; pass the group of ranks "
+            "that share vocabulary and hidden states as tp_group"
+        )
+    whole: Any = hidden
+    is_cut = is_dtensor(hidden) and [_spelled_out(each) for each in whole.placements] == [
+        "Shard(0)"
+    ]
+    in_parts = sequence_parallel or (tp_group is not None and is_cut)
+    if in_parts and not reduces:
+        raise ValueError(
+            "reduce_hidden_grad: expected True with sequence_parallel, got False: a rank's "
+            "gradient is of its own tokens, of which the others have parts; leave it out"
+        )
+    return in_parts
+
+
+def problem_of_states(hidden: torch.Tensor, labels: torch.Tensor, tp_group: Group) -> str:
+    """What is wrong with the shape of a rank's hidden states, for ``Shard.problem``; or ""."""
+    ranks = _member_of(tp_group)[2]
+    tokens = labels.numel()
+    if tokens % ranks != 0:  # on all ranks
+        raise ValueError(
+            f"labels: expected as many tokens for each of the {ranks} ranks with "
+            f"sequence_parallel, got {tokens}; pad them with tokens that the loss mask leaves out"
+        )
+    allowed = [[tokens // ranks]]
+    if labels.dim() > 0 and labels.shape[0] % ranks == 0:
+        allowed.append([labels.shape[0] // ranks, *labels.shape[1:]])
+    if list(hidden.shape[:-1]) in allowed:
+        return ""
+    return (
+        f"hidden: expected shape [{', '.join(map(str, allowed[-1]))}, width] with "
+        f"sequence_parallel, for labels {list(labels.shape)} of {ranks} ranks, got "
+        f"{list(hidden.shape)}; rank r has the r-th of as many runs of tokens"
+    )
+
+
+# -------------------------------------------------------------------------------------------------
 # DTensors on the mesh of the group
 
 

@@ -68,7 +68,14 @@ from ipo_ext._optional_tensors import (
     refuse_unknown_names,
     spells_out_tensors,
 )
-from ipo_ext._shards import OwnColumns, own_columns, own_copy, own_part
+from ipo_ext._shards import (
+    OwnColumns,
+    own_columns,
+    own_copy,
+    own_part,
+    problem_of_states,
+    wants_parts,
+)
 from ipo_ext._shared_sequences import poisoned_by_ids, shared_sequences
 from ipo_ext.config import IPOConfig, LossSettings
 from ipo_ext.metrics import IPOMetrics
@@ -446,6 +453,7 @@ def ipo_loss_from_hidden(
     vocab_size: int | None = None,
     vocab_start: int | None = None,
     reduce_hidden_grad: bool = True,
+    sequence_parallel: bool = False,
     **tensors: Unpack[OptionalTensors],
 ) -> IPOOutput:
     r"""The IPO+KL loss from hidden states and the LM head's weight: the formula of ``ipo_loss``.
@@ -494,6 +502,11 @@ def ipo_loss_from_hidden(
         reduce_hidden_grad: with ``tp_group``, whether the gradient of ``hidden`` is summed over its
             ranks, in float32, so that all have the same. False: each rank has its own part, for
             hosts that add these up themselves. Default True.
+        sequence_parallel: with ``tp_group`` of W ranks, whether each has the hidden states of a
+            part of the tokens: ``hidden`` is ``[N / W, H]``, or as ``labels`` with a first
+            dimension of a W-th, rank r's the r-th run; its gradient likewise. All else that belongs
+            to tokens stays whole. A chunk of hidden states is gathered at a time, beside the work
+            on the last one; ``num_active`` then bounds each rank's rows too. Default False.
 
     Returns:
         An ``IPOOutput``; ``logprobs`` and ``entropy`` are ``[...]``, detached, 0 on tokens that the
@@ -517,13 +530,17 @@ def ipo_loss_from_hidden(
     _check_config(config)
     weight, bias, own = _own_rows(weight, bias, tp_group, vocab_size, vocab_start)
     _check_reduces(reduce_hidden_grad, tp_group)
-    hidden = own_copy("hidden", hidden, tp_group, reduce_hidden_grad)
+    hidden, own, in_parts = _own_states(
+        hidden, labels, own, tp_group, reduce_hidden_grad, sequence_parallel
+    )
     inputs = _inputs(inference_logprobs, advantages, loss_mask, normalizer, hidden, tensors)
     of_ids = _of_ids(tensors, config)
     scaling = _scaling(temperature, sampling_mask, entropy, hidden)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
     is_sharded = own.shard is not None
-    checks.check_hidden_loss(head, inputs, config.teacher_tau, is_sharded=is_sharded)
+    checks.check_hidden_loss(
+        head, inputs, config.teacher_tau, is_sharded=is_sharded, sequence_parallel=in_parts
+    )
     checks.check_inference_mask_logprobs(of_ids, sampling_mask)
     _check_no_gradient(inputs, scaling, of_ids)
     head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
@@ -540,7 +557,7 @@ def ipo_loss_from_hidden(
         _refuse_with_shard(sampling_mask=sampling_mask)
         _refuse_verdicts_with_shard(shared, config)
         arguments = IPOLossFromHiddenShardedArguments(
-            head, inputs, settings, *work, grads, own.shard, reduce_hidden_grad
+            head, inputs, settings, *work, grads, own.shard, reduce_hidden_grad, in_parts
         )
         results = with_torch_errors(run_ipo_loss_from_hidden_sharded, product, arguments)
     else:
@@ -578,6 +595,7 @@ def linear_token_logprobs(
     vocab_size: int | None = None,
     vocab_start: int | None = None,
     reduce_hidden_grad: bool = True,
+    sequence_parallel: bool = False,
 ) -> tuple[Any, ...]:
     """``token_logprobs`` of ``hidden @ weight.T + bias``, whose logits never exist as a whole.
 
@@ -590,9 +608,10 @@ def linear_token_logprobs(
         hidden, weight, chunk_size, bias: as for ``ipo_loss_from_hidden``.
         labels, temperature, softcap, logit_scale, sampling_mask, entropy, candidates: as for
             ``token_logprobs``.
-        tp_group, vocab_size, vocab_start, reduce_hidden_grad: as for ``ipo_loss_from_hidden``; not
-            with ``candidates``. The gradients that flow into the results must be the same on all
-            ranks; all labelled rows then take part in the backward pass.
+        tp_group, vocab_size, vocab_start, reduce_hidden_grad, sequence_parallel: as for
+            ``ipo_loss_from_hidden``; not with ``candidates``. The gradients that flow into the
+            results must be the same on all ranks; all labelled rows then take part in the backward
+            pass.
 
     Returns:
         As ``token_logprobs``; float64 for float64 inputs, else float32.
@@ -602,11 +621,14 @@ def linear_token_logprobs(
     """
     weight, bias, own = _own_rows(weight, bias, tp_group, vocab_size, vocab_start)
     _check_reduces(reduce_hidden_grad, tp_group)
-    hidden = own_copy("hidden", hidden, tp_group, reduce_hidden_grad)
+    hidden, own, in_parts = _own_states(
+        hidden, labels, own, tp_group, reduce_hidden_grad, sequence_parallel
+    )
     scaling = _scaling(temperature, sampling_mask, entropy, hidden)
     head = HeadInputs(hidden, weight, bias, labels, scaling)
     candidates = _apart(candidates, sampling_mask)
-    checks.check_hidden(head, candidates, is_sharded=own.shard is not None)
+    is_sharded = own.shard is not None
+    checks.check_hidden(head, candidates, is_sharded=is_sharded, sequence_parallel=in_parts)
     checks.check_no_gradient(None, temperature=scaling.temperature)
     head = head._replace(scaling=logit_scaling(scaling, softcap, logit_scale, hidden))
     dtype, chunk = checks.product_dtype(hidden, weight, bias), _chunk_size(chunk_size, hidden, own)
@@ -615,7 +637,9 @@ def linear_token_logprobs(
         logprobs, entropies, *_ = with_torch_errors(
             run_linear_token_logprobs_sharded,
             dtype,
-            LinearTokenLogprobsShardedArguments(head, chunk, own.shard, reduce_hidden_grad),
+            LinearTokenLogprobsShardedArguments(
+                head, chunk, own.shard, reduce_hidden_grad, in_parts
+            ),
         )
         return logprobs, entropies if entropy else None
     results = with_torch_errors(
@@ -652,6 +676,28 @@ def _own_rows(
     if own.width < rows:
         weight, bias = weight[: own.width], None if bias is None else bias[: own.width]
     return weight, bias, own
+
+
+def _own_states(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    own: OwnColumns,
+    tp_group: Group | None,
+    reduces: bool,
+    sequence_parallel: bool,
+) -> tuple[torch.Tensor, OwnColumns, bool]:
+    """This rank's hidden states, and whether other ranks have those of other tokens."""
+    in_parts = wants_parts(hidden, tp_group, reduces, sequence_parallel)
+    if not in_parts:
+        return own_copy("hidden", hidden, tp_group, reduces), own, False
+    hidden, _ = own_part("hidden", hidden, 0, tp_group)
+    if own.shard is None or tp_group is None:  # a group of one rank
+        return hidden, own, False
+    if not isinstance(hidden, torch.Tensor) or not isinstance(labels, torch.Tensor):
+        return hidden, own, True  # which is refused later
+    problem = problem_of_states(hidden, labels, tp_group)
+    shard = own.shard._replace(problem=own.shard.problem or problem)
+    return hidden, own._replace(shard=shard), True
 
 
 def _length(tensor: torch.Tensor, dim: int) -> int:

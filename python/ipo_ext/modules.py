@@ -74,8 +74,8 @@ class LinearIPOLoss(nn.Module):
 
     Args:
         config: which tokens and sequences count, and what they pay; default ``IPOConfig()``.
-        softcap, chunk_size, logit_scale, tp_group, vocab_size, vocab_start, reduce_hidden_grad: as
-            for ``ipo_loss_from_hidden``.
+        softcap, chunk_size, logit_scale, tp_group, vocab_size, vocab_start, reduce_hidden_grad,
+            sequence_parallel: as for ``ipo_loss_from_hidden``.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class LinearIPOLoss(nn.Module):
         vocab_size: int | None = None,
         vocab_start: int | None = None,
         reduce_hidden_grad: bool = True,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.config = config if config is not None else IPOConfig()
@@ -99,6 +100,7 @@ class LinearIPOLoss(nn.Module):
         self.vocab_size = vocab_size
         self.vocab_start = vocab_start
         self.reduce_hidden_grad = reduce_hidden_grad
+        self.sequence_parallel = sequence_parallel
 
     @spells_out_tensors
     def forward(
@@ -152,6 +154,7 @@ class LinearIPOLoss(nn.Module):
             vocab_size=self.vocab_size,
             vocab_start=self.vocab_start,
             reduce_hidden_grad=self.reduce_hidden_grad,
+            sequence_parallel=self.sequence_parallel,
             **inputs,
         )
 
@@ -164,7 +167,8 @@ class LinearIPOLoss(nn.Module):
             return text
         return (
             f"{text}, vocab_size={self.vocab_size}, vocab_start={self.vocab_start}, "
-            f"reduce_hidden_grad={self.reduce_hidden_grad}"
+            f"reduce_hidden_grad={self.reduce_hidden_grad}, "
+            f"sequence_parallel={self.sequence_parallel}"
         )
 
 
@@ -188,8 +192,9 @@ class IPOLMHead(LinearIPOLoss):
     Args:
         linear: the head, an ``nn.Linear``.
         config, chunk_size: as for ``LinearIPOLoss``.
-        tp_group, vocab_size, vocab_start, reduce_hidden_grad: as for ``LinearIPOLoss``, of a linear
-            that has this rank's rows of the weight. Without labels the logits are this rank's.
+        tp_group, vocab_size, vocab_start, reduce_hidden_grad, sequence_parallel: as for
+            ``LinearIPOLoss``, of a linear that has this rank's rows of the weight. Without labels
+            the logits are this rank's, of the hidden states that it is given.
         softcap, logit_scale: as for ``LinearIPOLoss``, for the loss alone: logits without labels
             are neither scaled nor capped, because a model does that itself, after its head.
             docs/models.md says which models of transformers need which.
@@ -221,6 +226,7 @@ class IPOLMHead(LinearIPOLoss):
         vocab_size: int | None = None,
         vocab_start: int | None = None,
         reduce_hidden_grad: bool = True,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__(
             config,
@@ -231,6 +237,7 @@ class IPOLMHead(LinearIPOLoss):
             vocab_size=vocab_size,
             vocab_start=vocab_start,
             reduce_hidden_grad=reduce_hidden_grad,
+            sequence_parallel=sequence_parallel,
         )
         check_plain_linear(linear)
         self.weight: torch.Tensor

@@ -40,7 +40,8 @@ SPELLED_OUT: dict[Callable[..., Any], str] = {
         "hidden, weight, labels, inference_logprobs, advantages, loss_mask, *, temperature=None, "
         f"softcap=None, {TENSORS}, {REST}, normalizer=None, chunk_size=None, num_active=None, "
         "config=IPOConfig(), logit_scale=None, bias=None, sampling_mask=None, entropy=True, "
-        f"histogram=False, {SHARD}, reduce_hidden_grad=True"
+        f"histogram=False, {SHARD}, reduce_hidden_grad=True, "
+        "sequence_parallel=False"
     ),
     ipo_ext.IPOLoss.forward: (
         "self, trainer_logprobs, inference_logprobs, advantages=None, loss_mask=None, *, "
@@ -66,7 +67,7 @@ SPELLED_OUT: dict[Callable[..., Any], str] = {
 functions = pytest.mark.parametrize("function", SPELLED_OUT, ids=lambda each: each.__qualname__)
 
 # Module, its function, and what of the function's arguments the module itself holds.
-OF_SHARD = {"tp_group", "vocab_size", "vocab_start", "reduce_hidden_grad"}
+OF_SHARD = {"tp_group", "vocab_size", "vocab_start", "reduce_hidden_grad", "sequence_parallel"}
 OF_HEAD = {"weight", "bias"}
 MODULES = {
     "IPOLoss": (ipo_ext.IPOLoss, ipo_ext.ipo_loss, {"config"}),

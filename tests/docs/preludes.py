@@ -119,7 +119,8 @@ def vocabulary_parallel(until_the_end: ExitStack) -> Names:
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     until_the_end.callback(torch.distributed.destroy_process_group)
     names = policy()
-    return names | {"lm_head": names["model"].lm_head}
+    states = names["hidden"][:, :-1]
+    return names | {"lm_head": names["model"].lm_head, "hidden_of_rank": states}
 
 
 def mismatch(until_the_end: ExitStack) -> Names:

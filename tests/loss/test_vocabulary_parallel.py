@@ -280,7 +280,7 @@ def _refused_dtensors(case: Any, mesh: Any) -> None:
             other,
         ),
         "hidden: expected .* of placement Replicate() on the mesh of tp_group, got one of Shard": (
-            {"weight": shard, "hidden": distribute_tensor(case.hidden, mesh, [Shard(0)])},
+            {"weight": shard, "hidden": distribute_tensor(case.hidden, mesh, [Shard(1)])},
             mesh,
         ),
         "weight: expected a plain tensor, got a DTensor.* as tp_group": ({"weight": shard}, None),

@@ -175,3 +175,6 @@ def test_collectives() -> None:
         tensor = torch.arange(6.0).view(2, 3)
         assert torch.equal(torch_internals.gathered(tensor, name), tensor[None])
         assert torch.equal(torch_internals.sum_of_ranks(tensor, name), tensor)
+        assert torch_internals.member_of(name) == (0, 1)
+        for start in (torch_internals.gathered_later, torch_internals.scattered_later):
+            assert torch.equal(torch_internals.waited(start(tensor, name, 1)), tensor)

@@ -167,6 +167,7 @@ def example_arguments(name: str, device: torch.device) -> list[Any]:
         "group": dist.group.WORLD.group_name if dist.is_initialized() else "",
         "problem": "",
         "reduce_hidden_grad": True,
+        "sequence_parallel": False,
         "ratio": 0.3,
     }
     known = {key: tensor.to(device) for key, tensor in tensors.items()} | numbers

@@ -82,9 +82,11 @@ RULES = {
 }
 LOSSES = ("ipo_loss_from_logits", "ipo_loss_from_hidden", "LinearIPOLoss", "IPOLMHead")
 BLOCKS = ("token_logprobs", "linear_token_logprobs")
+FROM_HIDDEN = ("ipo_loss_from_hidden", "linear_token_logprobs")
+WIDE = (torch.float32, torch.float64)
 FROM_LOGITS = ("ipo_loss_from_logits", "token_logprobs")
 MODULES = ("LinearIPOLoss", "IPOLMHead")
-TOKENS, CHUNK = 40, 16
+TOKENS, CHUNK = 48, 16
 CU_SEQLENS = torch.tensor([0, 11, 11, 25, TOKENS], dtype=torch.int32)
 
 
@@ -99,6 +101,7 @@ class Row:
     token_temperature: bool = False
     rule: str = "default"
     reduces: bool = True  # the gradient by hidden states, within
+    in_parts: bool = False  # the hidden states: sequence parallel
 
     @property
     def vocabulary(self) -> int:
@@ -127,7 +130,10 @@ def table() -> list[Row]:
     parts = [row for row in rows if row.function not in FROM_LOGITS and row.rule == "default"]
     rows += [dataclasses.replace(row, reduces=False) for row in parts]
     halves = itertools.product((*LOSSES[:2], *BLOCKS), (torch.float16, torch.bfloat16), LAYOUTS)
-    return rows + [Row(*how, None, True) for how in halves]
+    rows += [Row(*how, None, True) for how in halves]
+    judged = [row for row in rows if row.function in LOSSES[1:3] and row.rule == "geometric"]
+    halves = [row for row in rows if row.function in FROM_HIDDEN and row.dtype not in WIDE]
+    return rows + [dataclasses.replace(row, in_parts=True) for row in (*parts, *judged, *halves)]
 
 
 def one_in(count: int) -> list[Row]:
@@ -149,8 +155,11 @@ def call(
         shard = {"tp_group": dist.group.WORLD, **part.keywords(row.vocabulary)}
         weight, bias = part.of(weight), None if bias is None else part.of(bias)
     if part is not None and row.function not in FROM_LOGITS:
-        shard["reduce_hidden_grad"] = row.reduces
-    leaves = {"hidden": case.hidden, "weight": weight, "bias": bias}
+        shard |= {"reduce_hidden_grad": row.reduces, "sequence_parallel": row.in_parts}
+    states = case.hidden
+    if part is not None and row.in_parts:
+        states = states.chunk(dist.get_world_size())[dist.get_rank()]
+    leaves = {"hidden": states, "weight": weight, "bias": bias}
     if row.function in FROM_LOGITS:
         logits = case.from_logits().logits
         leaves = {"logits": logits if part is None else part.of(logits.t()).t()}
@@ -239,6 +248,10 @@ def wrong(row: Row, backend: Backend) -> Iterator[str]:
         total = mine["grad_hidden"].double()
         dist.all_reduce(total)
         mine["grad_hidden"] = total
+    if row.in_parts:
+        of_ranks = [torch.empty_like(mine["grad_hidden"]) for _ in range(ranks)]
+        dist.all_gather(of_ranks, mine["grad_hidden"].contiguous())
+        mine["grad_hidden"] = torch.cat(of_ranks)
     for name in same_on_all_ranks(mine):
         yield f"{row}, rank {rank} of {ranks}: {name} differs between ranks"
     truth = call(row, case, in_float64=True)

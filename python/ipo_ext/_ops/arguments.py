@@ -470,6 +470,7 @@ class IPOLossFromHiddenShardedArguments(NamedTuple):
     needs_grad: NeedsGrad
     shard: Shard
     reduce_hidden_grad: bool  # else the gradient by hidden states is this rank's part of a sum
+    sequence_parallel: bool  # else all ranks have the hidden states of all tokens
 
 
 class LinearTokenLogprobsShardedArguments(NamedTuple):
@@ -477,6 +478,7 @@ class LinearTokenLogprobsShardedArguments(NamedTuple):
     chunk_size: SymInt
     shard: Shard
     reduce_hidden_grad: bool
+    sequence_parallel: bool
 
 
 class LinearTokenLogprobsShardedBackwardArguments(NamedTuple):
@@ -487,6 +489,7 @@ class LinearTokenLogprobsShardedBackwardArguments(NamedTuple):
     fault: torch.Tensor
     shard: Shard
     reduce_hidden_grad: bool
+    sequence_parallel: bool
 
 
 # What exchanges with other ranks: no compiler may drop a call of it, or change the order of two.

@@ -170,20 +170,30 @@ def _check_ids(name: str, ids: torch.Tensor, labels: Like) -> None:
 
 
 def check_hidden_loss(
-    head: HeadInputs, inputs: LossInputs, teacher_tau: float, *, is_sharded: bool = False
+    head: HeadInputs,
+    inputs: LossInputs,
+    teacher_tau: float,
+    *,
+    is_sharded: bool = False,
+    sequence_parallel: bool = False,
 ) -> None:
     """Raises unless the arguments of the loss from hidden states agree."""
-    check_hidden(head, is_sharded=is_sharded)
+    check_hidden(head, is_sharded=is_sharded, sequence_parallel=sequence_parallel)
     _check_inputs_of_loss(Like("labels", head.labels), inputs, teacher_tau)
 
 
 def check_hidden(
-    head: HeadInputs, candidates: torch.Tensor | None = None, *, is_sharded: bool = False
+    head: HeadInputs,
+    candidates: torch.Tensor | None = None,
+    *,
+    is_sharded: bool = False,
+    sequence_parallel: bool = False,
 ) -> None:
     """Raises unless hidden states, weight, bias, labels and what belongs to tokens agree.
 
     Their dtypes may differ, for autocast: see ``product_dtype``. A shard may be without rows of the
-    weight.
+    weight. Of how many tokens a rank has the hidden states under sequence parallelism, is looked at
+    elsewhere: see ``Shard.problem``.
     """
     hidden, weight, bias, labels, scaling = head
     for name, tensor in zip(("hidden", "weight", "bias"), head.leaves, strict=True):
@@ -202,7 +212,10 @@ def check_hidden(
     check_device("weight", weight, Like("hidden", hidden))
     if bias is not None:
         _check_bias(bias, Like("weight", weight))
-    _check_labels(labels, Like("hidden", hidden), scaling, candidates)
+    rows = Like("hidden", hidden)
+    if sequence_parallel and isinstance(labels, torch.Tensor):
+        rows = Like("hidden", hidden.new_empty(()).expand(*labels.shape, hidden.shape[-1]))
+    _check_labels(labels, rows, scaling, candidates)
 
 
 def _check_bias(bias: torch.Tensor, weight: Like) -> None:

@@ -33,15 +33,26 @@ from ipo_ext._ops.arguments import (
     ShardedLogprobsResults,
 )
 from ipo_ext._ops.centering import with_centering
-from ipo_ext._ops.chunks import IGNORED_LABEL, NO_ID, Gradients, Head, Reduction, Rows
+from ipo_ext._ops.chunks import (
+    IGNORED_LABEL,
+    NO_ID,
+    Gradients,
+    Head,
+    ReplicatedRows,
+    Rows,
+    SequenceParallelRows,
+)
 from ipo_ext._ops.shards import ShardedRows
+
+# Of which tokens take part, and how many may; ``Rows.of`` where one rank has all of them.
+MakesRows = Callable[[torch.Tensor, "int | None"], Rows]
 
 # -------------------------------------------------------------------------------------------------
 # The loss
 
 
 def _ipo_loss_from_hidden(
-    ops: Any, arguments: IPOLossFromHiddenArguments, sum_of_ranks: Reduction | None = None
+    ops: Any, arguments: IPOLossFromHiddenArguments, rows_of: MakesRows = Rows.of
 ) -> IPOLossFromHiddenResults:
     shape = arguments.head.labels.shape
     arguments = arguments._replace(
@@ -53,7 +64,7 @@ def _ipo_loss_from_hidden(
     is_centered = arguments.inference_mask_logprobs is not None
     in_two_passes = arguments.settings.judges_sequences or is_centered
     make = _loss_in_two_passes if in_two_passes else _loss_in_one_pass
-    results = make(ops, arguments, fault, replayed, sum_of_ranks)
+    results = make(ops, arguments, fault, replayed, rows_of)
     return results._replace(
         logprobs=results.logprobs.view(shape), entropy=results.entropy.view(shape)
     )
@@ -83,20 +94,19 @@ def _loss_in_one_pass(
     arguments: IPOLossFromHiddenArguments,
     fault: torch.Tensor,
     replayed: torch.Tensor,
-    sum_of_ranks: Reduction | None,
+    rows_of: MakesRows,
 ) -> IPOLossFromHiddenResults:
     """What tokens pay, and the gradients, as soon as a chunk's logits are there."""
     (hidden, weight, bias, labels, scaling), inputs = arguments.head, arguments.inputs
-    rows = Rows.of(inputs.loss_mask, arguments.num_active)
+    rows = rows_of(inputs.loss_mask, arguments.num_active)
     chunks = rows.chunks(arguments.chunk_size)
-    head = Head(weight, bias, _longest(chunks))
+    head = Head(weight, bias, rows.longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
     logprobs = rows.new_output((rows.tokens,), fill)
     entropy = rows.new_output((rows.tokens,), fill)
-    gradients = Gradients(ops, head, hidden, rows, fill, arguments.needs_grad, sum_of_ranks)
-    for chunk in chunks:
+    gradients = Gradients(ops, head, hidden, rows, fill, arguments.needs_grad)
+    for chunk, states in rows.with_states(hidden, chunks):
         take = functools.partial(rows.take, chunk=chunk)
-        states = rows.take_states(hidden, chunk)
         inputs_here = inputs.map_tokens(take)._replace(cu_seqlens=None, sequence_totals=None)
         logits = head.logits(states)
         gradient, row_scales = gradients.over(logits)
@@ -114,6 +124,7 @@ def _loss_in_one_pass(
         rows.put(entropy, chunk, entropy_here)
         pays = inputs_here.loss_mask & logprobs_here.isfinite()
         gradients.add(chunk, gradient, row_scales, states, pays)
+        del states  # before the next ones come
 
     loss, _, metrics = _loss_and_metrics(ops, arguments, fault, logprobs, entropy, replayed, False)
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients.finished())
@@ -124,7 +135,7 @@ def _loss_in_two_passes(
     arguments: IPOLossFromHiddenArguments,
     fault: torch.Tensor,
     replayed: torch.Tensor,
-    sum_of_ranks: Reduction | None,
+    rows_of: MakesRows,
 ) -> IPOLossFromHiddenResults:
     """A verdict needs all log-probabilities of a sequence before any gradient.
 
@@ -136,7 +147,7 @@ def _loss_in_two_passes(
     candidates, of_sampler = None, arguments.inference_mask_logprobs
     if head.scaling.sampling_mask is not None and of_sampler is not None:
         candidates = head.scaling.sampling_mask.masked_fill(~replayed[:, None], NO_ID)
-    rows = Rows.of(loss_mask, num_active)
+    rows = rows_of(loss_mask, num_active)
     logprobs, entropy, softmax_stats, of_ids = _logprobs_of(
         ops, rows, fault, head, candidates, chunk_size
     )
@@ -161,7 +172,7 @@ def _loss_in_two_passes(
         pays = grad_logprobs != 0
         if grad_candidates is not None:
             pays |= (grad_candidates != 0).any(-1)
-        rows = Rows.of(loss_mask & pays, num_active)
+        rows = rows_of(loss_mask & pays, num_active)
     backward = LogprobsBackward(
         entropy, softmax_stats, grad_logprobs, torch.zeros_like(entropy), grad_candidates
     )
@@ -174,7 +185,6 @@ def _loss_in_two_passes(
         chunk_size,
         backward,
         arguments.needs_grad,
-        sum_of_ranks,
     )
     return IPOLossFromHiddenResults(loss, logprobs, entropy, metrics, *gradients)
 
@@ -248,16 +258,17 @@ def _logprobs_of(
 ) -> LinearTokenLogprobsResults:
     """All of them as ``[tokens]`` and ``[tokens, candidates]``."""
     chunks = rows.chunks(chunk_size)
-    head = Head(inputs.weight, inputs.bias, _longest(chunks))
+    head = Head(inputs.weight, inputs.bias, rows.longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
     logprobs = rows.new_output((rows.tokens,), fill)
     entropy = rows.new_output((rows.tokens,), fill)
     softmax_stats = rows.new_output((2, rows.tokens), fill)
     shape = (0,) if candidates is None else tuple(candidates.shape)
     of_candidates = rows.new_output(shape, fill)
-    for chunk in chunks:
+    for chunk, states in rows.with_states(inputs.hidden, chunks):
         take = functools.partial(rows.take, chunk=chunk)
-        logits = head.logits(rows.take_states(inputs.hidden, chunk))
+        logits = head.logits(states)
+        del states  # before the next ones come
         logprobs_here, entropy_here, stats_here, candidates_here = ops.chunk_logprobs(
             logits,
             take(inputs.labels),
@@ -304,16 +315,14 @@ def _gradients_of(
     chunk_size: int,
     backward: LogprobsBackward,
     needs_grad: NeedsGrad,
-    sum_of_ranks: Reduction | None = None,
 ) -> LinearTokenLogprobsBackwardResults:
     """By the head's inputs, of the active rows, whose logits are made again."""
     chunks = rows.chunks(chunk_size) if any(needs_grad) else []
-    head = Head(inputs.weight, inputs.bias, _longest(chunks))
+    head = Head(inputs.weight, inputs.bias, rows.longest(chunks))
     fill = _value_of_no_row(fault, head.compute)
-    gradients = Gradients(ops, head, inputs.hidden, rows, fill, needs_grad, sum_of_ranks)
-    for chunk in chunks:
+    gradients = Gradients(ops, head, inputs.hidden, rows, fill, needs_grad)
+    for chunk, states in rows.with_states(inputs.hidden, chunks):
         take = functools.partial(rows.take, chunk=chunk)
-        states = rows.take_states(inputs.hidden, chunk)
         logits = head.logits(states)
         gradient, row_scales = gradients.over(logits)
         ops.chunk_logprobs_backward(
@@ -331,6 +340,7 @@ def _gradients_of(
             row_scales,
         )
         gradients.add(chunk, gradient, row_scales, states, take(rows.active))
+        del states  # before the next ones come
     return LinearTokenLogprobsBackwardResults(*gradients.finished())
 
 
@@ -341,19 +351,20 @@ def _gradients_of(
 def _ipo_loss_from_hidden_sharded(
     ops: Any, arguments: IPOLossFromHiddenShardedArguments
 ) -> IPOLossFromHiddenResults:
-    shard, reduce_hidden_grad = arguments.shard, arguments.reduce_hidden_grad
+    shard = arguments.shard
     rows = ShardedRows(ops, shard)
     num_active, needs_grad = arguments.num_active, arguments.needs_grad
     rows.check_agreement(
         arguments.inputs.loss_mask,
         can_wait=num_active is None,
+        sequence_parallel=arguments.sequence_parallel,
         chunk_size=arguments.chunk_size,
         num_active=-1 if num_active is None else num_active,
         needs_grad_hidden=needs_grad.needs_grad_hidden,
-        reduce_hidden_grad=reduce_hidden_grad,
+        needs_a_gradient=any(needs_grad),
+        reduce_hidden_grad=arguments.reduce_hidden_grad,
         vocabulary=shard.vocabulary,
     )
-    sum_of_ranks = rows.sum_of_ranks if reduce_hidden_grad else None
     of_rows = IPOLossFromHiddenArguments(
         arguments.head,
         arguments.inputs,
@@ -363,7 +374,7 @@ def _ipo_loss_from_hidden_sharded(
         num_active,
         needs_grad,
     )
-    results = _ipo_loss_from_hidden(rows, of_rows, sum_of_ranks)
+    results = _ipo_loss_from_hidden(rows, of_rows, _rows_of(arguments))
     rows.finish(results.logprobs, results.entropy, *results.gradients)
     return results
 
@@ -373,14 +384,17 @@ def _linear_token_logprobs_sharded(
 ) -> ShardedLogprobsResults:
     head, shape = _flat_head(arguments.head), arguments.head.labels.shape
     rows = ShardedRows(ops, arguments.shard)
+    labelled = head.labels != IGNORED_LABEL
     rows.check_agreement(
-        head.labels != IGNORED_LABEL,
+        labelled,
         can_wait=True,
+        sequence_parallel=arguments.sequence_parallel,
         chunk_size=arguments.chunk_size,
         vocabulary=arguments.shard.vocabulary,
     )
     fault = _faults_of_head(rows, head, None)
-    made = _logprobs_of(rows, _labelled(head), fault, head, None, arguments.chunk_size)
+    chosen = _rows_of(arguments)(labelled, None)
+    made = _logprobs_of(rows, chosen, fault, head, None, arguments.chunk_size)
     logprobs, entropy, softmax_stats, _ = made
     rows.finish(logprobs, entropy, softmax_stats)
     return ShardedLogprobsResults(logprobs.view(shape), entropy.view(shape), softmax_stats, fault)
@@ -391,13 +405,15 @@ def _linear_token_logprobs_sharded_backward(
 ) -> LinearTokenLogprobsBackwardResults:
     """Of every labelled row, whatever flows into it: ranks reduce as many chunks."""
     head, needs_grad = _flat_head(arguments.head), arguments.needs_grad
-    rows = ShardedRows(ops, arguments.shard)
-    sum_of_ranks = rows.sum_of_ranks if arguments.reduce_hidden_grad else None
-    if sum_of_ranks is not None:
+    rows, labelled = ShardedRows(ops, arguments.shard), head.labels != IGNORED_LABEL
+    if arguments.reduce_hidden_grad:
         rows.check_agreement(
-            head.labels != IGNORED_LABEL,
+            labelled,
             can_wait=True,
+            sequence_parallel=arguments.sequence_parallel,
             needs_grad_hidden=needs_grad.needs_grad_hidden,
+            # With none of them a rank would gather no hidden states.
+            needs_a_gradient=any(needs_grad),
         )
     entropy, softmax_stats, grad_logprobs, grad_entropy, _ = arguments.backward
     backward = LogprobsBackward(
@@ -405,15 +421,28 @@ def _linear_token_logprobs_sharded_backward(
     )
     return _gradients_of(
         rows,
-        _labelled(head),
+        _rows_of(arguments)(labelled, None),
         arguments.fault,
         head,
         None,
         arguments.chunk_size,
         backward,
         needs_grad,
-        sum_of_ranks,
     )
+
+
+def _rows_of(
+    arguments: IPOLossFromHiddenShardedArguments
+    | LinearTokenLogprobsShardedArguments
+    | LinearTokenLogprobsShardedBackwardArguments,
+) -> MakesRows:
+    """Where their hidden states are, and the gradient by these goes."""
+    group = arguments.shard.group
+    if arguments.sequence_parallel:
+        return functools.partial(SequenceParallelRows.of_ranks, group=group)
+    if not arguments.reduce_hidden_grad:
+        return Rows.of
+    return functools.partial(ReplicatedRows.of_all, group=group)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -466,10 +495,6 @@ def _flat_ids(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None:
         return None
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
-
-
-def _longest(chunks: list[slice]) -> int:
-    return max((chunk.stop - chunk.start for chunk in chunks), default=0)
 
 
 def _value_of_no_row(fault: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,16 +6,15 @@ Nothing here waits for a device unless it must count, and nothing as large as al
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 
-from ipo_ext._ops import checks
+from ipo_ext._ops import checks, torch_internals
 from ipo_ext._ops.arguments import NeedsGrad
-
-Reduction = Callable[[torch.Tensor], torch.Tensor]
 
 IGNORED_LABEL = -100  # of a row that takes no part in log-probabilities
 NO_ID = -1  # in the place of an id of a token that has fewer
@@ -78,13 +77,28 @@ class Rows:
     def chunks(self, chunk_size: int) -> list[slice]:
         return chunks_of(self.tokens if self.index is None else len(self.index), chunk_size)
 
+    def longest(self, chunks: list[slice]) -> int:
+        """Rows of the longest chunk."""
+        return max((chunk.stop - chunk.start for chunk in chunks), default=0)
+
+    def _tokens_of(self, chunk: slice) -> slice | torch.Tensor:
+        return chunk if self.index is None else self.index[chunk]
+
     def take(self, tensor: Any, chunk: slice) -> Any:
         """[tokens, ...] -> the chunk's [rows, ...]; a scalar or None as it is."""
         if tensor is None or tensor.dim() == 0:
             return tensor
-        return tensor[chunk] if self.index is None else tensor.index_select(0, self.index[chunk])
+        tokens = self._tokens_of(chunk)
+        return tensor[tokens] if isinstance(tokens, slice) else tensor.index_select(0, tokens)
 
-    def take_states(self, hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
+    def with_states(
+        self, hidden: torch.Tensor, chunks: list[slice]
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Each chunk and its [rows, width] of hidden states."""
+        for chunk in chunks:
+            yield chunk, self._take_states(hidden, chunk)
+
+    def _take_states(self, hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
         """[..., width] -> the chunk's [rows, width], without a copy of all of ``hidden``."""
         shape = hidden.shape[:-1]
         if hidden.is_contiguous() or len(shape) < 2:
@@ -102,10 +116,124 @@ class Rows:
 
     def put(self, output: torch.Tensor, chunk: slice, values: torch.Tensor) -> None:
         """The chunk's [rows, ...] -> their places in [tokens, ...]."""
-        if self.index is None:
-            output[chunk] = values
+        tokens = self._tokens_of(chunk)
+        if isinstance(tokens, slice):
+            output[tokens] = values
         else:
-            output.index_copy_(0, self.index[chunk], values.to(output.dtype))
+            output.index_copy_(0, tokens, values.to(output.dtype))
+
+    @property
+    def own_tokens(self) -> int:
+        """Whose hidden states this rank has."""
+        return self.tokens
+
+    def put_gradient(
+        self, output: torch.Tensor, chunk: slice, gradient: torch.Tensor
+    ) -> Callable[[], None]:
+        """The chunk's gradient by hidden states -> [own tokens, width], by the time that what it
+        returns is called."""
+        self.put(output, chunk, gradient)
+        return _nothing
+
+
+def _nothing() -> None:
+    """Of what is already done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplicatedRows(Rows):
+    """Rows that all ranks of a group have, each a part of their gradient."""
+
+    group: str = ""
+
+    @classmethod
+    def of_all(cls, active: torch.Tensor, num_active: int | None, group: str) -> Rows:
+        return cls(active, Rows.of(active, num_active).index, group)
+
+    def put_gradient(
+        self, output: torch.Tensor, chunk: slice, gradient: torch.Tensor
+    ) -> Callable[[], None]:
+        self.put(output, chunk, torch_internals.sum_of_ranks(gradient, self.group))
+        return _nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceParallelRows(Rows):
+    """Rows of which each rank has the hidden states of as many: rank r the r-th run of them.
+
+    A chunk is a slice of every rank's active rows, so that each gives as much to it: where one has
+    fewer, tokens of its own that do not take part stand in. While a chunk is worked on the next one
+    is gathered, and the gradient of the last one added up.
+    """
+
+    index: torch.Tensor  # [ranks, rows of one]
+    group: str = ""
+    rank: int = 0
+
+    @classmethod
+    def of_ranks(cls, active: torch.Tensor, num_active: int | None, group: str) -> Rows:
+        rank, ranks = torch_internals.member_of(group)
+        each = active.numel() // ranks
+        of_ranks = active.view(ranks, each)
+        if num_active is not None or is_capturing(active):
+            rows = each if num_active is None else min(num_active, each)
+        else:
+            rows = most_active(active, ranks)
+        # A stable sort: the active ones first, in their order, then those that stand in.
+        own = of_ranks.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, :rows]
+        begins = each * torch.arange(ranks, device=active.device)
+        return cls(active, own + begins[:, None], group, rank)
+
+    @property
+    def own_tokens(self) -> int:
+        return self.tokens // len(self.index)
+
+    def chunks(self, chunk_size: int) -> list[slice]:
+        """Of each rank's rows."""
+        return chunks_of(self.index.shape[1], max(chunk_size // len(self.index), 1))
+
+    def longest(self, chunks: list[slice]) -> int:
+        return super().longest(chunks) * len(self.index)
+
+    def _tokens_of(self, chunk: slice) -> torch.Tensor:
+        return self.index[:, chunk].reshape(-1)
+
+    def _own_of(self, chunk: slice) -> torch.Tensor:
+        return self.index[self.rank, chunk] - self.rank * self.own_tokens
+
+    def with_states(
+        self, hidden: torch.Tensor, chunks: list[slice]
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        gathers = (self._gather(hidden, chunk) for chunk in chunks)
+        ahead = list(itertools.islice(gathers, 1))
+        try:
+            for chunk in chunks:
+                states = [torch_internals.waited(ahead.pop())]
+                ahead += itertools.islice(gathers, 1)
+                yield chunk, states.pop()  # which the caller alone keeps
+        finally:  # a chunk at fault may be the last
+            for states_ahead in ahead:
+                torch_internals.waited(states_ahead)
+
+    def _gather(self, hidden: torch.Tensor, chunk: slice) -> torch.Tensor:
+        own = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._own_of(chunk))
+        return torch_internals.gathered_later(own, self.group, len(self.index))
+
+    def put_gradient(
+        self, output: torch.Tensor, chunk: slice, gradient: torch.Tensor
+    ) -> Callable[[], None]:
+        own = torch_internals.scattered_later(gradient, self.group, len(self.index))
+
+        def put() -> None:
+            values = torch_internals.waited(own).to(output.dtype)
+            output.index_copy_(0, self._own_of(chunk), values)
+
+        return put
+
+
+def most_active(active: torch.Tensor, ranks: int) -> int:
+    """Active tokens of the rank that has most of them; on CUDA, waits for the number."""
+    return int(active.reshape(ranks, active.numel() // ranks).sum(1).max())
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:
@@ -178,13 +306,13 @@ class Gradients:
         rows: Rows,
         fill: torch.Tensor,
         needs_grad: NeedsGrad,
-        sum_of_ranks: Reduction | None = None,  # where each has a part of those by hidden states
     ) -> None:
         self._head, self._rows, self._fill = head, rows, fill
-        self._needs_grad, self._sum_of_ranks = needs_grad, sum_of_ranks
+        self._needs_grad = needs_grad
+        self._put_last: Callable[[], None] = _nothing  # of the chunks' gradients by hidden states
         vocabulary, width = head.weight.shape
         self._grad_hidden = (
-            rows.new_output((rows.tokens, width), fill.to(checks.kept_dtype(hidden.dtype)))
+            rows.new_output((rows.own_tokens, width), fill.to(checks.kept_dtype(hidden.dtype)))
             if needs_grad.needs_grad_hidden
             else hidden.new_empty((0, width), dtype=checks.kept_dtype(hidden.dtype))
         )
@@ -219,9 +347,8 @@ class Gradients:
             product(gradient, self._head.weight, grad_states)
             if row_scales is not None:
                 grad_states *= row_scales[:, None]
-            if self._sum_of_ranks is not None:
-                grad_states = self._sum_of_ranks(grad_states)
-            self._rows.put(self._grad_hidden, chunk, grad_states)
+            self._put_last()
+            self._put_last = self._rows.put_gradient(self._grad_hidden, chunk, grad_states)
         pays = pays[:, None]
         if self._needs_grad.needs_grad_weight:
             # 0 * NaN would be NaN. A row that pays may be infinite too, where a softcap makes its
@@ -233,8 +360,9 @@ class Gradients:
             self._grad_bias.add(gradient, pays.to(states.dtype), row_scales)
 
     def finished(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[tokens, width] in the dtype that it is kept in, [vocabulary, width] and [vocabulary] in
-        the compute dtype; without a row where not needed."""
+        """[own tokens, width] in the dtype that it is kept in, [vocabulary, width] and [vocabulary]
+        in the compute dtype; without a row where not needed."""
+        self._put_last()
         grad_bias = self._grad_bias.finished().squeeze(1)
         return self._grad_hidden, self._grad_weight.finished(), grad_bias
 

@@ -233,7 +233,7 @@ def _of_loss_from_hidden(
 
 def _gradients(head: HeadInputs, needs_grad: NeedsGrad) -> LinearTokenLogprobsBackwardResults:
     vocabulary, width = head.weight.shape
-    tokens, compute = head.labels.numel(), checks.widened(head.weight.dtype)
+    tokens, compute = head.hidden.shape[:-1].numel(), checks.widened(head.weight.dtype)
     return LinearTokenLogprobsBackwardResults(
         head.hidden.new_empty(
             (tokens if needs_grad.needs_grad_hidden else 0, width),
@@ -297,12 +297,20 @@ def _ipo_loss_from_hidden_sharded(
     arguments: IPOLossFromHiddenShardedArguments,
 ) -> IPOLossFromHiddenResults:
     head, inputs = arguments.head, arguments.inputs
-    checks.check_hidden_loss(head, inputs, arguments.settings.teacher_tau, is_sharded=True)
+    checks.check_hidden_loss(
+        head,
+        inputs,
+        arguments.settings.teacher_tau,
+        is_sharded=True,
+        sequence_parallel=arguments.sequence_parallel,
+    )
     return _of_loss_from_hidden(head, inputs, arguments.needs_grad)
 
 
 def _linear_token_logprobs_sharded(arguments: LinearTokenLogprobsShardedArguments) -> Tensors:
-    checks.check_hidden(arguments.head, is_sharded=True)
+    checks.check_hidden(
+        arguments.head, is_sharded=True, sequence_parallel=arguments.sequence_parallel
+    )
     return _sharded_logprobs(arguments.head.hidden, arguments.head.labels)
 
 

@@ -383,13 +383,15 @@ class LinearTokenLogprobsShardedGradient(NoSecondDerivative):
         vocabulary: int,
         group: str,
         reduce_hidden_grad: bool,
+        sequence_parallel: bool,
     ) -> tuple[torch.Tensor, ...]:
         scaling = (temperature, softcap, None, True)
         backward = (entropy, softmax_stats, grad_logprobs, grad_entropy, None)
         needs_grad = (needs_grad_hidden, needs_grad_weight, needs_grad_bias)
         shard = (first_column, vocabulary, group, "")
         head = (hidden, weight, bias, labels, *scaling)
-        values = (*head, chunk_size, *backward, *needs_grad, fault, *shard, reduce_hidden_grad)
+        how = (reduce_hidden_grad, sequence_parallel)
+        values = (*head, chunk_size, *backward, *needs_grad, fault, *shard, *how)
         return tuple(operator("linear_token_logprobs_sharded_backward", values)(*values))
 
     vmap = staticmethod(refuse_vmap)
@@ -413,7 +415,8 @@ class LinearTokenLogprobsShardedFunction(torch.autograd.Function):
         of_tokens = map(savable, (labels, scaling.temperature))
         ctx.save_for_backward(hidden, weight, bias, *of_tokens, entropy.clone(), *constants)
         ctx.softcap, ctx.chunk_size = scaling.softcap, arguments.chunk_size
-        ctx.shard, ctx.reduces = arguments.shard, arguments.reduce_hidden_grad
+        ctx.shard = arguments.shard
+        ctx.of_hidden = (arguments.reduce_hidden_grad, arguments.sequence_parallel)
         ctx.set_materialize_grads(False)  # not for the statistics
         ctx.num_inputs = len(inputs)
 
@@ -448,7 +451,7 @@ class LinearTokenLogprobsShardedFunction(torch.autograd.Function):
             first_column,
             vocabulary,
             group,
-            ctx.reduces,
+            *ctx.of_hidden,
         )
         gradients = [
             gradient.to(leaf.dtype).view(leaf.shape) if needs else None

@@ -28,7 +28,7 @@ from ipo_ext._ops.arguments import (
     TokenLogprobsShardedBackwardArguments,
     unflatten,
 )
-from ipo_ext._ops.chunks import IGNORED_LABEL, is_capturing
+from ipo_ext._ops.chunks import IGNORED_LABEL, is_capturing, most_active
 
 _FAULT, _LABEL_FAULT = 1, 2  # what chunk_packets tells apart, for the errors of other ranks
 
@@ -48,16 +48,22 @@ class ShardedRows:
     # ---------------------------------------------------------------------------------------------
     # Faults
 
-    def check_agreement(self, active: torch.Tensor, can_wait: bool, **numbers: int) -> None:
+    def check_agreement(
+        self, active: torch.Tensor, can_wait: bool, sequence_parallel: bool, **numbers: int
+    ) -> None:
         """Raises, on all ranks, unless the numbers that decide about exchanges are the same on all.
 
         Ranks that exchange different sizes, or a different number of times, hang or are aborted.
-        ``active`` is counted as well. Not where the host may not wait for a device.
+        ``active`` is counted as well: of one rank, where each has some of the hidden states. Not
+        where the host may not wait for a device.
         """
         if active.is_cuda and (not can_wait or is_capturing(active)):
             return
-        known = {"active tokens": int(active.count_nonzero()), **numbers, "faults": 0}
-        known["faults"] = 1 if self._held else 0
+        known = {"faults": 1 if self._held else 0, "sequence_parallel": sequence_parallel}
+        known |= {"active tokens": 0, **numbers}
+        if not (self._held and sequence_parallel):  # else they may not be countable
+            _, ranks = torch_internals.member_of(self._shard.group)
+            known["active tokens"] = most_active(active, ranks if sequence_parallel else 1)
         mine = torch.tensor(list(known.values()), dtype=torch.int64, device=active.device)
         of_ranks = torch_internals.gathered(mine, self._shard.group).tolist()
         if self._held:
@@ -153,10 +159,6 @@ class ShardedRows:
     def _backward(self, *values: Any) -> None:
         *before, gradient, row_scales = values
         self._ops.chunk_shard_backward(*before, self._shard.first_column, gradient, row_scales)
-
-    def sum_of_ranks(self, part: torch.Tensor) -> torch.Tensor:
-        """Of this rank's part of a gradient by hidden states."""
-        return torch_internals.sum_of_ranks(part, self._shard.group)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -147,6 +147,32 @@ def gathered(tensor: torch.Tensor, group_name: str) -> torch.Tensor:
     return cast(torch.Tensor, ranks)
 
 
+def gathered_later(tensor: torch.Tensor, group_name: str, ranks: int) -> torch.Tensor:
+    """``[ranks * rows, ...]`` of ``[rows, ...]``, once ``waited`` for; as ``gathered``."""
+    collectives = torch.ops._c10d_functional
+    return cast(torch.Tensor, collectives.all_gather_into_tensor(tensor, ranks, group_name))
+
+
+def scattered_later(tensor: torch.Tensor, group_name: str, ranks: int) -> torch.Tensor:
+    """The inverse: this rank's ``[rows, ...]`` of the sum of all ranks' ``[ranks * rows, ...]``."""
+    collectives = torch.ops._c10d_functional
+    part = collectives.reduce_scatter_tensor(tensor, "sum", ranks, group_name)
+    return cast(torch.Tensor, part)
+
+
+def waited(tensor: torch.Tensor) -> torch.Tensor:
+    """What a collective has been started for, for whoever uses it next."""
+    return cast(torch.Tensor, torch.ops._c10d_functional.wait_tensor(tensor))
+
+
+def member_of(group_name: str) -> tuple[int, int]:
+    """This process's rank in a process group, and the number of its ranks."""
+    from torch.distributed import distributed_c10d
+
+    group = cast(Any, distributed_c10d)._resolve_process_group(group_name)
+    return group.rank(), group.size()
+
+
 def summed_later(tensor: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
     """The sum over the ranks of ``group``, for which the first to use it waits.
 
