@@ -74,8 +74,8 @@ class LinearIPOLoss(nn.Module):
 
     Args:
         config: which tokens and sequences count, and what they pay; default ``IPOConfig()``.
-        softcap, chunk_size, logit_scale, tp_group, vocab_size, vocab_start, reduce_hidden_grad,
-            sequence_parallel: as for ``ipo_loss_from_hidden``.
+        softcap, chunk_size, logit_scale: as for ``ipo_loss_from_hidden``.
+        tp_group, vocab_size, vocab_start, reduce_hidden_grad, sequence_parallel: likewise.
     """
 
     def __init__(
