@@ -153,7 +153,7 @@ class TokenLogprobsProcessor:
 class _OutputLayer:
     """The hidden states in the order of the labels, and what makes logits of them."""
 
-    hidden: torch.Tensor  # [B, S, H]
+    hidden: torch.Tensor  # [B, S, H], or [S/tp, H] of a batch of one under sequence parallelism
     arguments: dict[str, Any]
 
     @staticmethod
@@ -176,6 +176,9 @@ class _OutputLayer:
         if vocab_size is not None:
             arguments.update(vocab_size=vocab_size, vocab_start=group.rank() * len(weight))
         if output_layer.sequence_parallel:
+            if hidden.shape[1] == 1:  # then each rank has a run of the tokens
+                arguments["sequence_parallel"] = True
+                return _OutputLayer(hidden.flatten(0, 1), arguments)
             # Its backward pass sums over ranks what each has of the gradient.
             from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
