@@ -384,14 +384,25 @@ def test_more_tokens_than_columns_are_refused() -> None:
         IPOLossProcessor(vocab_size=65)(**given())
 
 
-def test_a_rule_on_sequences_needs_their_ends() -> None:
+def test_rows_are_sequences_unless_ranks_share_them() -> None:
     processor = IPOLossProcessor(IPOConfig.geometric(0.9, 1.1))
-    with pytest.raises(ValueError, match="the batch knows no ends of sequences"):
-        processor(**given())
-    ends = torch.arange(BATCH + 1, dtype=torch.int32) * TOKENS
     ones = torch.ones(BATCH, TOKENS)
-    out = processor(**given(context=LossBatch(-ones, ones, ones.bool(), cu_seqlens=ends)))
-    assert len(out.metrics["is_masked"]) == BATCH
+    arguments = given(context=LossBatch(-ones, ones, ones.bool()))
+    with torch.no_grad():
+        sampled, _ = TokenLogprobsProcessor()(**{**arguments, "context": None})
+    sampled[1] -= 1  # of one row the geometric mean is off
+    arguments["context"] = LossBatch(sampled, ones, ones.bool())
+    assert processor(**arguments).metrics["is_masked"].item() == pytest.approx(1 / BATCH)
+    arguments["config"].context_parallel_size = 2
+    with pytest.raises(ValueError, match="under context parallelism a rank has parts of sequences"):
+        processor(**arguments)
+    ids = torch.zeros(1, dtype=torch.int32)
+    ends = torch.tensor([0, BATCH * TOKENS], dtype=torch.int32)
+    arguments["context"] = LossBatch(
+        sampled, ones, ones.bool(), cu_seqlens=ends, sequence_ids=ids, num_sequences=1
+    )
+    with pytest.raises(ValueError, match="cp_group"):  # the loss's own words
+        processor(**arguments)
 
 
 def test_packed_rows_that_ranks_share_have_no_ends_here() -> None:

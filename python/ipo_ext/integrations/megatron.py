@@ -60,8 +60,9 @@ class IPOLossProcessor:
 
         Args:
             context: the ``output_processor_context``: a ``LossBatch`` of ``[B, S]``. Its
-                ``cu_seqlens`` are by default those of ``packed_seq_params``, whose padded ones come
-                first; without either the batch is one sequence to the metrics.
+                ``cu_seqlens`` are by default those of ``packed_seq_params``, the padded ones where
+                there are any; without either rules on whole sequences take each of the B rows for
+                one, and metrics are of the whole batch.
             given: what ``GPTModel`` hands over; ``labels``: ``[B, S]``, where ``labels[b, s]`` is
                 the token that position ``s`` predicts, as for Megatron's own loss.
 
@@ -88,15 +89,14 @@ class IPOLossProcessor:
         _refuse_another_mask(given["loss_mask"], context.loss_mask)
         inputs = context.arguments()
         if not any(name in inputs for name in _SEQUENCES):
-            ends = _ends_of_sequences(given)
-            if ends is not None:
-                inputs["cu_seqlens"] = ends
-            else:
+            if given["config"].context_parallel_size > 1:
                 refuse_rules_on_sequences(
                     self.config,
-                    "the batch knows no ends of sequences; give LossBatch its cu_seqlens, or under "
-                    "context parallelism its sequence_ids, num_sequences and cp_group",
+                    "under context parallelism a rank has parts of sequences; give LossBatch their "
+                    "sequence_ids, num_sequences and cp_group",
                 )
+            elif (packed := given["packed_seq_params"]) is not None:
+                inputs["cu_seqlens"] = _ends_of_sequences(packed)
         return ipo_loss_from_hidden(
             layer.hidden,
             labels=labels,
@@ -236,10 +236,7 @@ def _refuse_what_is_not_honoured(given: dict[str, Any]) -> None:
         )
 
 
-def _ends_of_sequences(given: dict[str, Any]) -> torch.Tensor | None:
-    """Of a packed row, unless it is shared: those of Megatron are then the whole sequences'."""
-    packed = given["packed_seq_params"]
-    if packed is None or given["config"].context_parallel_size > 1:
-        return None
+def _ends_of_sequences(packed: Any) -> torch.Tensor:
+    """Of a packed row; with what pads each of them, where something does."""
     padded = packed.cu_seqlens_q_padded
     return packed.cu_seqlens_q if padded is None else padded
