@@ -5,6 +5,7 @@ The public functions' checks run here too, so that a traced call says what an ea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -233,7 +234,7 @@ def _of_loss_from_hidden(
 
 def _gradients(head: HeadInputs, needs_grad: NeedsGrad) -> LinearTokenLogprobsBackwardResults:
     vocabulary, width = head.weight.shape
-    tokens, compute = head.hidden.shape[:-1].numel(), checks.widened(head.weight.dtype)
+    tokens, compute = math.prod(head.hidden.shape[:-1]), checks.widened(head.weight.dtype)
     return LinearTokenLogprobsBackwardResults(
         head.hidden.new_empty(
             (tokens if needs_grad.needs_grad_hidden else 0, width),
