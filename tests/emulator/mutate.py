@@ -62,6 +62,12 @@ LONG_SEGMENTS = from_logprobs("test_long_and_short_segments_matches_the_referenc
 ANOTHER_TOKEN = tame_tokens("test_a_round_with_another_token_is_what_its_tokens_are")
 
 
+AROUND_BLOCK_TILES = (
+    *from_logprobs("test_fp64_matches_the_reference_around_tiles"),
+    *components("test_all_together_are_the_sum_of_each"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mutation:
     name: str
@@ -121,36 +127,42 @@ MUTATIONS = (
         TILES,
         "i < span.end; ++i",
         "i + 1 < span.end; ++i",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "tail-one-long",
         TILES,
         "index + kCount <= size) {",
         "index + kCount <= size + 1) {",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "lost-vector-remainder",
         TILES,
         "kCount == 1 || index + kCount <= size",
         "true",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "wrong-slot",
         TILES,
         "slot = Segments::slot(tile, segment);",
         "slot = Segments::slot(tile, 0);",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "skipped-segment",
         TILES,
         "if (end <= begin) continue;",
         "if (end <= begin + 1) continue;",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "wrong-stride-of-tokens",
         TILES,
         "round += kRound",
         "round += 2 * kRound",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "wrong-stride-of-tiles",
@@ -182,6 +194,7 @@ MUTATIONS = (
         TILES,
         "static_cast<E*>(args.gradient) + tile_begin + index;",
         "static_cast<E*>(args.gradient) + tile_begin + index / kCount;",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "unchecked-alignment",
@@ -205,56 +218,63 @@ MUTATIONS = (
         REDUCE,
         "  __syncthreads();\n  if",
         "  if",
-        from_logprobs("test_same_bits_whatever_the_schedule"),
+        components("test_same_bits_whatever_the_schedule"),
     ),
     Mutation(
-        "dropped-second-barrier",
-        REDUCE,
-        "storage.warps[other]);\n  }\n  __syncthreads();",
-        "storage.warps[other]);\n  }",
-        from_logprobs("test_long_and_short_segments_matches_the_reference_around_tiles"),
+        "components-of-the-first-tile",
+        COMPONENT_TILES,
+        "const int64_t tile = blockIdx.x;",
+        "const int64_t tile = 0;",
+        components("test_all_together_are_the_sum_of_each"),
     ),
     Mutation(
         "wrong-lane",
         REDUCE,
         "if (lane == 0)",
         "if (lane == 1)",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "wrong-shuffle-delta",
         REDUCE,
         "delta > 0",
         "delta > 1",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "lost-warp",
         REDUCE,
         "other = 1; other < kWarps",
         "other = 1; other < kWarps - 1",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "tokens-of-another-segment",
         TILES,
         "token.active &= span.has(index + i);",
         "",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "gradient-of-another-segment",
         TILES,
         "if (span.has(index + i)) gradient[i]",
         "if (span.has(index)) gradient[i]",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "warp-before-the-span",
         TILES,
         "return storage.holds[first + i];",
         "return true;",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "span-of-the-first-warp",
         TILES,
         "if (!span.meets(first_of_warp, kWarpSize * kCount)) continue;",
         "if (!span.meets(first_of_warp, kCount)) continue;",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "tile-before-the-barrier",
@@ -268,6 +288,7 @@ MUTATIONS = (
         TILES,
         "loaded = false;",
         "loaded = true;",
+        AROUND_BLOCK_TILES,
     ),
     Mutation(
         "vote-of-one-lane",

@@ -96,6 +96,18 @@ def test_matches_the_reference_around_tiles(backend, tokens):
     assert_matches_reference(random_case(tokens, teacher=True), backend.device)
 
 
+@pytest.mark.parametrize("segments", [None, "at-tiles", "sevens"])
+def test_fp64_matches_the_reference_around_tiles(backend, segments):
+    """The CUDA kernels take a tile by a block there, not by a warp."""
+    for tokens in (1, 2, 3, 257, 300) if segments == "sevens" else EDGE_SIZES:
+        options = {"dtypes": DTYPES["fp64"], "segments": segments, "teacher": True}
+        case = random_case(tokens, **options)
+        assert_matches_reference(case, backend.device)
+        same = case.to(backend.device).with_(cu_seqlens=None)
+        packed = case.to(backend.device)
+        assert same_bits(operator_gradient(packed), operator_gradient(same))
+
+
 @pytest.mark.parametrize("short_ones", [3, 1035])
 def test_long_and_short_segments_matches_the_reference_around_tiles(backend, short_ones):
     """A warp of the CUDA kernels finishes a short segment, a block one of more than 64 tiles: two

@@ -219,9 +219,13 @@ def test_no_mask_rule_keeps_all_that_is_finite(backend: Backend, form: str) -> N
 
 @pytest.mark.parametrize("form", ["ipo", "ppo-capped", "cispo"])
 @pytest.mark.parametrize("segments", [None, "at-tiles"])
-def test_bounded_ratios_are_counted(backend: Backend, form: str, segments: str | None) -> None:
+@pytest.mark.parametrize("dtypes", ["fp32", "fp64"])
+def test_bounded_ratios_are_counted(
+    backend: Backend, dtypes: str, form: str, segments: str | None
+) -> None:
     config = dataclasses.replace(FORMS[form], mask_rule="none")
-    case = random_case(9000, segments=segments, weights=True).with_(config=config)
+    case = random_case(9000, dtypes=DTYPES[dtypes], segments=segments, weights=True)
+    case = case.with_(config=config)
     ours, exact = evaluate(case.to(backend.device)), evaluate(case, reference.ipo_loss)
     names = {"is_clipped", "ratio_capped"} & exact.metrics.keys()
     assert names == {"is_clipped", "ratio_capped"} & ours.metrics.keys()

@@ -178,7 +178,7 @@ class SequenceParallelRows(Rows):
         if num_active is not None or is_capturing(active):
             rows = each if num_active is None else min(num_active, each)
         else:
-            rows = most_active(active, ranks)
+            rows = max(active_of_ranks(active, ranks))
         # A stable sort: the active ones first, in their order, then those that stand in.
         own = of_ranks.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, :rows]
         begins = each * torch.arange(ranks, device=active.device)
@@ -231,9 +231,9 @@ class SequenceParallelRows(Rows):
         return put
 
 
-def most_active(active: torch.Tensor, ranks: int) -> int:
-    """Active tokens of the rank that has most of them; on CUDA, waits for the number."""
-    return int(active.reshape(ranks, active.numel() // ranks).sum(1).max())
+def active_of_ranks(active: torch.Tensor, ranks: int) -> list[int]:
+    """Active tokens of each rank's run; on CUDA, waits for the numbers."""
+    return cast(list[int], active.reshape(ranks, active.numel() // ranks).sum(1).tolist())
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:

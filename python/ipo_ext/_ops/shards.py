@@ -28,7 +28,7 @@ from ipo_ext._ops.arguments import (
     TokenLogprobsShardedBackwardArguments,
     unflatten,
 )
-from ipo_ext._ops.chunks import IGNORED_LABEL, is_capturing, most_active
+from ipo_ext._ops.chunks import IGNORED_LABEL, active_of_ranks, is_capturing
 
 _FAULT, _LABEL_FAULT = 1, 2  # what chunk_packets tells apart, for the errors of other ranks
 
@@ -54,16 +54,17 @@ class ShardedRows:
         """Raises, on all ranks, unless the numbers that decide about exchanges are the same on all.
 
         Ranks that exchange different sizes, or a different number of times, hang or are aborted.
-        ``active`` is counted as well: of one rank, where each has some of the hidden states. Not
+        ``active`` is counted as well, also by rank where each has some of the hidden states. Not
         where the host may not wait for a device.
         """
         if active.is_cuda and (not can_wait or is_capturing(active)):
             return
         known = {"faults": 1 if self._held else 0, "sequence_parallel": sequence_parallel}
-        known |= {"active tokens": 0, **numbers}
+        known |= {"active tokens": 0, "active tokens of a rank": 0, **numbers}
         if not (self._held and sequence_parallel):  # else they may not be countable
             _, ranks = torch_internals.member_of(self._shard.group)
-            known["active tokens"] = most_active(active, ranks if sequence_parallel else 1)
+            counts = active_of_ranks(active, ranks if sequence_parallel else 1)
+            known |= {"active tokens": sum(counts), "active tokens of a rank": max(counts)}
         mine = torch.tensor(list(known.values()), dtype=torch.int64, device=active.device)
         of_ranks = torch_internals.gathered(mine, self._shard.group).tolist()
         if self._held:

@@ -89,6 +89,7 @@ class LogitTerms {
 
   // Returns, twice, a bf16 number 127 to 1200 below the maximum in powers of 2. Its last bits are
   // cut off, which loses up to a 128th of it, no more than 260 / scale.
+  // kHighestTemperature keeps the quotient finite and above 0.
   __device__ __forceinline__ uint32_t lowest_pair() const {
     const uint32_t bits = __float_as_uint(row_max_ - __fdividef(512, fused_.scale));
     return (bits & 0xffff0000u) | bits >> 16;

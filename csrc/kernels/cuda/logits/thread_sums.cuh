@@ -24,10 +24,11 @@ class ThreadSums {
   // they are under a softcap.
   template <bool kBounded = false, int kCount>
   __device__ __forceinline__ void add(E (&logits)[kCount]) {
-    E vector_sum_exp, vector_sum_exp_x;
+    E vector_sum_exp = 0, vector_sum_exp_x = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const RowTerm<E> term = kBounded ? terms_.of_bounded(logits[i]) : terms_.of(logits[i]);
+      // The compiler may not leave out that 0 is added to the first.
       vector_sum_exp = i == 0 ? term.exp : vector_sum_exp + term.exp;
       vector_sum_exp_x = i == 0 ? exp_x(term) : vector_sum_exp_x + exp_x(term);
       if (!kCapped) logits[i] = term.exp;
