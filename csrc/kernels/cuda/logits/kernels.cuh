@@ -130,9 +130,9 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
     if (threadIdx.x == 0) {
       const RowDerivative<E> derivative =
           restore_row<Gradient>(args, index, split == 0, upstream_grads<E>(args, index));
-      storage.terms = gradient_terms<Stored, kCapped>(derivative, scale_of<E>(args, index),
-                                                      saved_row_max<E>(args, index),
-                                                      owned ? storage.label_logit : E(0));
+      storage.terms = gradient_terms<LogitTerms<Stored, kCapped>, kCapped>(
+          derivative, scale_of<E>(args, index), saved_row_max<E>(args, index),
+          owned ? storage.label_logit : E(0));
     }
   } else {
     const RowStats<E>* splits =
@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(kStreamThreads, sizeof(Stored) == 8 ? 2 : 3)
     const RowStats<E> stats = merge_splits(args, index, splits, rows.plan.splits, storage);
     if (threadIdx.x == 0) {
       storage.scale = scale_of<E>(args, index);
-      finish_row<Gradient, kCapped>(args, index, stats, split == 0, storage);
+      finish_row<Gradient, kCapped, LogitTerms<Stored, kCapped>>(args, index, stats, split == 0,
+                                                                 storage);
     }
   }
   if (gradient == nullptr) return;

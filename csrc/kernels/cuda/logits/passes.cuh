@@ -41,7 +41,7 @@ __device__ __forceinline__ void fill_row(const LogitsArgs& args, int64_t row, bo
 // Makes a row's results of its maximum and sums and leaves the terms of its gradient in `storage`;
 // one thread calls it. The row waits in memory while its loss is computed, whose arithmetic needs
 // the registers.
-template <typename Gradient, bool kCapped, typename E, typename Storage>
+template <typename Gradient, bool kCapped, typename Terms, typename E, typename Storage>
 __device__ __forceinline__ void finish_row(const LogitsArgs& args, int64_t index,
                                            const RowStats<E>& stats, bool stores_results,
                                            Storage& storage) {
@@ -58,8 +58,8 @@ __device__ __forceinline__ void finish_row(const LogitsArgs& args, int64_t index
                                                  storage.result.entropy, scale.inverse_temperature);
   const RowDerivative<E> derivative = row_derivative<E>(
       grads, storage.stats.sums.sum_exp, storage.result.entropy, scale.inverse_temperature);
-  storage.terms = gradient_terms<typename Storage::Logit, kCapped>(
-      derivative, scale, storage.stats.row_max, storage.stats.label_logit);
+  storage.terms = gradient_terms<Terms, kCapped>(derivative, scale, storage.stats.row_max,
+                                                 storage.stats.label_logit);
 }
 
 // Takes a row's sums from what its terms are relative to, to its maximum.
@@ -115,8 +115,8 @@ __device__ __forceinline__ void process_row(const RowKernelArgs& rows, int64_t i
   if (threadIdx.x < kWarpSize) {
     row.spill_to_shared();
     if (threadIdx.x == 0) {
-      finish_row<Gradient, kCapped>(args, index, relative_to_max<Row>(stats, storage.scale),
-                                    cluster.rank == 0, storage);
+      finish_row<Gradient, kCapped, typename Row::Terms>(
+          args, index, relative_to_max<Row>(stats, storage.scale), cluster.rank == 0, storage);
       storage.gradient = gradient_of_row<Gradient>(args, index);
     }
     row.restore_from_shared();

@@ -20,7 +20,7 @@ class PipelinedRow {
   using Slice = RowSlice<Stored, kPipelinedThreads>;
   using Storage = RowStorage<Stored, kPipelinedThreads, kVectors>;
   using E = typename Slice::E;
-  using Terms = LogitTerms<Stored, false>;
+  using Terms = LogitTerms<Stored, false, true>;
   static constexpr int kColumns = Slice::kColumns;
   static constexpr bool kKeepsExponentials = sizeof(Stored) == sizeof(E);
 
@@ -63,7 +63,7 @@ class PipelinedRow {
 
   // Returns the thread's sums.
   __device__ __forceinline__ RowSums exponentiate(const LogitScale<E>& scale, E row_max) {
-    ThreadSums<Stored, false> sums(scale, row_max);
+    ThreadSums<Stored, false, true> sums(scale, row_max);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (!slice_.has_vector(i)) continue;

@@ -23,9 +23,7 @@ class ResidentRow {
   static constexpr int kInRegisters = kCapped ? 0 : kRegisterVectors<Stored>;
 
   __device__ __forceinline__ ResidentRow(const RowKernelArgs& rows, Slice& slice, Storage& storage)
-      : slice_(slice), storage_(storage), vectors_(rows.plan.vectors) {
-    kept_ = min(kInRegisters + rows.plan.shared_vectors, rows.plan.vectors);
-  }
+      : slice_(slice), storage_(storage), plan_(rows.plan) {}
 
   __device__ __forceinline__ E logit(int64_t column) const {
     return convert<E>(slice_.row[column]);
@@ -43,10 +41,10 @@ class ResidentRow {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) row_max = Max()(values[i], row_max);
     };
-    for (int vector = kInRegisters; vector < vectors_; vector += kBatch) {
-      load_batch<kBatch>(vector, vectors_, [&](int vector, const E(&values)[kColumns]) {
+    for (int vector = kInRegisters; vector < vectors(); vector += kBatch) {
+      load_batch<kBatch>(vector, vectors(), [&](int vector, const E(&values)[kColumns]) {
         raise(values);
-        if (vector < kept_) put(vector, values);
+        if (vector < kept()) put(vector, values);
       });
     }
     if constexpr (kInRegisters > 0) {
@@ -68,14 +66,14 @@ class ResidentRow {
 #pragma unroll
     for (int i = 0; i < kInRegisters; ++i)
       if (slice_.has_vector(i)) sums.add(registers_[i]);
-    for (int vector = kInRegisters; vector < kept_ && slice_.has_vector(vector); ++vector) {
+    for (int vector = kInRegisters; vector < kept() && slice_.has_vector(vector); ++vector) {
       E values[kColumns];
       get(vector, values);
       sums.add(values);
       if (!kCapped) put(vector, values);
     }
-    for (int vector = first_unkept(); vector < vectors_ && slice_.has_vector(vector); ++vector)
-      load_batch<1>(vector, vectors_, [&](int, E(&values)[kColumns]) { sums.add(values); });
+    for (int vector = first_unkept(); vector < vectors() && slice_.has_vector(vector); ++vector)
+      load_batch<1>(vector, vectors(), [&](int, E(&values)[kColumns]) { sums.add(values); });
     if (has_extra()) sums.add_one(extra());
     return sums.total();
   }
@@ -92,14 +90,14 @@ class ResidentRow {
       finish(registers_[i], terms);
       slice_.store(gradient, aligned, i, registers_[i]);
     }
-    for (int vector = kInRegisters; vector < kept_; ++vector) {
+    for (int vector = kInRegisters; vector < kept(); ++vector) {
       E values[kColumns];
       get(vector, values);
       finish(values, terms);
       slice_.store(gradient, aligned, vector, values);
     }
-    for (int vector = first_unkept(); vector < vectors_; ++vector) {
-      load_batch<1>(vector, vectors_, [&](int vector, E(&values)[kColumns]) {
+    for (int vector = first_unkept(); vector < vectors(); ++vector) {
+      load_batch<1>(vector, vectors(), [&](int vector, E(&values)[kColumns]) {
         if constexpr (sizeof(Gradient) < sizeof(Stored)) __syncthreads();
 #pragma unroll
         for (E& value : values) value = terms.template other<kCapped>(value);
@@ -129,6 +127,12 @@ class ResidentRow {
   }
 
  private:
+  __device__ __forceinline__ int vectors() const { return plan_.vectors; }
+  // Returns how many of them are in registers and shared memory.
+  __device__ __forceinline__ int kept() const {
+    return min(kInRegisters + plan_.shared_vectors, plan_.vectors);
+  }
+
   // Loads of so many vectors are under way at once.
   static constexpr int kBatch = 4;
 
@@ -151,7 +155,7 @@ class ResidentRow {
   }
 
   __device__ __forceinline__ int first_unkept() const {
-    return kept_ > kInRegisters ? kept_ : kInRegisters;
+    return kept() > kInRegisters ? kept() : kInRegisters;
   }
 
   // Calls body(vector, values) for the vectors from `first` on that come before `end`.
@@ -199,8 +203,7 @@ class ResidentRow {
 
   Slice& slice_;
   Storage& storage_;
-  int vectors_;
-  int kept_;  // vectors in registers and shared memory
+  const LaunchPlan& plan_;  // read where it is needed: registers are short
   E registers_[kInRegisters > 0 ? kInRegisters : 1][kColumns];
 };
 

@@ -53,13 +53,13 @@ struct GradientTerms {
   }
 };
 
-template <typename Stored, bool kCapped, typename E>
+template <typename Terms, bool kCapped, typename E>
 __device__ __forceinline__ GradientTerms<E> gradient_terms(const RowDerivative<E>& derivative,
                                                            const LogitScale<E>& scale, E row_max,
                                                            E label_logit) {
   const CappedLogit<E> label = cap<kCapped>(label_logit, scale);
   const RowTerm<E> term = row_term(label.value, row_max, scale.inverse_temperature);
-  const LogitTerms<Stored, kCapped> terms(scale, finite_or_zero(row_max));
+  const Terms terms(scale, finite_or_zero(row_max));
   return {scale, row_max, derivative, derivative.factor() * terms.unit(),
           derivative.label(term, label.derivative)};
 }
@@ -71,7 +71,6 @@ constexpr int kVectorWords = kVectorElements<Stored> * sizeof(Compute<Stored>) /
 template <typename Stored, int kThreads,
           int kSpilled = kRegisterVectors<Stored> * kVectorWords<Stored>>
 struct RowStorage {
-  using Logit = Stored;
   using E = Compute<Stored>;
   ClusterReduceStorage<E, kThreads> row_max;
   ClusterReduceStorage<RowSums, kThreads> sums;

@@ -19,13 +19,14 @@ __device__ __forceinline__ CappedLogit<E> cap(E logit, const LogitScale<E>& scal
 }
 
 // Under a softcap and in fp64, terms are powers of e. In fp32 and without a softcap they are powers
-// of 2, a multiplication less for each logit; of logits of 16 bits, one fused multiply-add each.
-template <typename Stored, bool kCapped>
+// of 2, a multiplication less for each logit; of logits of 16 bits, one fused multiply-add each,
+// where rows have registers for it: kMayFuse.
+template <typename Stored, bool kCapped, bool kMayFuse = false>
 class LogitTerms {
  public:
   using E = Compute<Stored>;
   static constexpr bool kBinary = !kCapped && std::is_same_v<E, float>;
-  static constexpr bool kFused = kBinary && sizeof(Stored) == 2;
+  static constexpr bool kFused = kMayFuse && kBinary && sizeof(Stored) == 2;
   static constexpr int kSignificandBits = std::is_same_v<Stored, Float16> ? 11 : 8;
   static constexpr double kUnit = kBinary ? kLn2 : 1;  // of x
 

@@ -12,7 +12,7 @@ namespace ipo_ext::cuda {
 // A thread's sums. Each vector is added up before it joins them, which rounds large numbers less
 // often. Where LogitTerms says so, x counts from an offset beside the maximum, and the sums of the
 // whole row are taken from there by relative_to_max().
-template <typename Stored, bool kCapped>
+template <typename Stored, bool kCapped, bool kMayFuse = false>
 class ThreadSums {
  public:
   using E = Compute<Stored>;
@@ -43,14 +43,16 @@ class ThreadSums {
     logit = logits[0];
   }
 
-  __device__ __forceinline__ const LogitTerms<Stored, kCapped>& terms() const { return terms_; }
+  __device__ __forceinline__ const LogitTerms<Stored, kCapped, kMayFuse>& terms() const {
+    return terms_;
+  }
 
   __device__ __forceinline__ RowSums total() const {
     return {sum_exp_, terms_.has_distances() ? sum_exp_x_ * terms_.kUnit : 0};
   }
 
  private:
-  LogitTerms<Stored, kCapped> terms_;
+  LogitTerms<Stored, kCapped, kMayFuse> terms_;
   E sum_exp_ = 0;
   E sum_exp_x_ = 0;
 };
